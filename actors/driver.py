@@ -1,0 +1,194 @@
+"""The driver of PPO and GRPO. `Driver.step` is one training step, top to bottom: read that first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from actors.evaluation import candidates_for, requests_for
+from actors.groups import WorkerError, gather_rows, scatter_rows
+from actors.placement import Placement
+from actors.rewards import Candidate
+from actors.roles import RunData, demands, start_roles
+from actors.run_folder import RunFolder
+from actors.seeds import derive_seed
+from actors.settings import GRPORecipe, PPORecipe
+from learners.experience import Experience, Rollout, mini_batches
+from learners.settings import GRPOSettings, PPOSettings
+
+
+def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
+    """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
+    data = RunData.load(recipe)
+    folder = RunFolder.open(recipe.run, recipe.to_yaml(), resume)
+    with closing(folder), Placement(recipe.cluster, demands(recipe)) as placement:
+        summary = Driver(recipe, folder, data, placement).run(resume)
+        folder.finish(summary)
+    return summary
+
+
+class Driver:
+    """Conducts one run. It holds handles and small tensors, never weights."""
+
+    def __init__(self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, placement: Placement) -> None:
+        self.recipe, self.folder, self.data = recipe, folder, data
+        self.seed, self.deadline_s = recipe.run.seed, recipe.cluster.call_deadline_s
+        self.roles = start_roles(recipe, data, placement)
+        self.algorithm = self.roles.algorithm
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """All steps, evaluations and checkpoints, then the exported model. Returns the run's summary."""
+        recipe, folder, actor = self.recipe, self.folder, self.roles.actor
+        frozen = self.roles.fingerprints()
+        first = self.restore() + 1 if resume else 1
+        self.roles.connect_engines(version=first - 1)
+        summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
+        for step in folder.progress(range(first, recipe.step.steps + 1), recipe.step.steps, recipe.kind):
+            metrics = self.step(step)
+            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0:
+                metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
+            folder.log(step, metrics)
+            if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
+                self.save(step)
+        summary["after"] = self.evaluate(recipe.step.steps)
+        actor.call("export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s)
+        self.data.tokenizer.save_pretrained(folder.path / "model")
+        if self.roles.fingerprints() != frozen:
+            raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
+        return summary
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step: generate, score, advantages, learn, sync. Returns its metrics."""
+        recipe, folder, roles = self.recipe, self.folder, self.roles
+        prompts = self.data.prompts_of(step, recipe.step.prompts_per_step, self.seed)
+        group = recipe.step.group_size
+
+        with folder.phase("generate", step):
+            requests = requests_for(prompts, recipe.generation, group, (self.seed, step))
+            rollouts = roles.engines.generate(requests, self.deadline_s)
+            candidates = candidates_for(rollouts, prompts, group)
+            batch = Experience.from_rollouts(rollouts)
+
+        with folder.phase("score", step):
+            judging = roles.rewards.submit(candidates)
+            reading = {"old_logprobs": scatter_rows(roles.actor, "infer", batch)}
+            if roles.reference is not None:
+                reading["ref_logprobs"] = scatter_rows(roles.reference, "logprobs", batch)
+            if roles.critic is not None:
+                reading["values"] = scatter_rows(roles.critic, "infer", batch)
+            batch = replace(batch, **{k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()})
+            scores, by_source = roles.rewards.gather(judging, len(batch))
+
+        with folder.phase("advantages", step):
+            batch = with_scores(batch, scores, [r.finish_reason for r in rollouts], recipe.algorithm)
+            batch, metrics = self.algorithm.advantages(batch)
+
+        with folder.phase("learn", step):
+            metrics |= self.learn(batch, step)
+
+        with folder.phase("sync", step):
+            metrics["sync/probe_difference"] = roles.sync(step)
+
+        folder.save_samples(step, [sample_row(c, s) for c, s in zip(candidates, scores, strict=True)])
+        return {**metrics, **rollout_metrics(batch, rollouts, by_source), **folder.seconds(step)}
+
+    def learn(self, batch: Experience, step: int) -> dict[str, float]:
+        """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
+
+        Returns the means over all mini-batches, and of the very first one the largest |ratio - 1| and the gradient
+        norm: nothing has been learned yet, so the ratio must be 1 and the gradient must not be 0.
+        """
+        learners = {"actor": self.roles.actor, "critic": self.roles.critic}
+        history: list[dict[str, float]] = []
+        for epoch in range(self.recipe.step.ppo_epochs):
+            shuffle = torch.Generator().manual_seed(derive_seed(self.seed, step, "mini-batches", epoch))
+            for rows in mini_batches(len(batch), self.recipe.step.mini_batch_size, shuffle):
+                part = batch.select(rows)
+                learning = {n: (g, scatter_rows(g, "train", part).refs) for n, g in learners.items() if g is not None}
+                metrics: dict[str, float] = {}
+                for name, (group, refs) in learning.items():
+                    stats = group.gather(refs, "learn", self.deadline_s)[0]
+                    metrics |= {f"{name}/{key}": value for key, value in stats.items()}
+                history.append(metrics)
+        first = {f"{key}_first": history[0][key] for key in ("actor/max_ratio_deviation", "actor/grad_norm")}
+        return {key: fmean(m[key] for m in history) for key in history[0]} | first
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out prompts and, only before and after a run, the test prompts."""
+        metrics = self.roles.evaluate(self.data.held_out, "evaluation") | self.roles.evaluate(self.data.test, "test")
+        if metrics:
+            self.folder.log(step, metrics, phase="evaluation")
+        return metrics
+
+    def save(self, step: int) -> None:
+        """A checkpoint from which the run goes on as if it had never stopped."""
+        with self.folder.phase("checkpoint", step), self.folder.checkpoint(step) as path:
+            for name, group in self.roles.learners().items():
+                group.call("save", str(path / name), phase="checkpoint", deadline_s=self.deadline_s)
+            (path / "driver.json").write_text(json.dumps({"step": step, "algorithm": self.algorithm.state()}))
+
+    def restore(self) -> int:
+        """Load the newest checkpoint; returns its step. Everything else a step needs derives from (seed, step)."""
+        found = self.folder.latest_checkpoint()
+        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
+        step, path = found
+        for name, group in self.roles.learners().items():
+            group.call("load", str(path / name), phase="restore", deadline_s=self.deadline_s)
+        self.algorithm.load_state(json.loads(Path(path, "driver.json").read_text())["algorithm"])
+        return step
+
+
+def with_scores(
+    batch: Experience, scores: Sequence[float], finish_reasons: Sequence[str], algorithm: PPOSettings | GRPOSettings
+) -> Experience:
+    """Add `scores` [B]: clipped, then less the penalty for a missing EOS. A NaN score takes its whole row out."""
+    raw = torch.tensor(scores, dtype=torch.float32)
+    clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
+    truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
+    final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated
+    valid = ~raw.isnan()[:, None].expand_as(batch.mask)
+    return replace(batch, scores=final, valid=valid)
+
+
+def rollout_metrics(
+    batch: Experience, rollouts: Sequence[Rollout], by_source: dict[str, list[float]]
+) -> dict[str, float]:
+    """What was sampled and how it was judged; and how far the engine's log-probs are from the Actor's."""
+    assert batch.old_logprobs is not None and batch.rollout_logprobs is not None and batch.scores is not None
+    mask = batch.mask
+    gap = (batch.old_logprobs - batch.rollout_logprobs)[mask].abs()
+    scored = batch.scores[~batch.scores.isnan()]
+    metrics = {
+        "response/length": fmean(len(r.response_ids) for r in rollouts),
+        "response/truncated": fmean(r.finish_reason != "stop" for r in rollouts),
+        "score/mean": float(scored.mean()) if len(scored) else math.nan,
+        "score/std": float(scored.std(correction=0)) if len(scored) else math.nan,
+        "score/unscorable": 1 - len(scored) / len(rollouts),
+        "mismatch/mean": float(gap.mean()) if len(gap) else 0.0,
+        "mismatch/max": float(gap.max()) if len(gap) else 0.0,
+    }
+    for name, scores in by_source.items():
+        known = [s for s in scores if not math.isnan(s)]
+        metrics[f"score/{name}"] = fmean(known) if known else math.nan
+    return metrics
+
+
+def sample_row(candidate: Candidate, score: float) -> dict[str, Any]:
+    """One line of the samples file."""
+    rollout = candidate.rollout
+    return {
+        "prompt": candidate.prompt,
+        "response_ids": rollout.response_ids,
+        "score": score,
+        "finish_reason": rollout.finish_reason,
+        "weight_versions": rollout.weight_versions,
+        **candidate.columns,
+    }

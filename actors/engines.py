@@ -1,0 +1,75 @@
+"""Engines: the driver's view of all vLLM engines. Prompts in, finished rollouts out, weights synced and verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from actors.groups import WorkerError, WorkerGroup
+from actors.settings import GenerationSettings, SyncSettings
+from actors.weight_sync import check_probe, verify
+from learners.experience import PromptRequest, Rollout
+from learners.settings import Device, ModelSettings
+
+
+class Engines(WorkerGroup):
+    """A WorkerGroup of GenerationEngines."""
+
+    def __init__(self, options: Sequence[dict[str, Any]]) -> None:
+        # Commands (sync, probe) must reach an engine while a stream of it is being read.
+        super().__init__("engine", "actors.generation:GenerationEngine", options, concurrency=8)
+
+    def begin(
+        self, model: ModelSettings, generation: GenerationSettings, device: Device, tokens: int, eos_token_id: int | None
+    ) -> list[Any]:
+        """Start building the engines, for prompts + responses of up to `tokens`; returns pending results."""
+        return self.start(
+            {"model": model, "generation": generation, "device": device, "max_model_tokens": tokens,
+             "eos_token_id": eos_token_id}
+        )  # fmt: skip
+
+    def generate(self, requests: Sequence[PromptRequest], deadline_s: float) -> list[Rollout]:
+        """All responses, ordered by request and sample. Raises WorkerError when an engine fails or is too slow."""
+        until = time.monotonic() + deadline_s
+        shares = [list(requests[i :: len(self)]) for i in range(len(self))]
+        streams = {stream: i for i, stream in enumerate(self.streams("generate", shares))}
+        finished: dict[int, list[Rollout]] = {}
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                late = ", ".join(self._who(i) for i in streams.values())
+                raise WorkerError(f"generate: {late} did not finish within {deadline_s:.0f} s")
+            try:
+                groups = self.fetch(next(ready[0]), streams[ready[0]], "generate")
+            except StopIteration:
+                del streams[ready[0]]
+                continue
+            for group in groups:
+                finished[group[0].slot] = group
+        if len(finished) != len(requests):
+            raise WorkerError(f"generate: {len(requests) - len(finished)} of {len(requests)} groups never came back")
+        return [rollout for request in requests for rollout in finished[request.slot]]
+
+    def sync(self, actor: WorkerGroup, version: int, probe: list[int], settings: SyncSettings, gate: float) -> float:
+        """Give every engine the Actor's weights and prove it; until then they are STALE and serve nothing.
+
+        Proof: digests and names of the received bytes agree with what was sent, and log-probs of `probe` agree within
+        `gate`. Returns the largest probe difference (nats). Raises SyncError or WorkerError.
+        """
+        results = actor.call("send_weights", version, phase="sync", deadline_s=settings.deadline_s)
+        sent, received, names = results[0]
+        for i, receipt in enumerate(received):
+            verify(sent, receipt, names, self._who(i))
+        return self.accept(actor, version, probe, settings, gate)
+
+    def accept(self, actor: WorkerGroup, version: int, probe: list[int], settings: SyncSettings, gate: float) -> float:
+        """Compare probe log-probs of every engine with the Actor's; within the gate, mark the engines as `version`."""
+        waiting = actor.submit("probe", probe)
+        theirs = self.call("probe_logprobs", probe, phase="sync", deadline_s=settings.deadline_s)
+        ours = actor.gather(waiting, "sync", settings.deadline_s)[0]
+        worst = max(check_probe(ours, one, gate) for one in theirs)
+        self.call("accept", version, phase="sync", deadline_s=settings.deadline_s)
+        return worst

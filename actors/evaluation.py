@@ -1,0 +1,67 @@
+"""Held-out prompts: what the Actor really scores, sampled and greedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from actors.engines import Engines
+from actors.groups import WorkerGroup
+from actors.rewards import Candidate
+from actors.seeds import derive_seed
+from actors.settings import GenerationSettings, GRPORecipe, PPORecipe
+from learners.data import Prompt
+from learners.experience import PromptRequest, Rollout
+
+
+def requests_for(
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    group_size: int,
+    seed_parts: tuple[int | str, ...],
+    greedy: bool = False,
+) -> list[PromptRequest]:
+    """One request per prompt; sample k of the prompt in slot i is seeded from (seed_parts, prompt index, i, k)."""
+    return [
+        PromptRequest(
+            prompt_index=prompt.index,
+            slot=slot,
+            prompt_ids=prompt.ids,
+            group_size=group_size,
+            temperature=0.0 if greedy else settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            seeds=tuple(derive_seed(*seed_parts, prompt.index, slot, k) for k in range(group_size))
+            if settings.seeded
+            else None,
+        )
+        for slot, prompt in enumerate(prompts)
+    ]
+
+
+def candidates_for(rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int) -> list[Candidate]:
+    """Rollouts (ordered by request and sample) with the text and columns of their prompts."""
+    return [
+        Candidate(rollout, prompts[i // group_size].text, prompts[i // group_size].columns)
+        for i, rollout in enumerate(rollouts)
+    ]
+
+
+def evaluate(
+    engines: Engines, judge: WorkerGroup, prompts: Sequence[Prompt], recipe: PPORecipe | GRPORecipe, name: str
+) -> dict[str, float]:
+    """One response per prompt, judged by the evaluation's function, with the same seeds every time.
+
+    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy` and the mean lengths in tokens.
+    """
+    deadline = recipe.cluster.call_deadline_s
+    metrics: dict[str, float] = {}
+    for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
+        requests = requests_for(prompts, recipe.generation, 1, (recipe.run.seed, name), greedy=kind == "greedy")
+        rollouts = engines.generate(requests, deadline)
+        candidates = candidates_for(rollouts, prompts, 1)
+        (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
+        known = [s for s in scores if not math.isnan(s)]
+        metrics[f"{name}/accuracy_{kind}"] = fmean(known) if known else math.nan
+        metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
+    return metrics

@@ -1,0 +1,161 @@
+"""WorkerGroup: plain classes run as Ray actors; start, call, scatter, gather, each with a deadline.
+
+A plain class is named as "module:Class" and imported only inside its own process, so that whoever conducts a run
+never loads vLLM, DeepSpeed or Transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from learners.experience import Experience
+from learners.settings import Device, Place
+
+
+class WorkerError(RuntimeError):
+    """A worker failed, died or did not answer in time; the message names phase, worker and node."""
+
+
+class Host:
+    """The Ray actor around a plain object. Built first, filled by `start`, so that rank 0 can name the rendezvous."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.worker: Any = None
+
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def free_address(self) -> tuple[str, int]:
+        """This node's address and a port that was free a moment ago, for a process-group rendezvous."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        module, name = self.target.split(":")
+        self.worker = getattr(importlib.import_module(module), name)(**arguments)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.worker, method)(*args, **kwargs)
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        yield from getattr(self.worker, method)(*args)
+
+
+class WorkerGroup:
+    """`len(options)` processes of one role, each with its own Ray options (resources, environment, placement)."""
+
+    def __init__(self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1) -> None:
+        self.name = name
+        remote = ray.remote(Host)
+        self.handles = [
+            remote.options(max_concurrency=concurrency, **one).remote(target)  # type: ignore[attr-defined]
+            for one in options
+        ]
+        self.nodes: list[str] = ["?"] * len(self.handles)
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def start(self, arguments: dict[str, Any], *, distributed: tuple[Device, float] | None = None) -> list[Any]:
+        """Begin building the plain object in every process; returns pending results for `gather`.
+
+        With `distributed` (device, collective time-out in seconds) each worker also gets its `place` among the ranks.
+        """
+        self.nodes = self.gather([h.node.remote() for h in self.handles], "start", 120)
+        if distributed is None:
+            return [h.start.remote(arguments) for h in self.handles]
+        device, timeout_s = distributed
+        address, port = self.gather([self.handles[0].free_address.remote()], "start", 120)[0]
+        places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
+        return [h.start.remote({**arguments, "place": p}) for h, p in zip(self.handles, places, strict=True)]
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call `method` with the same arguments on every worker; returns pending results for `gather`."""
+        return [h.call.remote(method, *args, **kwargs) for h in self.handles]
+
+    def scatter(self, method: str, shares: Sequence[Any], *args: Any) -> list[Any]:
+        """Call `method` with one share per worker; returns pending results for `gather`."""
+        return [h.call.remote(method, s, *args) for h, s in zip(self.handles, shares, strict=True)]
+
+    def gather(self, pending: Sequence[Any], phase: str, deadline_s: float) -> list[Any]:
+        """Wait for pending results, in order. Raises WorkerError naming phase, worker and node."""
+        until = time.monotonic() + deadline_s
+        results: dict[int, Any] = {}
+        waiting = dict(enumerate(pending))
+        while waiting:  # the first failure ends the wait, whichever worker it comes from
+            done, _ = ray.wait(list(waiting.values()), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                late = ", ".join(self._who(i) for i in waiting)
+                raise WorkerError(f"{phase}: {late} did not answer within {deadline_s:.0f} s")
+            index = next(i for i, ref in waiting.items() if ref == done[0])
+            results[index] = self.fetch(waiting.pop(index), index, phase)
+        return [results[i] for i in range(len(pending))]
+
+    def call(self, method: str, *args: Any, phase: str, deadline_s: float, **kwargs: Any) -> list[Any]:
+        return self.gather(self.submit(method, *args, **kwargs), phase, deadline_s)
+
+    def streams(self, method: str, shares: Sequence[Any]) -> list[Any]:
+        """Start a generator method on every worker; returns Ray's generators of object references."""
+        return [
+            h.stream.options(num_returns="streaming").remote(method, s)
+            for h, s in zip(self.handles, shares, strict=True)
+        ]
+
+    def shutdown(self) -> None:
+        for handle in self.handles:
+            ray.kill(handle)
+
+    def fetch(self, ref: Any, index: int, phase: str) -> Any:
+        """The value of a finished result of worker `index`; its failure becomes a WorkerError."""
+        who = self._who(index)
+        try:
+            return ray.get(ref, timeout=60)
+        except RayTaskError as error:
+            raise WorkerError(f"{phase}: {who} failed: {error.cause!r}\n{error}") from error
+        except RayActorError as error:
+            raise WorkerError(f"{phase}: {who} died: {error}") from error
+        except GetTimeoutError as error:
+            raise WorkerError(f"{phase}: the answer of {who} could not be fetched within 60 s") from error
+
+    def _who(self, index: int) -> str:
+        return f"{self.name}[{index}] on node {self.nodes[index]}"
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """Work on the rows of a batch that is under way on a group: one result per worker, for the rows it was given."""
+
+    group: WorkerGroup
+    rows: list[list[int]]
+    refs: list[Any]
+
+
+def scatter_rows(group: WorkerGroup, method: str, batch: Experience, together: int = 1) -> PendingRows:
+    """Call `method` on every worker with its share of the batch, balanced by tokens; a share may be empty."""
+    rows = batch.shard(len(group), together)
+    return PendingRows(group, rows, group.scatter(method, [batch.select(r) for r in rows]))
+
+
+def gather_rows(pending: PendingRows, batch: Experience, phase: str, deadline_s: float) -> torch.Tensor:
+    """The workers' rows put back in the batch's order: [B] or [B,T]."""
+    results = pending.group.gather(pending.refs, phase, deadline_s)
+    shape = (len(batch),) if results[0].ndim == 1 else batch.mask.shape
+    out = torch.zeros(shape)
+    for rows, result in zip(pending.rows, results, strict=True):
+        if rows and result.ndim == 1:
+            out[rows] = result
+        elif rows:
+            out[rows, : result.shape[1]] = result
+    return out

@@ -1,0 +1,48 @@
+"""How far a run is: a bar in a terminal, a line now and then elsewhere, each with the main metrics."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+HEADLINES = (
+    "score/mean", "kl/sequence", "response/length", "evaluation/accuracy_sampled",
+    "loss", "accuracy", "held_out/loss", "held_out/accuracy",
+)  # fmt: skip
+LINE_EVERY_S = 15.0
+
+
+def show_progress(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:
+    """Iterate over `steps` (1 to `total`), showing what `latest` holds after each."""
+    show = _bar if sys.stderr.isatty() else _lines
+    return show(steps, total, description, latest)
+
+
+def _bar(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=steps.start - 1, figures="")
+        for step in steps:
+            yield step
+            bar.update(task, completed=step, figures=_figures(latest))
+
+
+def _lines(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:
+    printed = -math.inf
+    for step in steps:
+        yield step
+        if time.monotonic() - printed >= LINE_EVERY_S or step == steps[-1]:
+            printed = time.monotonic()
+            print(f"{description} {step}/{total}  {_figures(latest)}", file=sys.stderr, flush=True)
+
+
+def _figures(latest: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {latest[name]:.3g}" for name in HEADLINES if name in latest)

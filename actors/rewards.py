@@ -1,0 +1,100 @@
+"""Where a score comes from: reward models and Python functions, and their weighted sum."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.groups import WorkerGroup
+from actors.settings import RewardSettings
+from learners.experience import Rollout
+from learners.settings import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished response to be judged: the rollout, the prompt as text, and the data's answer columns."""
+
+    rollout: Rollout
+    prompt: str
+    columns: dict[str, Any]
+
+
+def load_function(name: str) -> Callable[..., Sequence[float | None]]:
+    """Import "module:function". Raises UserError in one line when that is impossible."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # user code may raise anything at import
+        raise UserError(f"reward function {name}: cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"reward function {name}: is a {type(function).__name__}, not a function")
+    return function
+
+
+class FunctionReward:
+    """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process of its own.
+
+    `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
+    None (or NaN) marks a response that could not be judged.
+    """
+
+    def __init__(self, function: str, actor_model: str) -> None:
+        from learners.models import load_tokenizer
+
+        self.name, self.function = function, load_function(function)
+        self.tokenizer = load_tokenizer(actor_model)
+        parameters = inspect.signature(self.function).parameters
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.accepted = set(parameters)
+
+    def scores(self, candidates: Sequence[Candidate]) -> list[float]:
+        """One score per candidate; NaN where the function gave None."""
+        if not candidates:
+            return []
+        names = {name for c in candidates for name in c.columns}
+        columns = {name: [c.columns.get(name) for c in candidates] for name in names}
+        columns["finish_reasons"] = [c.rollout.finish_reason for c in candidates]
+        texts = self.tokenizer.batch_decode([c.rollout.response_ids for c in candidates], skip_special_tokens=True)
+        scores = self.function(
+            [c.prompt for c in candidates],
+            texts,
+            **{k: v for k, v in columns.items() if self.takes_all or k in self.accepted},
+        )
+        if len(scores) != len(candidates):
+            raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
+        return [math.nan if s is None else float(s) for s in scores]
+
+
+class Rewards:
+    """All sources of one run. The score of a response is the weighted sum over its sources."""
+
+    def __init__(self, settings: Sequence[RewardSettings], groups: Sequence[WorkerGroup], deadline_s: float) -> None:
+        self.settings, self.groups, self.deadline_s = settings, groups, deadline_s
+
+    def submit(self, candidates: Sequence[Candidate]) -> list[list[Any]]:
+        """Begin scoring; hand the result to `gather`."""
+        return [
+            group.scatter("scores", [candidates[i :: len(group)] for i in range(len(group))]) for group in self.groups
+        ]
+
+    def gather(self, pending: Sequence[Sequence[Any]], count: int) -> tuple[list[float], dict[str, list[float]]]:
+        """Weighted sums of all candidates in order (NaN where a source could not judge), and scores per source."""
+        sources: dict[str, list[float]] = {}
+        for one, group, refs in zip(self.settings, self.groups, pending, strict=True):
+            scores = [math.nan] * count
+            for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
+                scores[i :: len(group)] = share
+            sources[one.name] = scores
+        total = [
+            sum(one.weight * sources[one.name][i] for one in self.settings) for i in range(count)
+        ]
+        return total, sources

@@ -1,0 +1,34 @@
+"""Sample a model once, without training: engines start, answer, and stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.engines import Engines
+from actors.evaluation import requests_for
+from actors.placement import Demand, Placement
+from actors.settings import ClusterSettings, GenerationSettings
+from learners.data import Prompt, encode_prompt
+from learners.models import load_tokenizer
+from learners.settings import ModelSettings
+
+
+def sample_responses(
+    model: str,
+    prompts: Sequence[str],
+    generation: GenerationSettings,
+    seed: int,
+    cluster: ClusterSettings | None = None,
+) -> list[str]:
+    """One response per prompt, as text without special tokens."""
+    cluster = cluster or ClusterSettings()
+    tokenizer = load_tokenizer(model)
+    rows = [Prompt(i, encode_prompt(tokenizer, text), text, {}) for i, text in enumerate(prompts)]
+    demand = Demand(generation.engines, generation.threads, generation.tensor_parallel)
+    with Placement(cluster, {"engine": demand}) as placement:
+        engines = Engines(placement.options("engine"))
+        longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
+        starting = engines.begin(ModelSettings(path=model), generation, cluster.device, longest, tokenizer.eos_token_id)
+        engines.gather(starting, "start", cluster.start_deadline_s)
+        rollouts = engines.generate(requests_for(rows, generation, 1, (seed, "sample")), cluster.call_deadline_s)
+    return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

@@ -1,0 +1,25 @@
+"""Every random draw of a run is a function of the recipe's seed and of where in the run it happens."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 31-bit seed that depends on all parts and on nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
+
+
+def rows_of_step(step: int, count: int, size: int, *seed: int | str) -> list[int]:
+    """Which `count` of `size` rows belong to a step (from 1): passes over the data, each in an order of its own."""
+    rows: list[int] = []
+    order: list[int] = []
+    for place in range((step - 1) * count, step * count):
+        epoch, position = divmod(place, size)
+        if not order or position == 0:
+            shuffle = torch.Generator().manual_seed(derive_seed(*seed, "order", epoch))
+            order = torch.randperm(size, generator=shuffle).tolist()
+        rows.append(order[position])
+    return rows

@@ -1,0 +1,131 @@
+"""SFT and reward-model training: one loop, on the same learners and the same optimizer step as RL, without engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from actors.groups import WorkerGroup, gather_rows, scatter_rows
+from actors.placement import Demand, Placement
+from actors.run_folder import RunFolder
+from actors.seeds import rows_of_step
+from actors.settings import RMRecipe, SFTRecipe
+from learners.data import Example, Pair, load_pairs, load_sft
+from learners.experience import Experience
+from learners.models import is_encoder, load_config, load_tokenizer
+
+
+def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
+    """Train as the recipe says; returns the summary. Data is checked before anything starts."""
+    training = Supervised(recipe)
+    folder = RunFolder.open(recipe.run, recipe.to_yaml(), resume)
+    with closing(folder):
+        summary = training.run(folder, resume)
+        folder.finish(summary)
+    return summary
+
+
+class Supervised:
+    """Trains one model on rows of data; `batch_of` turns rows into a batch."""
+
+    def __init__(self, recipe: SFTRecipe | RMRecipe) -> None:
+        """Reads and checks all data; raises UserError before any model loads."""
+        self.recipe, path = recipe, recipe.learner.model.path
+        self.tokenizer = load_tokenizer(path)
+        self.rows: Sequence[Example | Pair]
+        self.held_out: Sequence[Example | Pair]
+        if isinstance(recipe, SFTRecipe):
+            self.target, self.together, self.batch_of = "learners.sft:SFTLearner", 1, examples_batch
+            self.rows = load_sft(recipe.data, self.tokenizer)
+            self.held_out = load_sft(recipe.held_out, self.tokenizer) if recipe.held_out else []
+        else:
+            self.target, self.together, self.batch_of = "learners.reward_model:RewardModelLearner", 2, pairs_batch
+            encoder = is_encoder(load_config(path))
+            self.rows = load_pairs(recipe.data, self.tokenizer, encoder)
+            self.held_out = load_pairs(recipe.held_out, self.tokenizer, encoder)
+            self.calibration = (
+                load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
+            )
+        train = recipe.train
+        self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+
+    def run(self, folder: RunFolder, resume: bool) -> dict[str, Any]:
+        """All optimizer steps, then the exported model. Returns the held-out metrics."""
+        recipe, train = self.recipe, self.recipe.train
+        demand = Demand(recipe.learner.ranks, recipe.learner.threads)
+        with Placement(recipe.cluster, {recipe.kind: demand}) as placement:
+            self.group = WorkerGroup(recipe.kind, self.target, placement.options(recipe.kind))
+            place = (recipe.cluster.device, recipe.cluster.call_deadline_s)
+            self.wait(self.group.start(self.arguments(), distributed=place), "start")
+            first = self.restore(folder) + 1 if resume else 1
+            for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
+                picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
+                metrics = self.share("train", [self.rows[i] for i in picked])
+                if train.evaluate_every and step % train.evaluate_every == 0:
+                    metrics |= self.measure()
+                folder.log(step, metrics)
+                if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
+                    with folder.checkpoint(step) as path:
+                        self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
+            summary = self.measure()
+            if isinstance(recipe, RMRecipe) and self.calibration:
+                summary |= self.calibrate()
+            self.wait(self.group.submit("export", str(folder.path / "model")), "export")
+            self.tokenizer.save_pretrained(folder.path / "model")
+        folder.log(self.steps, summary, phase="evaluation")
+        return summary
+
+    def arguments(self) -> dict[str, Any]:
+        """What the learner's constructor needs."""
+        common = {"settings": self.recipe.learner, "total_steps": self.steps}
+        if isinstance(self.recipe, SFTRecipe):
+            return common
+        return {**common, "reward_model": self.recipe.reward_model, "pad_token_id": self.tokenizer.pad_token_id}
+
+    def measure(self) -> dict[str, float]:
+        """Metrics on the held-out rows, without learning."""
+        if not self.held_out:
+            return {}
+        return {f"held_out/{k}": v for k, v in self.share("measure", self.held_out).items()}
+
+    def calibrate(self) -> dict[str, float]:
+        """Set the scores' mean and std from the calibration responses."""
+        batch = examples_batch(self.calibration)
+        pending = scatter_rows(self.group, "infer", batch)
+        scores = gather_rows(pending, batch, "calibrate", self.recipe.cluster.call_deadline_s)
+        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        self.wait(self.group.submit("calibrate", mean, std), "calibrate")
+        return {"calibration/mean": mean, "calibration/std": std}
+
+    def share(self, method: str, rows: Sequence[Example | Pair]) -> dict[str, float]:
+        """Call a learner's method on the rows; every rank returns the metrics of all of them."""
+        pending = scatter_rows(self.group, method, self.batch_of(rows), self.together)
+        return self.wait(pending.refs, method)[0]
+
+    def wait(self, pending: Sequence[Any], phase: str) -> list[Any]:
+        cluster = self.recipe.cluster
+        deadline = cluster.start_deadline_s if phase == "start" else cluster.call_deadline_s
+        return self.group.gather(pending, phase, deadline)
+
+    def restore(self, folder: RunFolder) -> int:
+        found = folder.latest_checkpoint()
+        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
+        self.wait(self.group.submit("load", str(found[1] / "learner")), "restore")
+        return found[0]
+
+
+def examples_batch(rows: Sequence[Any]) -> Experience:
+    return Experience.from_ids([r.prompt_ids for r in rows], [r.response_ids for r in rows])
+
+
+def pairs_batch(rows: Sequence[Any]) -> Experience:
+    """Row 2i is the chosen answer of pair i, row 2i+1 the rejected one."""
+    batch = Experience.from_ids(
+        [r.prompt_ids for r in rows for _ in range(2)], [ids for r in rows for ids in (r.chosen_ids, r.rejected_ids)]
+    )
+    return replace(batch, margins=torch.tensor([r.margin for r in rows for _ in range(2)], dtype=torch.float32))

@@ -1,0 +1,28 @@
+"""The Actor's ranks as the driver runs them: an ActorLearner that can send its weights to the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from actors.weight_sync import EngineClient, ObjectStoreSender, Receipt, SyncError, gpu_trainer_engine
+from learners.actor import ActorLearner
+
+
+class SyncedActor(ActorLearner):
+    """One rank. `connect` once, then `send_weights` after every step, each on every rank."""
+
+    def connect(self, engines: Sequence[Any], deadline_s: float, workers_per_engine: int = 1) -> None:
+        """Open the way to the engines (Ray actor handles)."""
+        self.client = EngineClient(engines, deadline_s, workers_per_engine)
+        rank = self.place.rank
+        if self.place.device == "cpu":
+            self.sender = ObjectStoreSender(self, self.client, rank)
+        else:
+            self.sender = gpu_trainer_engine("nccl", self, self.client, rank, self.place.address, self.place.port + 1)
+
+    def send_weights(self, version: int) -> tuple[Receipt | None, list[Receipt], list[str]]:
+        """Returns, on rank 0: what was sent, what each engine received, and the names of all parameters."""
+        self.client.version = version
+        sent = self.sender.send_weights()
+        return sent, self.client.received, [name for name, _, _ in self.metadata()]

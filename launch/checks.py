@@ -1,0 +1,383 @@
+"""What types cannot say about a recipe: combinations that make no sense, and files that are not what they should be.
+
+Everything here reads the recipe and small files only; nothing heavy is imported, except by `function_problems`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.settings import GRPORecipe, PPORecipe, RLRecipe, RMRecipe, SFTRecipe
+from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData, UserError
+
+Recipe = SFTRecipe | RMRecipe | PPORecipe | GRPORecipe
+Data = PromptData | SFTData | PairData
+
+LEAST_GRPO_TEMPERATURE = 0.7
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+ENCODERS = frozenset((
+    "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
+    "longformer", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta", "xlm-roberta-xl",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: the keys it comes from (the first is the one to name) and what would be right."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+
+def combination_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Keys that are fine one by one and impossible together."""
+    for key, model in _models(recipe):
+        yield from _attention(key, model, recipe.cluster.device)
+    for key, learner in _learners(recipe):
+        yield from _offload(key, learner, recipe.cluster.device)
+    if isinstance(recipe, RLRecipe):
+        yield from _batches(recipe)
+        yield from _rewards(recipe)
+        yield from _evaluation(recipe)
+        yield from _generation(recipe)
+    if isinstance(recipe, PPORecipe) and recipe.algorithm.kl_target is not None and recipe.algorithm.kl_beta == 0:
+        keys = ("algorithm.kl_target", "algorithm.kl_beta")
+        yield Problem(keys, "adapts kl_beta by factors, so kl_beta must start above 0")
+    if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
+        yield Problem(("train.evaluate_every", "held_out"), "needs held-out examples: set held_out.path")
+
+
+def _attention(key: str, model: ModelSettings, device: str) -> Iterator[Problem]:
+    if model.attention != "flash_attention_2":
+        return
+    if device == "cpu":
+        keys = (f"{key}.attention", "cluster.device")
+        yield Problem(keys, "flash_attention_2 needs cluster.device cuda; on cpu use sdpa")
+    elif model.dtype != "bfloat16":
+        yield Problem(
+            (f"{key}.attention", f"{key}.dtype"), f"flash_attention_2 needs dtype bfloat16, not {model.dtype}"
+        )
+
+
+def _offload(key: str, learner: LearnerSettings, device: str) -> Iterator[Problem]:
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(learner, name) and device == "cpu":
+            yield Problem((f"{key}.{name}", "cluster.device"), "needs cluster.device cuda: on cpu all is in CPU memory")
+    if learner.offload_optimizer and learner.zero_stage == 0:
+        yield Problem((f"{key}.offload_optimizer", f"{key}.zero_stage"), "needs zero_stage 1, 2 or 3, not 0")
+
+
+def _batches(recipe: RLRecipe) -> Iterator[Problem]:
+    step = recipe.step
+    prompts, group, mini = step.prompts_per_step, step.group_size, step.mini_batch_size
+    sequences = prompts * group
+    if isinstance(recipe, GRPORecipe) and group < 2:
+        message = "1 leaves nothing to compare a response with; GRPO needs 2 or more (8 is usual)"
+        yield Problem(("step.group_size",), message)
+    elif sequences % mini:
+        around = (n for d in range(mini) for n in (mini - d, mini + d))
+        nearest = sequences if mini > sequences else next(n for n in around if sequences % n == 0)
+        yield Problem(
+            ("step.mini_batch_size", "step.prompts_per_step", "step.group_size"),
+            f"{mini} does not divide prompts_per_step {prompts} * group_size {group} = {sequences}; nearest: {nearest}",
+        )
+
+
+def _rewards(recipe: RLRecipe) -> Iterator[Problem]:
+    if not recipe.rewards:
+        yield Problem(("rewards",), "needs at least one source of scores")
+    elif all(r.weight == 0 for r in recipe.rewards):
+        keys = tuple(f"rewards.{i}.weight" for i in range(len(recipe.rewards)))
+        yield Problem(keys, "every weight is 0, so every score would be 0")
+    for name, count in Counter(r.name for r in recipe.rewards).items():
+        if count > 1:
+            keys = tuple(f"rewards.{i}.name" for i, r in enumerate(recipe.rewards) if r.name == name)
+            yield Problem(keys[::-1], f"{name!r} names {count} sources; each needs a name of its own")
+
+
+def _evaluation(recipe: RLRecipe) -> Iterator[Problem]:
+    settings = recipe.evaluation
+    prompts = [k for k in ("prompts", "test_prompts") if getattr(settings, k) is not None]
+    if settings.every_steps and settings.prompts is None:
+        keys = ("evaluation.every_steps", "evaluation.prompts")
+        yield Problem(keys, "needs held-out prompts: set evaluation.prompts.path")
+    if prompts and settings.function is None:
+        named = (f"evaluation.{prompts[0]}", "evaluation.function")
+        yield Problem(named, "needs the true score of a response: set evaluation.function to module:function")
+    if settings.function is not None and settings.function.count(":") != 1:
+        yield Problem(("evaluation.function",), f"must read module:function, not {settings.function!r}")
+    if settings.function is not None and not prompts:
+        unset = ("evaluation.function", "evaluation.prompts", "evaluation.test_prompts")
+        yield Problem(unset, "has nothing to judge: set evaluation.prompts.path or evaluation.test_prompts.path")
+
+
+def _generation(recipe: RLRecipe) -> Iterator[Problem]:
+    settings = recipe.generation
+    if settings.tensor_parallel > 1 and recipe.cluster.device == "cpu":
+        keys = ("generation.tensor_parallel", "cluster.device")
+        yield Problem(keys, "needs cluster.device cuda; on cpu use more engines or threads")
+    if settings.max_model_tokens is not None and settings.max_new_tokens >= settings.max_model_tokens:
+        keys = ("generation.max_model_tokens", "generation.max_new_tokens")
+        total = settings.max_model_tokens
+        yield Problem(keys, f"{total} leaves no room for a prompt beside max_new_tokens {settings.max_new_tokens}")
+    if isinstance(recipe, GRPORecipe) and settings.temperature <= LEAST_GRPO_TEMPERATURE:
+        message = f"{settings.temperature:g} makes groups of near copies; GRPO needs above {LEAST_GRPO_TEMPERATURE}"
+        yield Problem(("generation.temperature",), message)
+
+
+def _learners(recipe: Recipe) -> Iterator[tuple[str, LearnerSettings]]:
+    for key in ("learner", "actor", "critic"):
+        if hasattr(recipe, key):
+            yield key, getattr(recipe, key)
+
+
+def _models(recipe: Recipe) -> Iterator[tuple[str, ModelSettings]]:
+    """Every model of the recipe with its key."""
+    for key, learner in _learners(recipe):
+        yield f"{key}.model", learner.model
+    if isinstance(recipe, RLRecipe):
+        if recipe.reference.model is not None:
+            yield "reference.model", recipe.reference.model
+        for i, reward in enumerate(recipe.rewards):
+            if reward.model is not None:
+                yield f"rewards.{i}.model", reward.model
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
+    """The run folder, models' JSON files and data columns, as far as they are on this machine."""
+    yield from _run_folder(recipe.run.folder, resume)
+    for key, model in _models(recipe):
+        if is_local(model.path):
+            yield from _model_folder(key, model.path, recipe)
+    for key, data in _data(recipe):
+        if is_local(data.path):
+            yield from _data_file(key, data)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means this machine's disk: it exists, or cannot be a hub's `organisation/name`."""
+    if Path(path).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        return True
+    return Path(path).parent.is_dir()
+
+
+def is_encoder(config: dict[str, Any]) -> bool:
+    """Whether a config.json is a BERT-style model's, as far as can be told without Transformers."""
+    masked = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
+    return (masked or config.get("model_type") in ENCODERS) and not config.get("is_decoder", False)
+
+
+def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
+    path = Path(folder)
+    if resume:
+        if not path.is_dir():
+            yield Problem(("run.folder",), f"{folder} does not exist: nothing to resume")
+        elif all(checkpoint.suffix == ".tmp" for checkpoint in path.glob("checkpoints/step-*")):
+            yield Problem(("run.folder",), f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)")
+        return
+    if path.exists():
+        yield Problem(("run.folder",), f"{folder} exists; choose another folder, or --resume to go on with that run")
+        return
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        yield Problem(("run.folder",), f"{folder} cannot be made: {above} is a file")
+
+
+def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
+    named = (f"{key}.path",)
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file, not a model folder" if folder.exists() else "no such model folder (and no hub name)"
+        yield Problem(named, f"{path}: {what}")
+        return
+    config = read_json(folder / "config.json")
+    if config is None:
+        what = "is not valid JSON" if (folder / "config.json").exists() else "is missing: not a Hugging Face model"
+        yield Problem(named, f"{path}: config.json {what}")
+        return
+    if not key.startswith(("critic", "reference")) and not any((folder / f).exists() for f in TOKENIZER_FILES):
+        yield Problem(named, f"{path}: has no tokenizer ({TOKENIZER_FILES[0]} and the like)")
+    message = _wrong_architecture(key, config, recipe)
+    if message is None and isinstance(recipe, RMRecipe) and not is_encoder(config):
+        message = pad_problem(folder, config)
+    if message is not None:
+        yield Problem(named, f"{path}: {message}")
+    if isinstance(recipe, RLRecipe) and key == "actor.model":
+        yield from _room_for_a_prompt(config, recipe)
+
+
+def _room_for_a_prompt(config: dict[str, Any], recipe: RLRecipe) -> Iterator[Problem]:
+    longest, wanted = config.get("max_position_embeddings"), recipe.generation.max_new_tokens
+    if isinstance(longest, int) and wanted >= longest:
+        keys = ("generation.max_new_tokens", "actor.model.path")
+        yield Problem(keys, f"{wanted} leaves no room for a prompt in the model's {longest} positions")
+
+
+def _wrong_architecture(key: str, config: dict[str, Any], recipe: Recipe) -> str | None:
+    """What keeps a checkpoint from playing its role, by its config.json alone."""
+    names = config.get("architectures") or []
+    name = str(names[0]) if names else ""
+    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    scorer = name.endswith("ForSequenceClassification")
+    if key.startswith("rewards"):
+        labels = len(config.get("id2label") or range(2))  # a config.json leaves the usual two labels unwritten
+        if not scorer:
+            return f"has no score head: {name or 'it'} is not a ...ForSequenceClassification; train one with quatuor rm"
+        return None if labels == 1 else f"has {labels} labels; a reward model gives one score"
+    if key == "critic.model" and is_encoder(config):
+        return f"is an encoder ({config['model_type']}); a critic reads the Actor's tokens one by one: use a decoder"
+    if key == "critic.model":
+        fits = causal or scorer or name.endswith("ForTokenClassification")
+        return None if fits or not name else f"{name} cannot become a critic; start from a reward model or an SFT model"
+    if isinstance(recipe, RMRecipe):
+        return None  # any backbone may get a score head
+    return None if causal or not name else f"{name} has no language-model head; a ...ForCausalLM is needed"
+
+
+def pad_problem(folder: Path, config: dict[str, Any]) -> str | None:
+    """Whether a decoder reward model exported from here would know PAD from EOS, by its JSON files."""
+    tokens = {
+        **(read_json(folder / "special_tokens_map.json") or {}),
+        **{k: v for k, v in (read_json(folder / "tokenizer_config.json") or {}).items() if v is not None},
+    }
+    pad, eos = _token(tokens.get("pad_token")), _token(tokens.get("eos_token"))
+    if pad is None:
+        pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
+    if pad is None:
+        return "its tokenizer has no PAD token, which an exported reward model needs; add one that is not EOS"
+    if pad == eos or (isinstance(eos, list) and pad in eos):
+        return f"PAD equals EOS ({pad}), so an exported reward model would skip the EOS; give PAD a token of its own"
+    return None
+
+
+def _token(written: Any) -> str | None:
+    return written.get("content") if isinstance(written, dict) else written
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:
+    """Every data set of the recipe with its key."""
+    written: dict[str, Data | None]
+    if isinstance(recipe, RLRecipe):
+        evaluation = recipe.evaluation
+        written = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
+        written["evaluation.test_prompts"] = evaluation.test_prompts
+    else:
+        written = {"data": recipe.data, "held_out": recipe.held_out}
+    if isinstance(recipe, RMRecipe):
+        written["reward_model.calibration"] = recipe.reward_model.calibration
+    yield from ((key, data) for key, data in written.items() if data is not None)
+
+
+def _data_file(key: str, data: Data) -> Iterator[Problem]:
+    """The file is there and, when it holds JSON lines, its first row has the columns."""
+    named, path = (f"{key}.path",), Path(data.path)
+    if not path.exists():
+        yield Problem(named, f"{data.path}: no such data file or folder (and no hub name)")
+        return
+    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))[:1]
+    if not files or files[0].suffix not in (".jsonl", ".json"):
+        return
+    try:
+        with files[0].open(encoding="utf-8") as lines:
+            number, line = next(((n, text) for n, text in enumerate(lines, 1) if text.strip()), (0, ""))
+    except (OSError, UnicodeDecodeError):
+        yield Problem(named, f"{files[0]}: cannot be read as UTF-8 text")
+        return
+    if not line:
+        yield Problem(named, f"{files[0]}: has no rows")
+        return
+    if line.lstrip().startswith("[") or (files[0].suffix == ".json" and line.strip() == "{"):
+        return  # one JSON value over many lines: learners.data reads and checks it
+    try:
+        row = json.loads(line)
+    except ValueError:
+        yield Problem(named, f"{files[0]}:{number}: not a line of JSON")
+        return
+    if not isinstance(row, dict):
+        yield Problem(named, f'{files[0]}:{number}: not a row of columns, such as {{"prompt": "..."}}')
+        return
+    for name, column in _columns(key, data):
+        if column not in row:
+            close = difflib.get_close_matches(column, row, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(row)}"
+            yield Problem((name, *named), f"{files[0]} has no column {column!r}; {hint}")
+
+
+def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
+    """The columns a data set must have, each with the key that names it."""
+    for name, value in data:
+        if name.endswith("_column") and value is not None:
+            yield f"{key}.{name}", value
+    for i, column in enumerate(getattr(data, "answer_columns", ())):
+        yield f"{key}.answer_columns.{i}", column
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def function_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Import the recipe's Python functions, as the workers will. User code may import anything, so this comes last."""
+    for key, name, columns in _functions(recipe):
+        from actors.rewards import load_function
+
+        try:
+            function = load_function(name)
+        except UserError as error:
+            yield Problem((key,), error.problems[0])
+        else:
+            if message := _signature_problem(function, columns):
+                yield Problem((key,), f"{name}: {message}")
+
+
+def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
+    """Key, module:function and the columns it will be offered."""
+    if not isinstance(recipe, RLRecipe):
+        return
+    for i, reward in enumerate(recipe.rewards):
+        if reward.function is not None:
+            yield f"rewards.{i}.function", reward.function, set(recipe.prompts.answer_columns)
+    evaluation = recipe.evaluation
+    judged = [d for d in (evaluation.prompts, evaluation.test_prompts) if d is not None]
+    if evaluation.function is not None and judged:
+        columns = set.intersection(*(set(d.answer_columns) for d in judged))
+        yield "evaluation.function", evaluation.function, columns
+
+
+def _signature_problem(function: Any, columns: set[str]) -> str | None:
+    """Whether f(prompts, responses, **columns) can be called."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions have none to look at
+        return None
+    offered = columns | {"finish_reasons"}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    given = {name: [] for name in offered if takes_all or name in signature.parameters}  # type: ignore[var-annotated]
+    try:
+        signature.bind([], [], **given)
+    except TypeError as error:
+        have = ", ".join(sorted(offered))
+        return f"cannot be called with prompts, responses and the columns {have}: {error}; see prompts.answer_columns"
+    return None

@@ -1,0 +1,163 @@
+"""The command line. `quatuor COMMAND --help` says more; bad input exits with code 2 and one line per problem."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
+
+from launch.checks import Recipe, function_problems
+from launch.config import KINDS, RecipeError, annotated, located, read_recipe
+from launch.keys import listing
+from learners.settings import UserError
+
+BAD_INPUT, FAILED = 2, 1
+
+TRAINING = {
+    "sft": "Train a language model on answers (supervised fine-tuning).",
+    "rm": "Train a reward model on pairs of a better and a worse answer.",
+    "ppo": "Train a language model on scores, with a critic (PPO).",
+    "grpo": "Train a language model on scores compared within groups of responses (GRPO).",
+}
+
+app = typer.Typer(
+    name="quatuor",
+    help="RLHF with Ray, vLLM and DeepSpeed: the same recipe on a laptop CPU, one GPU and a cluster.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the keys below")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="replace keys of the recipe")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in run.folder from its newest checkpoint")]
+Check = Annotated[bool, typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback when a run fails")]
+
+
+class RecipeCommand(TyperCommand):
+    """A command whose help ends with every key of its recipe."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write("\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n")
+        formatter.write(listing(KINDS[str(self.name)]) + "\n")
+
+
+def recipe_command(kind: str) -> Callable[..., None]:
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        resume: Resume = False,
+        check: Check = False,
+        debug: Debug = False,
+    ) -> None:
+        train(kind, recipe, overrides or [], resume, check, debug)
+
+    return command
+
+
+for kind, meaning in TRAINING.items():
+    app.command(kind, cls=RecipeCommand, help=meaning)(recipe_command(kind))
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="every source of randomness derives from it", min=0)] = 0,
+    folder: Annotated[Path, typer.Option(help="where the demo writes; replaced if it is there")] = Path("runs/demo"),
+    debug: Debug = False,
+) -> None:
+    """SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores, in minutes."""
+    if folder.exists() and (not (folder / "data").is_dir() or Path.cwd().is_relative_to(folder.resolve())):
+        raise UserError(f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another")
+    guarded(folder, debug, "launch.demo", "run_demo", folder, seed)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    try:
+        print(importlib.metadata.version("quatuor"))
+    except importlib.metadata.PackageNotFoundError:
+        print("not installed: a checkout (make install installs it)")
+
+
+def train(kind: str, path: Path, overrides: list[str], resume: bool, check: bool, debug: bool) -> None:
+    """Check everything that can be known before a model loads, then run the recipe and print its summary."""
+    recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
+    if problems := list(function_problems(recipe)):
+        raise RecipeError([located(p, document) for p in problems])
+    if check:
+        print(annotated(recipe, document))
+        return
+    summary = guarded(Path(recipe.run.folder), debug, _runner(recipe), "run", recipe, resume=resume)
+    _print_summary(summary, recipe.run.folder)
+
+
+def guarded(folder: Path, debug: bool, module: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    """Import and call; a failure that is not the user's becomes one line, its traceback a file in the run folder."""
+    try:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        told = "--debug shows the traceback"
+        if folder.is_dir():
+            log = folder / "error.log"
+            log.write_text(traceback.format_exc())
+            told = f"traceback in {log}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{reason} ({told})")
+        raise typer.Exit(FAILED) from None
+
+
+def fail(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        code = app(arguments, prog_name="quatuor", standalone_mode=False)
+    except TyperException as error:  # a command line that cannot be read
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        fail(f"{message.rstrip('.')}; see quatuor --help")
+        return BAD_INPUT
+    except UserError as error:
+        for problem in error.problems:
+            fail(problem)
+        return BAD_INPUT
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    return code or 0
+
+
+def _runner(recipe: Recipe) -> str:
+    return "actors.driver" if recipe.kind in ("ppo", "grpo") else "actors.supervised"
+
+
+def _print_summary(summary: dict[str, Any], folder: str) -> None:
+    """What a run ended with: one row per metric, a column for each part of the summary."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = {name: part for name, part in summary.items() if isinstance(part, dict)}
+    parts |= {"result": {k: v for k, v in summary.items() if not isinstance(v, dict)}}
+    parts = {name: part for name, part in parts.items() if part}
+    table = Table("metric", title=folder)
+    for name in parts:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for part in parts.values() for metric in part):
+        values = [part.get(metric, "") for part in parts.values()]
+        table.add_row(metric, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    Console().print(table)

@@ -1,0 +1,196 @@
+"""A YAML file as plain values that remember where they were written, and `key.sub=value` overrides on top of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from learners.settings import UserError
+
+COMMAND_LINE = "command line"
+_MERGE = "tag:yaml.org,2002:merge"
+
+# YAML 1.2 scalars. PyYAML's own (1.1) read 1e-6 as text, `on` as true, 010 as eight and 2026-01-01 as a date.
+_RESOLVERS = {
+    None: [
+        (f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"))
+        for tag, pattern in (
+            ("null", r"~|null|Null|NULL|"),
+            ("bool", r"true|True|TRUE|false|False|FALSE"),
+            ("int", r"[-+]?(?:0|[1-9][0-9_]*)"),
+            (
+                "float",
+                r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
+            ),
+            ("merge", r"<<"),
+        )
+    ]
+}
+
+
+class RecipeLoader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS  # type: ignore[assignment]
+
+
+@dataclass
+class Document:
+    """`values` as written, `origins` of every written key ("file:line" or "command line"), and what was wrong."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Document:
+        """Raises UserError when the file cannot be read as YAML with keys at the top."""
+        name = str(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{name}: no such recipe file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        return cls.parse(text, name)
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Document:
+        document = cls(name)
+        try:
+            values = document._parse(text, "", lambda node: f"{name}:{node.start_mark.line + 1}")
+        except yaml.YAMLError as error:
+            raise UserError(_malformed(error, name)) from None
+        if not isinstance(values, dict):
+            raise UserError(f"{name}: a recipe is a list of keys and values, not {in_words(values)}")
+        document.values = values
+        return document
+
+    def override(self, text: str) -> None:
+        """Apply one `key.sub=value`; the value is YAML, a number among the keys indexes a list."""
+        key, equals, written = text.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            self.problems.append(f"{COMMAND_LINE}: {text}: an override reads key.sub=value")
+            return
+        origins, self.origins = self.origins, {}
+        try:
+            value = self._parse(written, key, lambda node: COMMAND_LINE)
+        except yaml.YAMLError as error:
+            self.problems.append(_malformed(error, f"{COMMAND_LINE}: {key}", line=False))
+            self.origins = origins
+            return
+        kept = {k: v for k, v in origins.items() if k != key and not k.startswith(f"{key}.")}
+        self.origins = {**kept, key: COMMAND_LINE, **self.origins}
+        problem = _put(self.values, parts, value)
+        if problem:
+            self.problems.append(f"{COMMAND_LINE}: {key}: {problem}")
+
+    def where(self, key: str) -> str:
+        """Where the key, or else the section that should hold it, was written."""
+        while key and key not in self.origins:
+            key = key.rpartition(".")[0]
+        return self.origins.get(key, self.name)
+
+    def _parse(self, text: str, prefix: str, origin: Callable[[yaml.Node], str]) -> Any:
+        loader = RecipeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            self._note(node, prefix, origin, ())
+            return _plain(loader.construct_document(node))
+        finally:
+            loader.dispose()
+
+    def _note(
+        self, node: yaml.Node, prefix: str, origin: Callable[[yaml.Node], str], above: tuple[yaml.Node, ...]
+    ) -> None:
+        """Remember the origin of every key below a node; report keys that are written twice."""
+        if any(node is outer for outer in above):
+            raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
+        above = (*above, node)
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                self._enter(f"{prefix}.{i}" if prefix else str(i), item, item, origin, above)
+        elif isinstance(node, yaml.MappingNode):
+            merged = [value for key, value in node.value if key.tag == _MERGE]
+            for value in merged:
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    self._note(one, prefix, origin, above)
+            written: dict[str, str] = {}
+            for key, value in node.value:
+                if key.tag == _MERGE:
+                    continue
+                name = f"{prefix}.{key.value}" if prefix else str(key.value)
+                if name in written:
+                    self.problems.append(f"{origin(key)}: {name}: written twice, first at {written[name]}")
+                written[name] = origin(key)
+                self._enter(name, key, value, origin, above)
+
+    def _enter(
+        self,
+        name: str,
+        key: yaml.Node,
+        value: yaml.Node,
+        origin: Callable[[yaml.Node], str],
+        above: tuple[yaml.Node, ...],
+    ) -> None:
+        self.origins[name] = origin(key)
+        self._note(value, name, origin, above)
+
+
+def in_words(value: Any) -> str:
+    """A value as an error message names it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value: Any) -> Any:
+    """A copy in which nothing is shared (YAML aliases share) and every key is text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
+
+
+def _put(values: dict[str, Any], parts: list[str], value: Any) -> str | None:
+    """Set one key, making sections on the way; returns what is wrong with the key, if anything."""
+    place: Any = values
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[:depth])
+        if not isinstance(place, dict | list):
+            return f"{here} is {in_words(place)} and has no key {part}"
+        slot: Any = part
+        if isinstance(place, list):
+            if not part.isdecimal() or int(part) >= len(place):
+                return f"{here} is a list of {len(place)}; its entries are numbered from 0"
+            slot = int(part)
+        if depth == len(parts) - 1:
+            place[slot] = value
+        else:
+            if isinstance(place, dict) and place.get(slot) is None:
+                place[slot] = {}
+            place = place[slot]
+    return None
+
+
+def _malformed(error: yaml.YAMLError, name: str, line: bool = True) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    context = getattr(error, "context", None)
+    where = f"{name}:{mark.line + 1}" if line and mark else name
+    return f"{where}: not valid YAML: {f'{context}, ' if context else ''}{what}"

@@ -1,0 +1,60 @@
+"""ActorLearner: the policy. Log-probs of responses, and the algorithm's loss on them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learners.experience import Experience
+from learners.grpo import GRPO
+from learners.models import load_causal_lm, response_logprobs
+from learners.ppo import PPO
+from learners.settings import LearnerSettings, Place
+from learners.zero import Stats, ZeroEngine
+
+
+class ActorLearner(ZeroEngine):
+    """One rank of the Actor. `infer` gives `old_logprobs` [B,T] at the sampling temperature, `train` takes a step.
+
+    `max_response_tokens` is the constant that "constant" loss aggregation divides each sequence by.
+    """
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        algorithm: PPO | GRPO,
+        temperature: float,
+        max_response_tokens: int,
+        total_steps: int,
+        place: Place,
+    ) -> None:
+        self.algorithm, self.temperature = algorithm, temperature
+        self.max_response_tokens = max_response_tokens
+        super().__init__(load_causal_lm(settings.model), settings, place, total_steps)
+
+    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+        return response_logprobs(model, batch, self.temperature)
+
+    def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
+        loss, stats = self.algorithm.actor_loss(outputs, batch, denominator)
+        mask = batch.mask
+        old = batch.old_logprobs
+        assert old is not None
+        drift = torch.where(mask, (outputs.detach() - old).expm1().abs(), 0.0)
+        return loss, {
+            **stats,
+            "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
+            "surprise": (-outputs.detach()[mask].sum(), mask.sum()),  # an estimate of the entropy per token
+            "max_ratio_deviation": (drift.amax(), mask.sum()),
+        }
+
+    def probe(self, ids: list[int]) -> list[float]:
+        """Log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on every rank."""
+        temperature, self.temperature = self.temperature, 1.0
+        try:
+            return self.infer(Experience.from_ids([ids[:1]], [ids[1:]]))[0].tolist()
+        finally:
+            self.temperature = temperature
+
+    def count(self, shard: Experience) -> float:
+        return shard.count(self.algorithm.settings.loss_aggregation, self.max_response_tokens)

@@ -1,0 +1,32 @@
+"""CriticLearner: values of states, trained on returns by the clipped squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learners.experience import Experience
+from learners.losses import aggregate, value_loss
+from learners.models import load_critic, response_values
+from learners.settings import LearnerSettings, Place
+from learners.zero import Stats, ZeroEngine
+
+
+class CriticLearner(ZeroEngine):
+    """One rank of the Critic. `infer` gives `values` [B,T]: row t is read before response token t."""
+
+    def __init__(self, settings: LearnerSettings, value_clip: float | None, total_steps: int, place: Place) -> None:
+        self.value_clip = value_clip
+        super().__init__(load_critic(settings.model), settings, place, total_steps)
+
+    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+        return response_values(model, batch)
+
+    def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
+        assert batch.values is not None and batch.returns is not None
+        per_token, stats = value_loss(outputs, batch.values, batch.returns, batch.mask, clip=self.value_clip)
+        loss = aggregate(per_token, batch.mask, how="token_mean", denominator=denominator)
+        return loss, {**stats, "loss": (loss.detach() * denominator, torch.tensor(self.count(batch)))}
+
+    def count(self, shard: Experience) -> float:
+        return shard.count("token_mean")

@@ -1,0 +1,226 @@
+"""What a batch becomes on its way through a step: rollouts from the engines, experience for the learners.
+
+Shapes: `B` sequences, `L` = longest prompt + response, `T` = longest response. Everything is right-padded; masks come
+from lengths, never from comparing ids with PAD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns", "valid")
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt sent to an engine: `group_size` responses are wanted for it.
+
+    `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a prompt may come twice
+    in one). `seeds` has one seed per response, or is None for unseeded sampling. Temperature 0 means greedy decoding.
+    """
+
+    prompt_index: int
+    slot: int
+    prompt_ids: list[int]
+    group_size: int
+    temperature: float
+    max_new_tokens: int
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response as an engine sampled it. `logprobs` are the engine's own, of each response id, after temperature.
+
+    `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length". `weight_versions` are those
+    the first and the last token were sampled with.
+    """
+
+    prompt_index: int
+    slot: int
+    sample_index: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weight_versions: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A batch of sequences (prompt + response) and what is known about them.
+
+    `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; per-token tensors [B,T], row t of `values` being the
+    critic's reading before response token t; `scores` [B]; `margins` [B] (preference pairs: the chosen sequence of
+    pair i is row 2i, the rejected one row 2i+1). `valid` [B,T] takes single tokens out of `mask`.
+    """
+
+    input_ids: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    valid: Tensor | None = None
+    scores: Tensor | None = None
+    margins: Tensor | None = None
+
+    @classmethod
+    def from_ids(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Experience:
+        """Right-pad token ids (with 0: the value never matters) into one batch."""
+        rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+        return cls(
+            input_ids=_pad(rows, dtype=torch.long),
+            prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.long),
+            response_lengths=torch.tensor([len(r) for r in responses], dtype=torch.long),
+        )
+
+    @classmethod
+    def from_rollouts(cls, rollouts: Sequence[Rollout]) -> Experience:
+        batch = cls.from_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+        return replace(batch, rollout_logprobs=_pad([torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32))
+
+    @classmethod
+    def placeholder(cls, rows: int = 1) -> Experience:
+        """A batch without a single response token: what a rank computes when its share of the work is done.
+
+        Collectives inside forward and backward (ZeRO-3) need every rank; a masked batch adds exactly nothing.
+        """
+        zeros = torch.zeros(rows, 1)
+        return cls(
+            input_ids=torch.zeros(rows, 2, dtype=torch.long),
+            prompt_lengths=torch.full((rows,), 2, dtype=torch.long),
+            response_lengths=torch.zeros(rows, dtype=torch.long),
+            **{name: zeros for name in PER_TOKEN},
+            scores=torch.zeros(rows),
+            margins=torch.zeros(rows),
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B]: tokens of prompt + response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B,L]: 1 on real tokens."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return (positions < self.lengths[:, None]).long()
+
+    @property
+    def mask(self) -> Tensor:
+        """[B,T] bool: True on response tokens (the EOS counts) that are not excluded by `valid`."""
+        width = _longest(self.response_lengths)
+        mask = torch.arange(width, device=self.input_ids.device) < self.response_lengths[:, None]
+        return mask if self.valid is None else mask & self.valid[:, :width].bool()
+
+    def count(self, how: str, longest_response: int = 0) -> float:
+        """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences × `longest_response`."""
+        if how == "token_mean":
+            return float(self.mask.sum())
+        sequences = float(self.mask.any(1).sum()) if len(self) else 0.0
+        return sequences if how == "sequence_mean" else sequences * longest_response
+
+    def response_part(self, per_position: Tensor) -> Tensor:
+        """Pick the T entries that speak about response tokens out of [B,L] or [B,L-1]: entry p-1+t for token t.
+
+        Position p-1+t has read everything before response token t, so this serves log-probs (entry i is about token
+        i+1) and values (the critic's reading before the token) alike. Entries past a response are arbitrary: mask them.
+        """
+        steps = torch.arange(_longest(self.response_lengths), device=per_position.device)
+        index = self.prompt_lengths[:, None] - 1 + steps
+        return per_position.gather(1, index.clamp(0, per_position.shape[1] - 1))
+
+    def select(self, rows: Sequence[int]) -> Experience:
+        """The given rows, trimmed to their own longest sequence and response."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        width, longest = _longest(self.response_lengths[index]), _longest(self.lengths[index])
+        picked: dict[str, Any] = {f.name: None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)}
+        for name in PER_TOKEN:
+            if picked[name] is not None:
+                picked[name] = picked[name][:, :width]
+        picked["input_ids"] = picked["input_ids"][:, :longest]
+        return Experience(**picked)
+
+    def to(self, device: str | torch.device) -> Experience:
+        moved: dict[str, Any] = {f.name: None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)}
+        return Experience(**moved)
+
+    def shard(self, ranks: int, group: int = 1) -> list[list[int]]:
+        """Rows for each rank: consecutive `group` rows stay together, token counts are balanced, nothing is dropped.
+
+        A rank may get no rows at all.
+        """
+        lengths = self.lengths.reshape(-1, group).sum(1).tolist()
+        loads, shares = [0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
+        for unit in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            rank = min(range(ranks), key=lambda r: (loads[r], len(shares[r]), r))
+            loads[rank] += lengths[unit]
+            shares[rank].extend(range(unit * group, (unit + 1) * group))
+        return shares
+
+    def micro_batches(self, token_budget: int, group: int = 1) -> list[list[int]]:
+        """Rows of each micro-batch: similar lengths together, rows × longest within the budget, at least one group."""
+        longest = self.lengths.reshape(-1, group).amax(1).tolist() if len(self) else []
+        batches: list[list[int]] = []
+        width = 0
+        for unit in sorted(range(len(longest)), key=lambda i: (-longest[i], i)):
+            if not batches or (len(batches[-1]) + group) * width > token_budget:
+                batches.append([])
+                width = longest[unit]  # the first unit of a micro-batch is its longest
+            batches[-1].extend(range(unit * group, (unit + 1) * group))
+        return batches
+
+
+def map_rows(
+    batch: Experience, token_budget: int, compute: Callable[[Experience], Tensor], device: str = "cpu", rounds: int = 0
+) -> Tensor:
+    """Run `compute` without gradient over micro-batches and return its rows in the batch's own order, on the CPU.
+
+    `compute` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T. `rounds` asks for at
+    least that many calls, the surplus ones on placeholders (collective forwards need the same number on every rank).
+    """
+    micro_batches = batch.micro_batches(token_budget)
+    results: list[Tensor | None] = [None] * len(batch)
+    with torch.no_grad():
+        for rows in micro_batches:
+            for row, result in zip(rows, compute(batch.select(rows).to(device)).cpu(), strict=True):
+                results[row] = result
+        for _ in range(rounds - len(micro_batches)):
+            compute(Experience.placeholder().to(device))
+    done = [r for r in results if r is not None]
+    if not done:
+        return torch.zeros(0)
+    if done[0].ndim == 0:
+        return torch.stack(done)
+    return _pad(done, dtype=done[0].dtype, width=_longest(batch.response_lengths))
+
+
+def mini_batches(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """One shuffled pass over `rows` in mini-batches of `size` rows; the last may be smaller."""
+    shuffled = torch.randperm(rows, generator=generator).tolist()
+    for start in range(0, rows, size):
+        yield shuffled[start : start + size]
+
+
+def _longest(lengths: Tensor) -> int:
+    return max(1, int(lengths.max())) if len(lengths) else 1
+
+
+def _pad(rows: Sequence[Tensor], dtype: torch.dtype, width: int | None = None) -> Tensor:
+    width = max([width or 1, *(len(r) for r in rows)])
+    out = torch.zeros(len(rows), width, dtype=dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,77 @@
+"""PPO: dense rewards, GAE and the clipped Actor loss (Schulman et al. 2017; for language models Ziegler et al. 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from learners.advantages import AdaptiveKL, gae, kl_estimate, token_rewards, value_targets, whiten
+from learners.experience import Experience
+from learners.losses import aggregate, policy_loss
+from learners.settings import PPOSettings
+
+
+class PPO:
+    """The driver calls `advantages` once a step; the Actor's ranks call `actor_loss` on every micro-batch."""
+
+    def __init__(self, settings: PPOSettings) -> None:
+        self.settings, self.beta = settings, settings.kl_beta
+
+    def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
+        """Fill `advantages` and `returns` [B,T] from `scores`, log-probs and `values`; returns metrics beside them."""
+        s, mask = self.settings, batch.mask
+        assert batch.scores is not None and batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None and batch.values is not None
+        rewards = token_rewards(batch.scores, batch.old_logprobs, batch.ref_logprobs, mask, beta=self.beta, kl=s.kl)
+        advantages, returns = gae(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam)
+        if s.critic_target != "gae":
+            returns = value_targets(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target)
+        sequence_kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", mask).sum(1)
+        metrics = {
+            "kl/sequence": float(sequence_kl.mean()),
+            "kl/beta": self.beta,
+            "reward/per_sequence": float(rewards.sum(1).mean()),
+            "advantage/std": _std(advantages, mask),
+            "value/mean": _mean(batch.values, mask),
+            "return/mean": _mean(returns, mask),
+            "value/explained_variance": _explained_variance(batch.values, returns, mask),
+        }
+        if s.kl_target is not None:
+            controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
+            controller.update(float(sequence_kl.mean()), len(batch))
+            self.beta = controller.beta
+        if s.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return replace(batch, advantages=advantages, returns=returns), metrics
+
+    def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:
+        """Clipped policy loss of a micro-batch, divided by the mini-batch's `denominator`; and its statistics."""
+        s, mask = self.settings, batch.mask
+        per_token, stats = policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, mask,
+            clip_low=s.clip_low, clip_high=s.clip_high, dual_clip=s.dual_clip,
+        )  # fmt: skip
+        return aggregate(per_token, mask, how=s.loss_aggregation, denominator=denominator), stats
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint must keep."""
+        return {"kl_beta": self.beta}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.beta = state["kl_beta"]
+
+
+def _mean(x: Tensor, mask: Tensor) -> float:
+    return float(x[mask].mean()) if mask.any() else 0.0
+
+
+def _std(x: Tensor, mask: Tensor) -> float:
+    return float(x[mask].std(correction=0)) if mask.any() else 0.0
+
+
+def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(return - value) / Var(return): 1 when the critic foresees every return, 0 when it knows nothing."""
+    variance = returns[mask].var(correction=0) if mask.any() else torch.zeros(())
+    return float(1 - (returns - values)[mask].var(correction=0) / variance) if variance > 0 else 0.0

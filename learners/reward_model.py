@@ -1,0 +1,55 @@
+"""RewardModelLearner: a score per sequence, trained so that the chosen answer beats the rejected one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learners.experience import Experience
+from learners.losses import pairwise_loss
+from learners.models import Calibration, load_reward_model, sequence_scores, write_calibration
+from learners.settings import LearnerSettings, Place, RewardModelSettings
+from learners.zero import Stats, ZeroEngine
+
+
+class RewardModelLearner(ZeroEngine):
+    """One rank of reward-model training. Batches hold pairs: row 2i is chosen, row 2i+1 rejected.
+
+    The loss is the Bradley-Terry negative log-likelihood (Ouyang et al. 2022), optionally plus
+    `centring` · (chosen + rejected)² (Eisenstein et al. 2023). `infer` gives raw scores [B].
+    """
+
+    rows_together = 2
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        reward_model: RewardModelSettings,
+        pad_token_id: int,
+        total_steps: int,
+        place: Place,
+    ) -> None:
+        self.reward_model = reward_model
+        super().__init__(load_reward_model(settings.model, pad_token_id), settings, place, total_steps)
+
+    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+        return sequence_scores(model, batch, self.reward_model.padding_side)
+
+    def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
+        chosen, rejected = outputs.reshape(-1, 2).unbind(1)
+        real = (batch.response_lengths > 0).reshape(-1, 2).all(1).float()  # placeholders weigh nothing
+        margin = None if batch.margins is None else batch.margins[::2]
+        per_pair = pairwise_loss(chosen, rejected, margin) + self.reward_model.centring * (chosen + rejected) ** 2
+        difference = (chosen - rejected).detach()
+        return (per_pair * real).sum() / max(denominator, 1.0), {
+            "loss": ((per_pair.detach() * real).sum(), real.sum()),
+            "accuracy": (((difference > 0) * real).sum(), real.sum()),  # a tie is not a win
+            "margin": ((difference * real).sum(), real.sum()),
+        }
+
+    def count(self, shard: Experience) -> float:
+        return len(shard) / 2
+
+    def calibrate(self, mean: float, std: float) -> None:
+        """Store the scores' mean and std in the model's config; our workers then report (score - mean) / std."""
+        write_calibration(self.model.config, Calibration(mean, std))

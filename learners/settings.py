@@ -1,0 +1,168 @@
+"""What a recipe may say about models, optimisation, algorithms and data. Pydantic only: imports in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class UserError(ValueError):
+    """Bad input, answered in one line per problem: what is wrong, where, and what would be right."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def to_yaml(self) -> str:
+        """All values, defaults included, as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the environment."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    device: Device = "cpu"
+    timeout_s: float = 1800.0
+
+
+class ModelSettings(Settings):
+    path: str = Field(description="folder of a Hugging Face model, or a hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+
+
+class OptimizerSettings(Settings):
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="torch optimizer")
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW moment decays")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm here; 0 turns clipping off")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    final_fraction: Fraction = Field(0.1, description="share of the peak learning rate a decay ends at")
+
+
+class LearnerSettings(Settings):
+    """One trained role: its model, its ranks, how its memory is split and how it steps."""
+
+    model: ModelSettings
+    ranks: PositiveInt = Field(1, description="data-parallel processes")
+    threads: PositiveInt = Field(1, description="CPU threads of each rank")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(False, description="keep optimizer states in CPU memory")
+    offload_parameters: bool = Field(False, description="keep parameters in CPU memory (ZeRO-3)")
+    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward/backward of one rank")
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+
+    @model_validator(mode="after")
+    def _parameters_offload_needs_stage_3(self) -> LearnerSettings:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
+        return self
+
+
+class TrainSettings(Settings):
+    """A supervised phase (SFT or reward model): batches and length."""
+
+    batch_size: PositiveInt = Field(64, description="examples (SFT) or pairs (reward model) per optimizer step")
+    epochs: float = Field(1.0, gt=0, description="passes over the data; ignored when steps is set")
+    steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
+
+
+class DataSettings(Settings):
+    """Where rows come from: a JSON-lines or parquet file, a folder of them, or a hub name."""
+
+    path: str = Field(description="file, folder, or hub name of the data set")
+    split: str = Field("train", description="split to read")
+    limit: PositiveInt | None = Field(None, description="use only the first rows")
+
+
+class PromptData(DataSettings):
+    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
+    answer_columns: tuple[str, ...] = Field((), description="columns handed to reward functions under their own names")
+    max_prompt_tokens: PositiveInt = Field(1024, description="longer prompts are refused or dropped, see long_prompts")
+    long_prompts: Literal["refuse", "drop"] = Field("refuse", description="what to do with prompts that are too long")
+
+
+class SFTData(DataSettings):
+    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
+    response_column: str = Field("response", description="column with the answer to learn")
+    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer examples are dropped and counted")
+
+
+class PairData(DataSettings):
+    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
+    chosen_column: str = Field("chosen", description="column with the better answer")
+    rejected_column: str = Field("rejected", description="column with the worse answer")
+    margin_column: str | None = Field(None, description="column with the margin the chosen score must win by")
+    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer pairs are dropped and counted")
+
+
+class RewardModelSettings(Settings):
+    """What is particular to training a reward model."""
+
+    padding_side: Literal["right", "left"] = Field("right", description="side of the padding in training and scoring")
+    centring: float = Field(0.0, ge=0, description="weight of mean((chosen + rejected)^2), keeping scores around 0")
+    calibration: SFTData | None = Field(
+        None, description="prompt/response rows whose scores set the mean and std of calibrated scores; null: none"
+    )
+
+
+class PPOSettings(Settings):
+    kind: Literal["ppo"] = "ppo"
+    clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
+    clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
+    dual_clip: float | None = Field(None, gt=1, description="bound on the ratio for negative advantages")
+    gamma: Fraction = Field(1.0, description="discount per token")
+    lam: Fraction = Field(0.95, description="GAE lambda")
+    critic_target: Literal["mc", "td", "gae"] = Field("gae", description="the critic's label")
+    value_clip: float | None = Field(0.2, gt=0, description="largest change of a value per step; null: unclipped")
+    kl: Literal["k1", "k2", "k3"] = Field("k1", description="KL estimate in the reward")
+    kl_beta: float = Field(0.1, ge=0, description="weight of the KL penalty per token")
+    kl_target: float | None = Field(None, gt=0, description="adapt kl_beta towards this KL per sequence, nats")
+    kl_horizon: PositiveInt = Field(10_000, description="sequences over which kl_beta adapts")
+    score_clip: float | None = Field(None, gt=0, description="clamp scores to ± this before they become rewards")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the score of a truncated response")
+    whiten_advantages: bool = Field(True, description="whiten advantages over all tokens of the step")
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "token_mean", description="how the losses of tokens become one number"
+    )
+
+
+class GRPOSettings(Settings):
+    kind: Literal["grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
+    clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
+    dual_clip: float | None = Field(None, gt=1, description="bound on the ratio for negative advantages")
+    ratio: Literal["token", "sequence"] = Field("token", description="importance ratio per token or per sequence")
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="how scores are normalised in a group")
+    kl_beta: float = Field(0.0, ge=0, description="weight of the k3 KL in the loss; 0: no Reference is started")
+    score_clip: float | None = Field(None, gt=0, description="clamp scores to ± this")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the score of a truncated response")
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "sequence_mean", description="how the losses of tokens become one number"
+    )

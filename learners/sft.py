@@ -1,0 +1,30 @@
+"""SFTLearner: supervised fine-tuning; the loss is on the answer's tokens only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from learners.experience import Experience
+from learners.losses import aggregate
+from learners.models import load_causal_lm, response_logprobs
+from learners.settings import LearnerSettings, Place
+from learners.zero import Stats, ZeroEngine
+
+
+class SFTLearner(ZeroEngine):
+    """One rank of SFT: the mean negative log-likelihood per answer token of the mini-batch."""
+
+    def __init__(self, settings: LearnerSettings, total_steps: int, place: Place) -> None:
+        super().__init__(load_causal_lm(settings.model), settings, place, total_steps)
+
+    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+        return response_logprobs(model, batch, 1.0)
+
+    def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
+        mask = batch.mask
+        loss = aggregate(-outputs, mask, how="token_mean", denominator=denominator)
+        return loss, {"loss": (-outputs.detach()[mask].sum(), mask.sum())}
+
+    def count(self, shard: Experience) -> float:
+        return shard.count("token_mean")

@@ -1,0 +1,329 @@
+"""Recipes: what is read, what is refused, and the words it is refused with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from small_recipes import DECODER, ENCODER, TOKENS, make_model
+
+from actors.settings import GRPORecipe, PPORecipe
+from launch.checks import function_problems, is_local
+from launch.config import KINDS, RecipeError, annotated, load_recipe, read_recipe
+from launch.keys import recipe_keys
+
+SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+
+
+def problems(path: str, *overrides: str, files: bool = True, resume: bool = False) -> list[str]:
+    """The problems of a recipe, functions included."""
+    try:
+        recipe, _ = read_recipe(path, overrides, files=files, resume=resume)
+    except RecipeError as error:
+        return error.problems
+    return [f"{p.keys[0]}: {p.message}" for p in function_problems(recipe)]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_recipe_has_no_problems(place: Path, kind: str) -> None:
+    assert problems(f"{kind}.yaml") == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_are_sound_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+
+
+def test_overrides_reach_sections_lists_and_keys_nobody_wrote(place: Path) -> None:
+    recipe = load_recipe(
+        "grpo.yaml",
+        ["rewards.0.weight=2", "actor.optimizer.learning_rate=1e-5", "sync.gate=", "actor.optimizer.betas=[0.8, 0.9]"],
+    )
+    assert isinstance(recipe, GRPORecipe)
+    assert recipe.rewards[0].weight == 2
+    assert recipe.actor.optimizer.learning_rate == 1e-5
+    assert recipe.sync.gate is None
+    assert recipe.actor.optimizer.betas == (0.8, 0.9)
+
+
+def test_yaml_means_what_it_seems_to_mean(tmp_path: Path, place: Path) -> None:
+    """1e-5 is a number; `on`, 08 and a date are texts."""
+    recipe = load_recipe("ppo.yaml", ["run.wandb_project=on", "algorithm.kl_beta=1e-5", "prompts.prompt_column=08"])
+    assert isinstance(recipe, PPORecipe)
+    assert (recipe.run.wandb_project, recipe.algorithm.kl_beta, recipe.prompts.prompt_column) == ("on", 1e-5, "08")
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe("again.yaml") == recipe
+
+
+def test_an_override_changes_one_of_two_places_that_share_an_alias(place: Path) -> None:
+    text = (
+        "kind: rm\nrun: {folder: runs/x}\nlearner: {model: {path: ./decoder}}\ndata: &d {path: a.jsonl}\nheld_out: *d\n"
+    )
+    Path("alias.yaml").write_text(text)
+    recipe = load_recipe("alias.yaml", ["held_out.path=b.jsonl"])
+    assert (recipe.data.path, recipe.held_out.path) == ("a.jsonl", "b.jsonl")  # type: ignore[union-attr]
+
+
+def test_the_resolved_recipe_says_where_values_come_from(place: Path) -> None:
+    recipe, document = read_recipe("ppo.yaml", ["step.steps=7"])
+    text = annotated(recipe, document)
+    assert "  steps: 7  # command line" in text
+    assert "  folder: runs/new  # ppo.yaml:3" in text
+    assert "  seed: 0\n" in text
+    assert yaml.safe_load(text)["step"]["steps"] == 7
+
+
+def test_every_key_of_every_recipe_is_described() -> None:
+    for model in KINDS.values():
+        for key in recipe_keys(model).values():
+            assert key.description or key.kind == "section" or key.name.endswith("kind"), key.name
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "a.yaml: a recipe is a list of keys and values, not nothing"),
+        ("- 1\n", "a.yaml: a recipe is a list of keys and values, not a list"),
+        ("kind: ppo\nrun: {folder: x\n", "a.yaml:3: not valid YAML"),
+        ("kind: ppo\nrun: !!python/name:os.system x\n", "a.yaml:2: not valid YAML"),
+        ("kind: ppo\nrun: &a [*a]\n", "an alias that contains itself"),
+        ("run: {folder: x}\n", "a.yaml: kind: missing; one of sft, rm, ppo, grpo"),
+        ("kind: dpo\n", "a.yaml:1: kind: is 'dpo'; a recipe is one of sft, rm, ppo, grpo"),
+        ("kind: sft\nkind: sft\n", "a.yaml:2: kind: written twice, first at a.yaml:1"),
+    ],
+)
+def test_malformed_files(place: Path, text: str, told: str) -> None:
+    Path("a.yaml").write_text(text)
+    assert told in problems("a.yaml")[0]
+
+
+def test_files_that_cannot_be_read(place: Path) -> None:
+    assert problems("none.yaml") == ["none.yaml: no such recipe file"]
+    assert problems(".")[0].startswith(".: cannot be read: ")
+    Path("latin.yaml").write_bytes(b"kind: \xff")
+    assert problems("latin.yaml") == ["latin.yaml: cannot be read: not UTF-8 text"]
+
+
+def test_a_recipe_for_another_command(place: Path) -> None:
+    with pytest.raises(RecipeError, match="this is a recipe for grpo: run quatuor grpo, not quatuor ppo"):
+        load_recipe("grpo.yaml", kind="ppo")
+
+
+# --- keys and types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("actor.zero_stag=2", "actor.zero_stag: unknown key; did you mean actor.zero_stage?"),
+        ("actor.learning_rate=1", "unknown key; did you mean actor.optimizer.learning_rate?"),
+        ("actr={}", "actr: unknown key; did you mean actor?"),
+        ("rewards.0.wait=2", "rewards.0.wait: unknown key; "),
+        ("rewards.3.weight=2", "rewards is a list of 1; its entries are numbered from 0"),
+        ("actor.ranks.x=2", "actor.ranks: must be a whole number, not a section"),
+        ("run.folder.x=2", "run.folder is 'runs/new' and has no key x"),
+        ("folder", "folder: an override reads key.sub=value"),
+        ("run.seed=[1", "command line: run.seed: not valid YAML"),
+        ("run.seed=x", "run.seed: must be a whole number, not 'x'"),
+        ("run.seed=1.5", "run.seed: must be a whole number, not 1.5"),
+        ("run.seed=-1", "run.seed: must be at least 0, not -1"),
+        ("run.progress=yes", "run.progress: must be true or false, not 'yes'"),
+        ("run.folder=3", "run.folder: must be text, not 3"),
+        ("actor.optimizer=", "actor.optimizer: must be a section of keys, not nothing; leave the key out"),
+        ("actor.optimizer.learning_rate=0", "must be above 0, not 0"),
+        ("actor.optimizer.learning_rate=.nan", "must be a finite number"),
+        ("actor.optimizer.betas=[0.9]", "actor.optimizer.betas"),
+        ("actor.optimizer.betas=0.9", "actor.optimizer.betas: must be a list, not 0.9"),
+        ("actor.model.dtype=fp16", "must be 'float32' or 'bfloat16', not 'fp16'"),
+        ("actor.zero_stage=4", "must be 0, 1, 2 or 3, not 4"),
+        ("actor={}", "actor.model: missing: set actor.model.path"),
+        ("actor.offload_parameters=true", "offload_parameters needs zero_stage 3, not 2"),
+        ("rewards.0.function=nocolon", "function must read module:function, not 'nocolon'"),
+    ],
+)
+def test_keys_and_types(place: Path, override: str, told: str) -> None:
+    found = problems("grpo.yaml", override, files=False)
+    assert any(told in line for line in found), found
+    assert all(line.startswith(("command line: ", "grpo.yaml:")) for line in found)
+
+
+def test_problems_name_the_line(place: Path) -> None:
+    lines = Path("ppo.yaml").read_text().splitlines()
+    number = lines.index("step:") + 2
+    lines[number - 1] = lines[number - 1].replace("prompts_per_step", "prompt_per_step")
+    Path("ppo.yaml").write_text("\n".join(lines))
+    assert problems("ppo.yaml", files=False) == [
+        f"ppo.yaml:{number}: step.prompt_per_step: unknown key; did you mean step.prompts_per_step?"
+    ]
+
+
+def test_everything_wrong_is_told_at_once(place: Path) -> None:
+    """Keys, types, combinations, files; what follows from a broken key is not told."""
+    found = problems(
+        "grpo.yaml", "actor.zero_stag=3", "step.mini_batch_size=many", "generation.temperature=0.5",
+        "step.group_size=1", "evaluation.every_steps=2", "prompts.path=./none.jsonl",
+    )  # fmt: skip
+    keys = [line.split(": ")[1] for line in found]
+    assert sorted(keys) == sorted(
+        ["actor.zero_stag", "step.mini_batch_size", "generation.temperature", "step.group_size",
+         "evaluation.every_steps", "prompts.path"]
+    )  # fmt: skip
+
+
+def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
+    Path("sft.yaml").write_text(Path("sft.yaml").read_text().replace("folder:", "foldr:"))
+    assert problems("sft.yaml") == ["sft.yaml:3: run.foldr: unknown key; did you mean run.folder?"]
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "told"),
+    [
+        ("grpo", ["step.group_size=1"], "step.group_size: 1 leaves nothing to compare a response with"),
+        ("ppo", ["step.mini_batch_size=12"], "12 does not divide prompts_per_step 8 * group_size 4 = 32; nearest: 8"),
+        ("ppo", ["step.mini_batch_size=64"], "nearest: 32"),
+        ("grpo", ["generation.temperature=0.7"], "generation.temperature: 0.7 makes groups of near copies"),
+        ("ppo", ["algorithm.kl_target=6", "algorithm.kl_beta=0"], "algorithm.kl_target: adapts kl_beta by factors"),
+        ("ppo", ["rewards=[]"], "rewards: needs at least one source of scores"),
+        ("ppo", ["rewards.0.weight=0"], "every weight is 0"),
+        ("ppo", ["actor.model.attention=flash_attention_2"], "flash_attention_2 needs cluster.device cuda"),
+        ("ppo", ["cluster.device=cuda", "critic.model.attention=flash_attention_2"], "needs dtype bfloat16"),
+        ("ppo", ["actor.offload_optimizer=true"], "actor.offload_optimizer: needs cluster.device cuda"),
+        ("ppo", ["cluster.device=cuda", "actor.offload_optimizer=true", "actor.zero_stage=0"], "needs zero_stage 1, 2"),
+        ("ppo", ["generation.tensor_parallel=2"], "generation.tensor_parallel: needs cluster.device cuda"),
+        ("ppo", ["generation.max_model_tokens=16"], "leaves no room for a prompt beside max_new_tokens 16"),
+        ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
+        ("ppo", ["evaluation.prompts.path=p.jsonl"], "evaluation.prompts: needs the true score of a response"),
+        ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to judge"),
+        ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
+    ],
+)
+def test_combinations(place: Path, kind: str, overrides: list[str], told: str) -> None:
+    found = problems(f"{kind}.yaml", *overrides, files=False)
+    assert len(found) == 1 and told in found[0], found
+
+
+def test_reward_names_are_unique(place: Path) -> None:
+    source = '{name: a, kind: function, function: "m:f"}'
+    found = problems("grpo.yaml", f"rewards=[{source}, {source}]", files=False)
+    assert found == ["command line: rewards.1.name: 'a' names 2 sources; each needs a name of its own"]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "told"),
+    [
+        ("ppo", "actor.model.path=./none", "./none: no such model folder"),
+        ("ppo", "actor.model.path=prompts.jsonl", "is a file, not a model folder"),
+        ("ppo", "actor.model.path=.", "config.json is missing: not a Hugging Face model"),
+        ("ppo", "actor.model.path=./encoder", "BertForMaskedLM has no language-model head"),
+        ("ppo", "critic.model.path=./encoder", "is an encoder (bert)"),
+        ("ppo", "rewards.0.model.path=./decoder", "has no score head: Qwen3ForCausalLM"),
+        ("ppo", "generation.max_new_tokens=64", "64 leaves no room for a prompt in the model's 64 positions"),
+        ("ppo", "prompts.path=./none.jsonl", "./none.jsonl: no such data file"),
+        ("ppo", "prompts.prompt_column=promt", "prompts.jsonl has no column 'promt'; did you mean 'prompt'?"),
+        (
+            "ppo",
+            "prompts.answer_columns=[solution]",
+            "prompts.answer_columns.0: prompts.jsonl has no column 'solution'",
+        ),
+        ("rm", "data.chosen_column=better", "data.chosen_column: pairs.jsonl has no column 'better'; it has prompt,"),
+        ("rm", "held_out.margin_column=margin", "held_out.margin_column: pairs.jsonl has no column 'margin'"),
+        ("sft", "run.folder=decoder", "run.folder: decoder exists"),
+        ("sft", "run.folder=pairs.jsonl/run", "is a file"),
+    ],
+)
+def test_files(place: Path, kind: str, override: str, told: str) -> None:
+    found = problems(f"{kind}.yaml", override)
+    assert any(told in line for line in found), found
+    assert not Path("runs").exists()
+
+
+def test_broken_files(place: Path) -> None:
+    for text, told in [("", "has no rows"), ("not json\n", "data.jsonl:1: not a line of JSON"), ("3\n", "not a row")]:
+        Path("data.jsonl").write_text(text)
+        assert told in problems("grpo.yaml", "prompts.path=data.jsonl")[0]
+    Path("decoder/config.json").write_text("{")
+    assert "config.json is not valid JSON" in problems("grpo.yaml")[0]
+    make_model(place / "bare", DECODER)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (place / "bare" / file).unlink()
+    assert "has no tokenizer" in problems("grpo.yaml", "actor.model.path=./bare")[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "told"),
+    [
+        ({}, {**TOKENS, "pad_token": "<eos>"}, "PAD equals EOS (<eos>)"),
+        ({"pad_token_id": 2, "eos_token_id": [1, 2]}, {}, "PAD equals EOS (2)"),
+        ({}, {"eos_token": "<eos>"}, "has no PAD token"),
+        ({"pad_token_id": 2, "eos_token_id": 2}, TOKENS, None),
+        (ENCODER, {}, None),
+    ],
+)
+def test_pad_and_eos_of_a_reward_model(place: Path, config: dict, tokens: dict, told: str | None) -> None:
+    make_model(place / "base", {**DECODER, **config}, tokens)
+    found = problems("rm.yaml", "learner.model.path=./base")
+    assert (told in found[0]) if told else found == []
+    assert problems("sft.yaml", "learner.model.path=./decoder") == []  # elsewhere PAD may equal EOS
+
+
+def test_two_labels_are_not_a_score(place: Path) -> None:
+    config = {**DECODER, "architectures": ["Qwen3ForSequenceClassification"]}
+    make_model(place / "two", config)
+    assert "has 2 labels" in problems("ppo.yaml", "rewards.0.model.path=./two")[0]
+
+
+def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
+    assert problems("sft.yaml", resume=True) == ["sft.yaml:3: run.folder: runs/new does not exist: nothing to resume"]
+    (place / "runs/new/checkpoints/step-000002.tmp").mkdir(parents=True)
+    assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
+    (place / "runs/new/checkpoints/step-000001").mkdir()
+    assert problems("sft.yaml", resume=True) == []
+
+
+def test_local_paths_and_hub_names(place: Path) -> None:
+    assert all(is_local(path) for path in ("./a", "/a/b", "../a", "a", "a/b/c", "decoder", "decoder/x"))
+    assert not any(is_local(path) for path in ("Qwen/Qwen3-8B", "OpenRLHF/prompt-collection-v0.1"))
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no_such_module_of_test:f", "No module named 'no_such_module_of_test'"),
+        ("rewards_of_test:nothing", "no attribute 'nothing'"),
+        ("rewards_of_test:number", "is a int, not a function"),
+        ("broken_of_test:f", "ZeroDivisionError"),
+        ("rewards_of_test:needs_more", "missing a required argument: 'difficulty'"),
+    ],
+)
+def test_reward_functions(place: Path, name: str, told: str) -> None:
+    (found,) = problems("grpo.yaml", f"rewards.0.function={name}")
+    assert told in found and "\n" not in found
+
+
+def test_reasoning_gym_rows_are_scored_by_the_package(tmp_path: Path) -> None:
+    from launch.tasks.reasoning_gym import rows, score
+
+    found = list(rows("gcd", 3, seed=0))
+    assert [row["prompt"][0]["role"] for row in found] == ["system"] * 3
+    answers = [f"so <answer>{json.loads(row['entry'])['answer']}</answer>" for row in found]
+    assert score([""] * 3, answers, entry=[row["entry"] for row in found]) == [1, 1, 1]
+    assert score([""] * 3, ["", "7", "<answer>no</answer>"], entry=[row["entry"] for row in found]) == [0, 0, 0]
+    assert not {row["entry"] for row in found} & {row["entry"] for row in rows("gcd", 3, seed=1)}
+    assert list(rows("boxnet", 1, seed=0)) == []  # it comes without an answer, so nothing could be rewarded
