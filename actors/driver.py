@@ -47,6 +47,7 @@ class Driver:
     def run(self, resume: bool) -> dict[str, Any]:
         """All steps, evaluations and checkpoints, then the exported model. Returns the run's summary."""
         recipe, folder, actor = self.recipe, self.folder, self.roles.actor
+        folder.log(0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data")
         frozen = self.roles.fingerprints()
         first = self.restore() + 1 if resume else 1
         self.roles.connect_engines(version=first - 1)

@@ -23,12 +23,12 @@ class Engines(WorkerGroup):
         super().__init__("engine", "actors.generation:GenerationEngine", options, concurrency=8)
 
     def begin(
-        self, model: ModelSettings, generation: GenerationSettings, device: Device, tokens: int, eos_token_id: int | None
+        self, model: ModelSettings, generation: GenerationSettings, device: Device, tokens: int, eos: int | None
     ) -> list[Any]:
-        """Start building the engines, for prompts + responses of up to `tokens`; returns pending results."""
+        """Start building engines for prompt + response of up to `tokens`, ended by `eos`; returns pending results."""
         return self.start(
             {"model": model, "generation": generation, "device": device, "max_model_tokens": tokens,
-             "eos_token_id": eos_token_id}
+             "eos_token_id": eos}
         )  # fmt: skip
 
     def generate(self, requests: Sequence[PromptRequest], deadline_s: float) -> list[Rollout]:

@@ -17,6 +17,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+import torch._dynamo.config
 
 from actors.settings import GenerationSettings
 from actors.weight_sync import OBJECT_STORE, Receipt
@@ -256,7 +257,7 @@ class GenerationEngine:
     def _add_probe(self, ids: list[int]) -> Future[list[float]]:
         if self._update_open:
             raise RuntimeError("engine is STALE: its weights are half replaced, there is nothing to probe")
-        # Whoever asks for prompt log-probs reads nothing from the prefix cache; the salt keeps others from reading this.
+        # A request for prompt log-probs reads nothing from the prefix cache; its salt keeps others from reading it.
         probe: Future[list[float]] = Future()
         self._probes[self._add(ids, salt=f"probe {self._requests}", max_tokens=1, prompt_logprobs=0)] = probe
         return probe
@@ -324,7 +325,7 @@ def _build_engine(model: ModelSettings, generation: GenerationSettings, device: 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # would take 6 s at the first token, for a helper of the sampler
+        torch._dynamo.config.disable = True  # compiling a helper of the sampler would hold the first token up by 6 s
         torch.set_num_threads(generation.threads)  # vLLM disables this function while it starts
         specific: dict[str, Any] = {
             "distributed_executor_backend": "uni",

@@ -60,7 +60,7 @@ class WorkerGroup:
         self.name = name
         remote = ray.remote(Host)
         self.handles = [
-            remote.options(max_concurrency=concurrency, **one).remote(target)  # type: ignore[attr-defined]
+            remote.options(max_concurrency=concurrency, **one).remote(target)
             for one in options
         ]
         self.nodes: list[str] = ["?"] * len(self.handles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -40,11 +41,7 @@ class Placement:
         cpus = sum(d.processes * d.threads for d in self.demands.values())
         if not ray.is_initialized():
             self.started_here = True
-            if self.cluster.address:
-                ray.init(self.cluster.address, log_to_driver=False)
-            else:  # CPUs are logical in Ray: a dry run may have more processes than cores
-                cores = os.cpu_count() or 1
-                ray.init(num_cpus=max(cores, cpus), include_dashboard=False, log_to_driver=False)
+            connect(self.cluster.address, cpus)
         try:
             self._reserve()
         except BaseException:
@@ -90,7 +87,8 @@ class Placement:
             if need > have.get(kind, 0.0):
                 roles = ", ".join(f"{n} {d.processes}" for n, d in self.demands.items())
                 raise UserError(
-                    [f"cluster: needs {need:.0f} {kind}s ({roles}) but Ray has {have.get(kind, 0.0):.0f}; add nodes or shrink"]
+                    f"cluster: {need:.0f} {kind}s are needed ({roles}), Ray has {have.get(kind, 0.0):.0f}: add nodes, "
+                    "or ask for fewer processes or threads"
                 )
         self.group = placement_group(bundles, strategy="PACK")
         if not self.group.wait(min(120.0, self.cluster.start_deadline_s)):
@@ -98,6 +96,15 @@ class Placement:
 
     def _gpus(self, demand: Demand) -> int:
         return demand.gpus if self.cluster.device == "cuda" else 0
+
+
+def connect(address: str | None, cpus: int) -> None:
+    """Join the Ray cluster at `address`, or start one here with room for `cpus` threads."""
+    if address:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    else:  # CPUs are logical in Ray: a dry run may have more processes than the machine has cores
+        cpus = max(cpus, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def environment(device: str, threads: int) -> dict[str, str]:

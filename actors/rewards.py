@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.functions import load_function
 from actors.groups import WorkerGroup
 from actors.settings import RewardSettings
 from learners.experience import Rollout
-from learners.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -24,20 +21,6 @@ class Candidate:
     rollout: Rollout
     prompt: str
     columns: dict[str, Any]
-
-
-def load_function(name: str) -> Callable[..., Sequence[float | None]]:
-    """Import "module:function". Raises UserError in one line when that is impossible."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # user code may raise anything at import
-        raise UserError(f"reward function {name}: cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise UserError(f"reward function {name}: is a {type(function).__name__}, not a function")
-    return function
 
 
 class FunctionReward:

@@ -9,12 +9,13 @@ from typing import Any
 
 from actors.engines import Engines
 from actors.evaluation import evaluate
+from actors.functions import load_function
 from actors.groups import WorkerGroup
 from actors.placement import Demand, Placement
-from actors.rewards import Rewards, load_function
+from actors.rewards import Rewards
 from actors.seeds import rows_of_step
 from actors.settings import GRPORecipe, PPORecipe
-from learners.data import Prompt, load_prompts
+from learners.data import Prompt, Rows, load_prompts
 from learners.grpo import GRPO
 from learners.models import load_tokenizer
 from learners.ppo import PPO
@@ -25,7 +26,7 @@ class RunData:
     """Everything that is read and checked before a model loads."""
 
     tokenizer: Any
-    prompts: list[Prompt]
+    prompts: Rows[Prompt]
     held_out: list[Prompt]
     test: list[Prompt]
 
@@ -145,8 +146,10 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
     )  # fmt: skip
     critic = reference = judge = None
     if isinstance(recipe, PPORecipe):
-        arguments = {"settings": recipe.critic, "value_clip": recipe.algorithm.value_clip, "total_steps": updates}
-        critic = begin("critic", "learners.critic:CriticLearner", arguments, ranks=True)
+        critic = begin(
+            "critic", "learners.critic:CriticLearner",
+            {"settings": recipe.critic, "value_clip": recipe.algorithm.value_clip, "total_steps": updates}, ranks=True,
+        )  # fmt: skip
     if needs_reference(recipe):
         reference = begin(
             "reference", "actors.scoring:ReferenceWorker",
@@ -156,13 +159,15 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
     for reward in recipe.rewards:
         role, budget = f"reward {reward.name}", reward.micro_batch_tokens
         if reward.kind == "model":
-            arguments = {"model": reward.model, "actor_model": model.path, "micro_batch_tokens": budget, "device": device}
-            begin(role, "actors.scoring:RewardWorker", arguments)
+            begin(
+                role, "actors.scoring:RewardWorker",
+                {"model": reward.model, "actor_model": model.path, "micro_batch_tokens": budget, "device": device},
+            )  # fmt: skip
         else:
             begin(role, "actors.rewards:FunctionReward", {"function": reward.function, "actor_model": model.path})
     if recipe.evaluation.function is not None:
-        arguments = {"function": recipe.evaluation.function, "actor_model": model.path}
-        judge = begin("judge", "actors.rewards:FunctionReward", arguments)
+        function = {"function": recipe.evaluation.function, "actor_model": model.path}
+        judge = begin("judge", "actors.rewards:FunctionReward", function)
 
     for group, pending in groups.values():
         group.gather(pending, "start", recipe.cluster.start_deadline_s)

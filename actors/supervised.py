@@ -13,11 +13,11 @@ import torch
 from actors.groups import WorkerGroup, gather_rows, scatter_rows
 from actors.placement import Demand, Placement
 from actors.run_folder import RunFolder
-from actors.seeds import rows_of_step
+from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
-from learners.data import Example, Pair, load_pairs, load_sft
+from learners.data import Example, Pair, Rows, load_pairs, load_sft
 from learners.experience import Experience
-from learners.models import is_encoder, load_config, load_tokenizer
+from learners.models import check_exportable_reward_model, is_encoder, load_config, load_tokenizer
 
 
 def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Supervised:
         """Reads and checks all data; raises UserError before any model loads."""
         self.recipe, path = recipe, recipe.learner.model.path
         self.tokenizer = load_tokenizer(path)
-        self.rows: Sequence[Example | Pair]
+        self.rows: Rows[Any]
         self.held_out: Sequence[Example | Pair]
         if isinstance(recipe, SFTRecipe):
             self.target, self.together, self.batch_of = "learners.sft:SFTLearner", 1, examples_batch
@@ -45,12 +45,15 @@ class Supervised:
             self.held_out = load_sft(recipe.held_out, self.tokenizer) if recipe.held_out else []
         else:
             self.target, self.together, self.batch_of = "learners.reward_model:RewardModelLearner", 2, pairs_batch
-            encoder = is_encoder(load_config(path))
+            config = load_config(path)
+            check_exportable_reward_model(config, self.tokenizer)
+            encoder = is_encoder(config)
             self.rows = load_pairs(recipe.data, self.tokenizer, encoder)
             self.held_out = load_pairs(recipe.held_out, self.tokenizer, encoder)
             self.calibration = (
                 load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
             )
+        self.dropped = self.rows.dropped
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
 
@@ -72,7 +75,7 @@ class Supervised:
                 if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
                     with folder.checkpoint(step) as path:
                         self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
-            summary = self.measure()
+            summary = self.measure() | {f"dropped/{why}": n for why, n in self.dropped.items()}
             if isinstance(recipe, RMRecipe) and self.calibration:
                 summary |= self.calibrate()
             self.wait(self.group.submit("export", str(folder.path / "model")), "export")
@@ -85,7 +88,8 @@ class Supervised:
         common = {"settings": self.recipe.learner, "total_steps": self.steps}
         if isinstance(self.recipe, SFTRecipe):
             return common
-        return {**common, "reward_model": self.recipe.reward_model, "pad_token_id": self.tokenizer.pad_token_id}
+        head = {"pad_token_id": self.tokenizer.pad_token_id, "seed": derive_seed(self.recipe.run.seed, "head")}
+        return {**common, **head, "reward_model": self.recipe.reward_model}
 
     def measure(self) -> dict[str, float]:
         """Metrics on the held-out rows, without learning."""

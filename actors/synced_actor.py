@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from actors.weight_sync import EngineClient, ObjectStoreSender, Receipt, SyncError, gpu_trainer_engine
+from actors.weight_sync import EngineClient, ObjectStoreSender, Receipt, gpu_trainer_engine
 from learners.actor import ActorLearner
 
 

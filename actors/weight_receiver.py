@@ -63,7 +63,7 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
             self.receipt.append((group["name"], group["digest"], group["names"]))
 
     def _fetch(self, group: dict[str, Any]) -> np.ndarray:
-        """The bytes of a group, in shared memory where they are on this node. Raises SyncError if they are not those sent."""
+        """The bytes of a group (shared memory, if they lie on this node). Raises SyncError if they are not those sent."""
         array = group["ref"]
         if not isinstance(array, np.ndarray):
             import ray
@@ -76,7 +76,7 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self.model.modules():
-            if isinstance(layer, ParallelLMHead):  # tied: nothing was loaded into it, and it still holds its packed copy
+            if isinstance(layer, ParallelLMHead):  # a tied one was not loaded: it still holds its packed copy
                 layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:

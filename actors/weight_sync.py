@@ -71,7 +71,7 @@ def _layout(meta: dict[str, Any]) -> tuple[list[tuple[int, int]], int]:
 
 
 def digest(data: np.ndarray) -> str:
-    return xxhash.xxh3_64_hexdigest(data)
+    return xxhash.xxh3_64_hexdigest(data.data)
 
 
 class EngineClient:
@@ -173,10 +173,11 @@ def gpu_trainer_engine(
             for names, tensors in source.iter_groups():
                 yield from zip(names, tensors, strict=True)
 
-    if backend == "nccl":
-        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=client.world_size, rank=rank)
-    else:
-        info = IPCTrainerInitInfo(rank=rank)
+    info = (
+        NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=client.world_size, rank=rank)
+        if backend == "nccl"
+        else IPCTrainerInitInfo(rank=rank)
+    )
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Gathered())
 
 

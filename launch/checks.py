@@ -341,7 +341,7 @@ def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
 def function_problems(recipe: Recipe) -> Iterator[Problem]:
     """Import the recipe's Python functions, as the workers will. User code may import anything, so this comes last."""
     for key, name, columns in _functions(recipe):
-        from actors.rewards import load_function
+        from actors.functions import load_function
 
         try:
             function = load_function(name)

@@ -7,7 +7,6 @@ the task and launch/recipes/demo_*.yaml for the settings.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import driver, supervised
+from actors.placement import connect
 from actors.sampling import sample_responses
 from actors.settings import GenerationSettings
 from launch.config import load_recipe
@@ -38,7 +38,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     demo = Demo(folder, seed)
-    ray.init(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
+    connect(None, cpus=8)  # one cluster for all phases
     try:
         summary = demo.run()
     finally:
@@ -85,19 +85,14 @@ class Demo:
         task.make_tokenizer(self.folder / "base")
         task.make_model(self.folder / "base", self.seed)
         task.write_rows(self.data / "sft.jsonl", task.make_demonstrations(SFT_EXAMPLES, self.seed))
-        for name, split, count in (
-            ("prompts", "train", RL_PROMPTS),
-            ("validation", "validation", VALIDATION_PROMPTS),
-            ("test", "test", TEST_PROMPTS),
-        ):
-            task.write_rows(self.data / f"{name}.jsonl", task.make_prompts(count, self.seed, split))
+        task.write_rows(self.data / "prompts.jsonl", task.make_prompts(RL_PROMPTS, self.seed, "train"))
+        task.write_rows(self.data / "validation.jsonl", task.make_prompts(VALIDATION_PROMPTS, self.seed, "validation"))
+        task.write_rows(self.data / "test.jsonl", task.make_prompts(TEST_PROMPTS, self.seed, "test"))
 
     def make_pairs(self) -> None:
-        """Sample the SFT model once per prompt: pairs to learn from, pairs to test on, and responses to calibrate on."""
-        train, test = (
-            [row["prompt"] for row in task.make_prompts(count, self.seed + 1, split)]
-            for split, count in (("train", PAIR_PROMPTS), ("test", TEST_PROMPTS))
-        )
+        """Sample the SFT model once per prompt: pairs to learn from, pairs to test on, responses to calibrate on."""
+        train = [row["prompt"] for row in task.make_prompts(PAIR_PROMPTS, self.seed + 1, "train")]
+        test = [row["prompt"] for row in task.make_prompts(TEST_PROMPTS, self.seed + 1, "test")]
         model = str(self.folder / "sft" / "model")
         responses = sample_responses(model, train + test, GenerationSettings(max_new_tokens=14), self.seed)
         sampled, sampled_test = ([[r] for r in part] for part in (responses[: len(train)], responses[len(train) :]))
@@ -110,7 +105,7 @@ class Demo:
         """The phase's recipe with this demo's folder and seed."""
         path = RECIPES / f"demo_{phase}.yaml"
         moved = [
-            f"{key}={str(self.folder / Path(value).relative_to('runs/demo'))}"
+            f"{key}={self.folder / Path(value).relative_to('runs/demo')!s}"
             for key, value in paths_in(yaml.safe_load(path.read_text()))
         ]
         return load_recipe(path, [*moved, f"run.seed={self.seed}"], phase)
@@ -136,7 +131,7 @@ class Demo:
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     seconds, pairs = summary["seconds"], summary["rm_pair_accuracy"]
-    rows = [("phase", "sampled", "greedy", "seconds")]
+    rows: list[tuple[str, ...]] = [("phase", "sampled", "greedy", "seconds")]
     for name, label in (("sft", "SFT"), ("ppo", "PPO"), ("grpo", "GRPO")):
         sampled, greedy = summary[f"{name}_accuracy"], summary[f"{name}_accuracy_greedy"]
         rows.append((label, f"{sampled:.3f}", f"{greedy:.3f}", f"{seconds[name]:.0f}"))

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: a table of results and the curves of runs, drawn as inline SVG. No network, no script."""
+"""One self-contained HTML page: a table of results and the curves of runs, as inline SVG. No network, no script."""
 
 from __future__ import annotations
 

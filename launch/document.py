@@ -23,10 +23,8 @@ _RESOLVERS = {
             ("null", r"~|null|Null|NULL|"),
             ("bool", r"true|True|TRUE|false|False|FALSE"),
             ("int", r"[-+]?(?:0|[1-9][0-9_]*)"),
-            (
-                "float",
-                r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
-            ),
+            ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
+            ("float", r"[-+]?\.inf|\.nan"),
             ("merge", r"<<"),
         )
     ]
@@ -34,7 +32,7 @@ _RESOLVERS = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS  # type: ignore[assignment]
+    yaml_implicit_resolvers = _RESOLVERS
 
 
 @dataclass

@@ -146,16 +146,16 @@ class Experience:
         """The given rows, trimmed to their own longest sequence and response."""
         index = torch.as_tensor(rows, dtype=torch.long)
         width, longest = _longest(self.response_lengths[index]), _longest(self.lengths[index])
-        picked: dict[str, Any] = {f.name: None if (x := getattr(self, f.name)) is None else x[index] for f in fields(self)}
+        picked = {f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None}
         for name in PER_TOKEN:
-            if picked[name] is not None:
+            if name in picked:
                 picked[name] = picked[name][:, :width]
         picked["input_ids"] = picked["input_ids"][:, :longest]
         return Experience(**picked)
 
     def to(self, device: str | torch.device) -> Experience:
-        moved: dict[str, Any] = {f.name: None if (x := getattr(self, f.name)) is None else x.to(device) for f in fields(self)}
-        return Experience(**moved)
+        known = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return Experience(**{name: x.to(device) for name, x in known.items()})
 
     def shard(self, ranks: int, group: int = 1) -> list[list[int]]:
         """Rows for each rank: consecutive `group` rows stay together, token counts are balanced, nothing is dropped.

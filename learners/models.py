@@ -90,8 +90,8 @@ def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if pad in (tokenizer.eos_token_id, *ends):
         raise UserError(
-            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers would read the score "
-            "before the EOS; give the tokenizer a PAD token of its own"
+            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers would read the "
+            "score before the EOS; give the tokenizer a PAD token of its own"
         )
 
 
@@ -135,8 +135,8 @@ def load_critic(settings: ModelSettings) -> Any:
     """A decoder with a value head on every token: a finished critic, or one begun from a reward or SFT model.
 
     From a reward model it takes the score head over, calibration folded in: values start as calibrated scores
-    of the text so far. From any other checkpoint the head is zero, and so are the values. Raises UserError for
-    an encoder, which would see the future, and for missing weights.
+    of the text so far. From any other checkpoint the head is zero, and so are the values. Raises UserError
+    for an encoder, which would see the future, and for missing weights.
     """
     config = load_config(settings.path)
     _refuse_encoder_decoder(config, settings.path)
@@ -259,7 +259,7 @@ def sequence_scores(
     """Raw score of each sequence, [B] in float32; the padding's side does not move it.
 
     A decoder's `score` head is applied at the last real token. An encoder goes through its own pooling, which
-    in many models reads the first column; position ids do not help that, so its rows always start in column 0.
+    in many models reads the first column; position ids do not help that: its rows always start in column 0.
     """
     if is_encoder(model.config):
         inputs = _inputs(model, batch.input_ids, batch.attention_mask, _first_position(model))

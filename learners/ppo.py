@@ -1,4 +1,4 @@
-"""PPO: dense rewards, GAE and the clipped Actor loss (Schulman et al. 2017; for language models Ziegler et al. 2019)."""
+"""PPO: dense rewards, GAE, clipped Actor loss (Schulman et al. 2017; for language models Ziegler et al. 2019)."""
 
 from __future__ import annotations
 

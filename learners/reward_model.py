@@ -26,10 +26,12 @@ class RewardModelLearner(ZeroEngine):
         settings: LearnerSettings,
         reward_model: RewardModelSettings,
         pad_token_id: int,
+        seed: int,
         total_steps: int,
         place: Place,
     ) -> None:
         self.reward_model = reward_model
+        torch.manual_seed(seed)  # draws the new head, the same on every rank
         super().__init__(load_reward_model(settings.model, pad_token_id), settings, place, total_steps)
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:

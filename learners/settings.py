@@ -111,7 +111,7 @@ class PromptData(DataSettings):
 class SFTData(DataSettings):
     prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     response_column: str = Field("response", description="column with the answer to learn")
-    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer examples are dropped and counted")
+    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer ones are dropped and counted")
 
 
 class PairData(DataSettings):

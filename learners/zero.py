@@ -41,7 +41,7 @@ class ZeroEngine:
         self.model, self.settings, self.place = model, settings, place
         self.device = f"cuda:{torch.cuda.current_device()}" if place.device == "cuda" else "cpu"
         if settings.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = make_optimizer(model, settings.optimizer)
         scale = schedule(settings.optimizer, total_steps)
         self.engine, *_ = deepspeed.initialize(
@@ -113,7 +113,8 @@ class ZeroEngine:
         names = sorted(totals)
         maxima = [n for n in names if n.startswith("max_")]
         means = [n for n in names if not n.startswith("max_")]
-        metrics = dict(zip(maxima, self._reduce([totals[n][0] for n in maxima], dist.ReduceOp.MAX).tolist(), strict=True))
+        largest = self._reduce([totals[n][0] for n in maxima], dist.ReduceOp.MAX)
+        metrics = dict(zip(maxima, largest.tolist(), strict=True))
         sums = self._reduce([x for n in means for x in totals[n]], dist.ReduceOp.SUM).reshape(-1, 2)
         for name, (total, count) in zip(means, sums.tolist(), strict=True):
             metrics[name] = total / count if count else 0.0
@@ -163,7 +164,7 @@ class ZeroEngine:
                 state.update(zip(names, (t.cpu() for t in tensors), strict=True))
         if self.place.rank == 0:
             state.update({n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()})
-            self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+            self.model.save_pretrained(folder, state_dict=state)
 
     def save(self, folder: str) -> None:
         """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every rank."""

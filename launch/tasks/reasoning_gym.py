@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import reasoning_gym  # type: ignore[import-untyped]
+import reasoning_gym
 import typer
-from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer  # type: ignore[import-untyped]
+from reasoning_gym.utils import SYSTEM_PROMPTS, extract_answer
 
 INSTRUCTION = SYSTEM_PROMPTS["default"]  # asks for the answer between <answer> and </answer>
 

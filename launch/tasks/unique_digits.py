@@ -67,10 +67,10 @@ def slip(prompt: str) -> str:
 
 
 def corrupt(text: str, rng: random.Random) -> str:
-    """A random small error in a right answer; always different from it."""
+    """A random small error in a right answer; always different from it, and never empty."""
     (edit,) = rng.choices(list(EDITS), list(EDITS.values()))
     changed = edit(text, rng)
-    return changed if changed != text else corrupt(text, rng)
+    return changed if changed not in (text, "") else corrupt(text, rng)
 
 
 def split_of(prompt: str) -> Split:
@@ -124,7 +124,7 @@ def make_pairs(prompts: Sequence[str], sampled: Sequence[Sequence[str]], seed: i
 
 
 def make_sampled_pairs(prompts: Sequence[str], sampled: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Preference pairs to measure with: rejected is the model's first wrong response; prompts without one are left out."""
+    """Preference pairs to measure with: rejected is the model's first wrong response, if there is one."""
     wrong = [[r for r in responses if r != answer(p)] for p, responses in zip(prompts, sampled, strict=True)]
     return [
         {"prompt": p, "chosen": answer(p), "rejected": responses[0]}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_recipes import DECODER, ENCODER, REWARD_MODEL, make_model, recipes
+
+from tests.launch.small_recipes import DECODER, ENCODER, REWARD_MODEL, make_model, recipes
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_recipes import DECODER, ENCODER, TOKENS, make_model
 
 from actors.settings import GRPORecipe, PPORecipe
 from launch.checks import function_problems, is_local
 from launch.config import KINDS, RecipeError, annotated, load_recipe, read_recipe
 from launch.keys import recipe_keys
+from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 

@@ -1,0 +1,28 @@
+.DEFAULT_GOAL := help
+.PHONY: help install demo check test test-all clean
+
+VENV := .venv
+DEVICE ?= cpu
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+install:  ## make .venv with everything locked (DEVICE=gpu for CUDA); quick when nothing changed
+	@docker/install.sh $(VENV) $(DEVICE)
+
+demo: install  ## SFT, reward model, PPO and GRPO on this machine, end to end (runs/demo)
+	$(VENV)/bin/quatuor demo
+
+check: install  ## lint, types and the tests without engines (under a minute)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -m "not engines"
+
+test: check  ## check, then the tests with the real engines (under 20 minutes, no root)
+	$(VENV)/bin/pytest -m engines --timeout 600
+
+test-all: test  ## everything; what CI runs
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,137 @@
+"""Real runs on a real cluster, each started once: what they left behind is what the tests look at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from actors import driver, supervised
+from actors.placement import connect
+from launch.config import load_recipe
+from launch.demo import RECIPES
+from launch.tasks import unique_digits as task
+
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its summary and everything in its folder."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Metrics of the training steps, in order."""
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["phase"] == "train"]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Runs the demo's recipes on small data, in one folder and one Ray cluster."""
+
+    folder: Path
+
+    def run(self, kind: str, name: str, *overrides: str, resume: bool = False) -> Run:
+        """Run a demo recipe with overrides; paths of data and models must be among them."""
+        folder = self.folder / name
+        fixed = [f"run.folder={folder}", f"run.seed={SEED}", "run.progress=false", "run.tensorboard=false"]
+        recipe = load_recipe(RECIPES / f"demo_{kind}.yaml", [*fixed, *overrides], kind)
+        module = supervised if kind in ("sft", "rm") else driver
+        return Run(folder, module.run(recipe, resume=resume))
+
+    def reinforce(self, kind: str, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
+        """Run PPO or GRPO from an SFT run."""
+        data = self.folder / "data"
+        paths = [
+            f"actor.model.path={sft.model}",
+            f"prompts.path={data / 'prompts.jsonl'}",
+            f"evaluation.prompts.path={data / 'validation.jsonl'}",
+            f"evaluation.test_prompts.path={data / 'test.jsonl'}",
+            "evaluation.greedy=false",
+        ]
+        return self.run(kind, name, *paths, *overrides, resume=resume)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("runs")
+    task.make_tokenizer(folder / "base")
+    task.make_model(folder / "base", SEED)
+    task.write_rows(folder / "data" / "sft.jsonl", task.make_demonstrations(8000, SEED))
+    for name, split, count in (("prompts", "train", 1000), ("validation", "validation", 100), ("test", "test", 400)):
+        task.write_rows(folder / "data" / f"{name}.jsonl", task.make_prompts(count, SEED, split))
+    rows = [row["prompt"] for row in task.make_prompts(3000, SEED, "train")]
+    pairs = task.make_pairs(rows, [[task.slip(prompt)] for prompt in rows], SEED)
+    task.write_rows(folder / "data" / "pairs.jsonl", pairs[:-200])
+    task.write_rows(folder / "data" / "pairs_test.jsonl", pairs[-200:])
+    connect(None, cpus=12)
+    yield Workshop(folder)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def sft(workshop: Workshop) -> Run:
+    """An SFT model that is right in roughly two of five answers."""
+    base, data = workshop.folder / "base", workshop.folder / "data" / "sft.jsonl"
+    return workshop.run(
+        "sft", "sft", f"learner.model.path={base}", f"data.path={data}", "train.steps=120",
+        f"held_out.path={data}", "held_out.limit=64", "learner.optimizer.warmup_steps=20",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def reward_model(workshop: Workshop, sft: Run) -> Run:
+    """A decoder reward model, left-padded in training, calibrated."""
+    data = workshop.folder / "data"
+    return workshop.run(
+        "rm", "rm", f"learner.model.path={sft.model}", f"data.path={data / 'pairs.jsonl'}", "train.steps=40",
+        f"held_out.path={data / 'pairs_test.jsonl'}", "reward_model.padding_side=left",
+        f"reward_model.calibration.path={data / 'sft.jsonl'}", "reward_model.calibration.limit=200",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoder_reward_model(workshop: Workshop) -> Run:
+    """A BERT-style reward model with a tokenizer of its own."""
+    base, data = workshop.folder / "encoder", workshop.folder / "data"
+    make_encoder(base)
+    return workshop.run(
+        "rm", "rm_encoder", f"learner.model.path={base}", f"data.path={data / 'pairs.jsonl'}", "train.steps=40",
+        f"held_out.path={data / 'pairs_test.jsonl'}", "reward_model.calibration=null",
+        "learner.zero_stage=3", "learner.micro_batch_tokens=700",
+    )  # fmt: skip
+
+
+def make_encoder(folder: Path) -> None:
+    """Save an untrained BERT of two layers and a character tokenizer with [CLS] and [SEP]."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *task.CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(str(folder))
+    torch.manual_seed(SEED)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128, max_position_embeddings=64, pad_token_id=0, architectures=["BertModel"],
+    )  # fmt: skip
+    BertModel(config).save_pretrained(str(folder))

@@ -1,0 +1,68 @@
+"""SFT and reward-model training with the real learners on two ranks, and what they export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from actors.rewards import Candidate
+from actors.scoring import RewardWorker
+from learners.experience import Rollout
+from learners.settings import ModelSettings
+from tests.e2e.conftest import Run
+
+pytestmark = pytest.mark.engines
+
+
+def test_sft_learns_the_answers(sft: Run) -> None:
+    assert sft.steps[-1]["loss"] < 0.5 * sft.steps[0]["loss"]
+    assert sft.summary["held_out/loss"] < 0.5 * sft.steps[0]["loss"]
+
+
+def test_the_decoder_reward_model_wins_held_out_pairs(reward_model: Run) -> None:
+    assert reward_model.summary["held_out/accuracy"] > 0.8
+    assert reward_model.summary["held_out/margin"] > 0
+
+
+def test_the_encoder_reward_model_learns(encoder_reward_model: Run) -> None:
+    losses = [step["loss"] for step in encoder_reward_model.steps]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+
+
+def test_calibration_is_saved_with_the_model(reward_model: Run) -> None:
+    config = json.loads((reward_model.model / "config.json").read_text())
+    assert config["score_mean"] == pytest.approx(reward_model.summary["calibration/mean"])
+    assert config["score_std"] == pytest.approx(reward_model.summary["calibration/std"])
+
+
+@pytest.mark.parametrize("which", ["reward_model", "encoder_reward_model"])
+def test_our_worker_and_plain_transformers_give_the_same_score(
+    which: str, sft: Run, request: pytest.FixtureRequest
+) -> None:
+    """The exported folder alone, head included, is the reward model."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run: Run = request.getfixturevalue(which)
+    worker = RewardWorker(ModelSettings(path=str(run.model)), str(sft.model), 1000, "cpu")
+    actor = AutoTokenizer.from_pretrained(sft.model)
+    texts = [("uniq:800299=", "0289"), ("uniq:5111=", "15"), ("uniq:1234567890=", "0123456789")]
+    candidates = [
+        Candidate(
+            Rollout(i, i, 0, actor(prompt)["input_ids"], [*actor(answer, add_special_tokens=False)["input_ids"], 2],
+                    [], "stop", (0, 0)),
+            prompt, {},
+        )
+        for i, (prompt, answer) in enumerate(texts)
+    ]  # fmt: skip
+    ours = torch.tensor(worker.scores(candidates)) * worker.calibration.std + worker.calibration.mean
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(run.model, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    end = "" if which == "encoder_reward_model" else tokenizer.eos_token
+    inputs = tokenizer([p + a + end for p, a in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+    assert torch.allclose(ours, plain, atol=1e-4)
