@@ -17,7 +17,6 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-import torch._dynamo.config
 
 from actors.settings import GenerationSettings
 from actors.weight_sync import OBJECT_STORE, Receipt
@@ -75,7 +74,8 @@ class GenerationEngine:
 
         `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only by its length).
         """
-        self.device, self.eos_token_id, self.version = device, eos_token_id, 0
+        self.device, self.max_model_tokens, self.eos_token_id = device, max_model_tokens, eos_token_id
+        self.version = 0
         self._stale = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._declared: list[str] = []  # names a GPU backend said it would send
@@ -89,7 +89,7 @@ class GenerationEngine:
         self._thread = threading.Thread(target=self._loop, name="generation", daemon=True)
         self._thread.start()
         try:
-            self._build(model, generation, max_model_tokens)
+            self._build(model, generation)
         except BaseException:
             self.close()
             raise
@@ -227,8 +227,8 @@ class GenerationEngine:
         self._end = RuntimeError("the engine was closed")
 
     @in_loop
-    def _build(self, model: ModelSettings, generation: GenerationSettings, max_model_tokens: int) -> None:
-        self._engine = _build_engine(model, generation, self.device, max_model_tokens)
+    def _build(self, model: ModelSettings, generation: GenerationSettings) -> None:
+        self._engine = _build_engine(model, generation, self.device, self.max_model_tokens)
 
     @in_loop
     def _admit(self, groups: list[_Group]) -> None:
@@ -268,6 +268,10 @@ class GenerationEngine:
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        if len(ids) >= self.max_model_tokens:
+            raise ValueError(
+                f"{len(ids)} tokens leave no room for another: prompt + response fit {self.max_model_tokens}"
+            )
         self._requests += 1
         name, kind = str(self._requests), RequestOutputKind.FINAL_ONLY
         sampling = SamplingParams(**params, flat_logprobs=True, detokenize=False, output_kind=kind)
@@ -325,7 +329,9 @@ def _build_engine(model: ModelSettings, generation: GenerationSettings, device: 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
-        torch._dynamo.config.disable = True  # compiling a helper of the sampler would hold the first token up by 6 s
+        from torch._dynamo import config as compiler
+
+        compiler.disable = True  # compiling a helper of the sampler would hold the first token up by 6 s
         torch.set_num_threads(generation.threads)  # vLLM disables this function while it starts
         specific: dict[str, Any] = {
             "distributed_executor_backend": "uni",

@@ -63,7 +63,7 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
             self.receipt.append((group["name"], group["digest"], group["names"]))
 
     def _fetch(self, group: dict[str, Any]) -> np.ndarray:
-        """The bytes of a group (shared memory, if they lie on this node). Raises SyncError if they are not those sent."""
+        """The bytes of a group (shared memory if they lie on this node). SyncError if they are not those sent."""
         array = group["ref"]
         if not isinstance(array, np.ndarray):
             import ray

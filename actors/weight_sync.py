@@ -54,9 +54,7 @@ def unpack_group(meta: dict[str, Any], packed: Tensor) -> list[tuple[str, Tensor
     places, _ = _layout(meta)
     return [
         (name, packed[start:stop].view(getattr(torch, dtype)).view(shape))
-        for name, dtype, shape, (start, stop) in zip(
-            meta["names"], meta["dtypes"], meta["shapes"], places, strict=True
-        )
+        for name, dtype, shape, (start, stop) in zip(meta["names"], meta["dtypes"], meta["shapes"], places, strict=True)
     ]
 
 

@@ -57,7 +57,9 @@ fi
 rm -f "$stamp"
 export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
-# Packages come compiled when they are imported first (below): compiling all 35,000 files takes longer than installing them.
+# Byte code is written for what is imported (the check below imports what a run does): writing it for all 29,000 files
+# takes longer than installing them.
+unset PYTHONDONTWRITEBYTECODE
 pip_install() {
     "$venv/bin/python" -m pip install -qq --no-deps --no-compile --no-build-isolation "$@"
 }
@@ -76,41 +78,20 @@ install_torch() {
     pip_install --index-url https://download.pytorch.org/whl/cpu "$torch"
 }
 
-# DeepSpeed compiles its shared-memory collectives on first use, behind a lock file that a killed run leaves for ever.
-# Built into the package there is no compiler, no lock and no wait when a run starts.
-build_deepspeed() {
-    rm -rf "$wheels.new"
-    CFLAGS=-g0 DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=1 DS_ENABLE_NINJA=1 "$venv/bin/python" -m pip wheel -qq --no-deps \
-        --no-build-isolation --no-cache-dir --no-binary deepspeed --wheel-dir "$wheels.new" "$(locked deepspeed)"
-    mv "$wheels.new" "$wheels"
-}
-
 say "pip and PyTorch ($lock)"
 mapfile -t tools < <(locked 'pip|setuptools')
 pip_install "${tools[@]}"
 install_torch
 needs='filelock|fsspec|jinja2|markupsafe|mpmath|networkx|ninja|numpy|packaging|psutil|py-cpuinfo|sympy|typing-extensions'
-mapfile -t needs < <(locked "$needs|nvidia-.*|triton")
+mapfile -t needs < <(locked "$needs|cuda-.*|nvidia-.*|triton")
 pip_install "${needs[@]}"
 
-wheels=$venv/wheels/$(locked 'deepspeed|torch' | tr '\n' '-')$tag
-builder=
-if [ ! -d "$wheels" ]; then
-    say "compiling DeepSpeed's shared-memory operations in the background (about a minute)"
-    mkdir -p "$venv/wheels"
-    build_deepspeed &
-    builder=$!
-    trap 'kill "$builder" 2>/dev/null || true' EXIT
-fi
 say "$(grep -c == "$lock") packages"
-grep -vE '^(deepspeed|torch)==' "$lock" >"$venv/rest.txt"
+grep -v '^torch==' "$lock" >"$venv/rest.txt"
 pip_install -r "$venv/rest.txt"
 pip_install --editable .
-if [ -n "$builder" ]; then wait "$builder" || die "DeepSpeed's operations did not compile (see above)"; fi
-trap - EXIT
-pip_install --force-reinstall "$wheels"/deepspeed-*.whl
 
 say "checking that everything imports"
-env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" docker/check_install.py
+"$venv/bin/python" docker/check_install.py >/dev/null
 echo "$state" >"$stamp"
 say "done"

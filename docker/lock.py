@@ -1,7 +1,7 @@
-"""Write the lock file of the Python that runs this: `python3.12 docker/lock.py cpu` (or gpu), nothing is installed.
+"""Write the lock file of the Python that runs this: `python3.12 docker/lock.py cpu` (or gpu). Installs nothing.
 
-setup.cfg says what we need; pip resolves it. The versions of requirements-cpu-py311.txt, the set our tests run on, are
-kept everywhere they resolve; `--upgrade` lets go of them.
+setup.cfg says what we need and pip resolves it. The versions of requirements-cpu-py311.txt, the set our tests
+run on, are kept in every lock file; `--upgrade` lets go of them.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TESTED = HERE / "requirements-cpu-py311.txt"
 
-# Versions the CUDA build of vLLM fixes and the CPU build does not.
-OF_VLLM_ON_GPU = {"apache-tvm-ffi", "torch"}
+# The CUDA builds of torch and vLLM fix the versions of these.
+OWN_ON_GPU = {"apache-tvm-ffi", "torch", "triton"}
 # vLLM asks for these and runs without them; on a CPU their builds do not match torch and break every import.
 LEFT_OUT_ON_CPU = {"torchaudio", "torchcodec", "torchvision"}
-# What the CPU build of torch requires, so that it resolves on a machine that cannot reach PyTorch's own index.
+# What the CPU build of torch requires, for machines that cannot reach PyTorch's own index.
 TORCH_REQUIRES = [
     "filelock",
     "fsspec>=0.8.5",
@@ -64,14 +64,15 @@ def resolve(variant: str, upgrade: bool) -> dict[str, str]:
     wanted, torch = requirements(variant)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # "===" is the one comparison by which 2.13.0 is not also 2.13.0+cpu.
+        wanted.append(f"torch==={torch}" if variant == "gpu" else f"torch=={torch}+cpu")
         if variant == "cpu":
-            wanted.append(f"torch=={torch}+cpu")
             stand_in(folder, "torch", f"{torch}+cpu", TORCH_REQUIRES)
             for package in LEFT_OUT_ON_CPU:
                 stand_in(folder, package, "999", [])
         kept = folder / "kept.txt"
         pins = TESTED.read_text().splitlines() if TESTED.exists() and not upgrade else []
-        free = OF_VLLM_ON_GPU if variant == "gpu" else set()
+        free = OWN_ON_GPU if variant == "gpu" else set()
         kept.write_text("\n".join(pin for pin in pins if pin.split("==")[0] not in free))
         report = folder / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]
@@ -93,11 +94,12 @@ def main() -> None:
     path = HERE / f"requirements-{options.variant}-py{python.replace('.', '')}.txt"
     header = [
         f"# The complete {options.variant.upper()} set for Linux on x86_64 and Python {python}.",
-        f"# Installed with --no-deps by install.sh; written by: python{python} docker/lock.py {options.variant}",
+        f"# Installed by install.sh, with --no-deps; written by python{python} docker/lock.py {options.variant}",
     ]
     if path != TESTED:
         header.append("# Resolved only: the set that is installed and tested is requirements-cpu-py311.txt.")
-    path.write_text("\n".join([*header, *(f"{name}=={version}" for name, version in pins.items())]) + "\n")
+    lines = [f"{name}{'===' if name == 'torch' else '=='}{version}" for name, version in pins.items()]
+    path.write_text("\n".join(header + lines) + "\n")
     print(f"{path.name}: {len(pins)} packages")
 
 

@@ -1,0 +1,133 @@
+"""GenerationEngine on real vLLM: what comes out is what the model says, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from learners.experience import PromptRequest, Rollout
+from tests.actors.tiny_models import EOS, THREADS, VOCAB, Served, logprobs, save_model, start_engine
+
+pytestmark = pytest.mark.engines
+
+
+def request(slot: int, temperature: float = 1.0, size: int = 4, tokens: int = 20) -> PromptRequest:
+    seeds = tuple(range(100 * slot, 100 * slot + size))
+    return PromptRequest(slot + 7, slot, [1, 5 + slot, 9], size, temperature, tokens, seeds)
+
+
+def rollouts(served: Served, requests: list[PromptRequest]) -> list[Rollout]:
+    """All samples, ordered by slot and sample."""
+    groups = [group for groups in served.engine.generate(requests) for group in groups]
+    return [rollout for group in sorted(groups, key=lambda g: g[0].slot) for rollout in group]
+
+
+def assert_logprobs(served: Served, samples: list[Rollout], temperature: float) -> None:
+    for sample in samples:
+        expected = logprobs(served.model, sample.prompt_ids + sample.response_ids, temperature)
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected[-len(sample.logprobs) :], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_transformers_after_temperature(served: Served, temperature: float) -> None:
+    assert_logprobs(served, rollouts(served, [request(i, temperature) for i in range(4)]), temperature)
+
+
+def test_groups_are_complete(served: Served) -> None:
+    requests = [request(i, size=1 + i % 4) for i in range(16)]
+    groups = [group for groups in served.engine.generate(requests) for group in groups]
+    assert sorted(group[0].slot for group in groups) == list(range(16))
+    samples = [sample for group in groups for sample in group]
+    for group in groups:
+        wanted = requests[group[0].slot]
+        assert [s.sample_index for s in group] == list(range(wanted.group_size))
+        assert {(s.prompt_index, s.slot) for s in group} == {(wanted.prompt_index, wanted.slot)}
+        assert all(s.prompt_ids == wanted.prompt_ids and s.weight_versions == (0, 0) for s in group)
+    for sample in samples:
+        assert len(sample.response_ids) == len(sample.logprobs) <= 20
+        assert all(0 <= i < VOCAB for i in sample.response_ids)
+        assert EOS not in sample.response_ids[:-1]
+        assert (sample.finish_reason == "stop") == (sample.response_ids[-1] == EOS)  # the EOS stays, with a log-prob
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+
+
+def test_the_same_seed_gives_the_same_sample_in_any_company(served: Served) -> None:
+    together = rollouts(served, [request(i) for i in range(6)])
+    alone = rollouts(served, [request(3)])
+    assert [s.response_ids for s in alone] == [s.response_ids for s in together if s.slot == 3]
+    assert len({tuple(s.response_ids) for s in alone}) == 4
+    unseeded = [replace(request(3), seeds=None)]
+    assert {tuple(s.response_ids) for s in rollouts(served, unseeded)} != {tuple(s.response_ids) for s in alone}
+
+
+def test_greedy_takes_the_likeliest_token_and_reports_logprobs_at_temperature_1(served: Served) -> None:
+    # in company of sampled requests: vLLM computes both kinds in one batch
+    samples = rollouts(served, [request(0, temperature=0.0, size=2), request(1, temperature=0.5)])
+    greedy = [s for s in samples if s.slot == 0]
+    assert greedy[0].response_ids == greedy[1].response_ids
+    ids = greedy[0].prompt_ids + greedy[0].response_ids
+    with torch.no_grad():
+        likeliest = served.model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+    assert likeliest[2:-1] == greedy[0].response_ids
+    assert_logprobs(served, greedy, 1.0)
+
+
+def test_calls_from_several_threads_do_not_mix(served: Served) -> None:
+    def ids(slot: int) -> list[list[int]]:
+        return [s.response_ids for s in rollouts(served, [request(slot)])]
+
+    alone = [ids(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ids, range(4))) == alone
+
+
+def test_the_loop_computes_with_the_threads_it_was_given(served: Served) -> None:
+    assert served.engine.status() == {"version": 0, "stale": False, "running": 0, "threads": THREADS}
+
+
+def test_a_prompt_that_does_not_fit_is_refused_and_nothing_of_its_call_runs(served: Served) -> None:
+    too_long = replace(request(1), prompt_ids=[1] * 500)
+    with pytest.raises(ValueError, match="500 tokens leave no room"):
+        next(served.engine.generate([request(0), too_long]))
+    assert served.engine.status()["running"] == 0
+
+
+def test_closing_the_generator_aborts_what_is_unfinished(served: Served) -> None:
+    short, long = request(0, size=1, tokens=1), request(1, size=4, tokens=150)
+    stream = served.engine.generate([short, long])
+    assert [group[0].slot for group in next(stream)] == [0]
+    assert served.engine.status()["running"] > 0
+    stream.close()
+    assert served.engine.status()["running"] == 0
+
+
+def test_when_the_loop_dies_everyone_who_waits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, seed=0, tied=True)
+    engine = start_engine(tmp_path)
+    release = threading.Event()
+
+    def failing_step() -> None:
+        release.wait(20)
+        raise MemoryError("no more memory")
+
+    monkeypatch.setattr(engine._engine, "step", failing_step)
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(lambda i=i: list(engine.generate([request(i)]))) for i in range(2)]
+        waiting.append(threads.submit(engine.probe_logprobs, [1, 3, 4]))
+        release.set()
+        for one in waiting:
+            with pytest.raises(RuntimeError, match="no more memory"):
+                one.result(20)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        engine.status()
+    engine.close()
+
+
+def test_an_engine_that_cannot_start_raises(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="config"):
+        start_engine(tmp_path)

@@ -1,0 +1,554 @@
+"""ZeroEngine and its roles on real ranks, against one optimizer step of plain PyTorch, one sequence at a time."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from learners.experience import Experience
+from learners.models import load_causal_lm, load_critic, load_reward_model, read_calibration
+from learners.settings import (
+    GRPOSettings,
+    LearnerSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PPOSettings,
+    RewardModelSettings,
+)
+from tests.learners.ranks import Ranks
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
+
+PAD, SEED, TOTAL_STEPS, TEMPERATURE, VALUE_CLIP = 39, 5, 10, 0.7, 0.2
+CLIP_LOW, CLIP_HIGH, KL_BETA, CENTRING = 0.2, 0.3, 0.1, 0.05
+ROLES = ("ppo", "grpo", "critic", "reward", "sft")
+STAGES = (0, 1, 2, 3)
+ONE_EACH, UNEVEN, WHOLE = 1, 40, 10_000  # micro-batch budgets in tokens
+NAN = float("nan")
+
+SGD = OptimizerSettings(kind="sgd", learning_rate=0.1, max_grad_norm=0.2, warmup_steps=1)  # clips every step
+# eps: where a gradient is exactly 0, AdamW would otherwise turn rounding errors into whole steps
+ADAMW = OptimizerSettings(
+    kind="adamw", learning_rate=3e-4, max_grad_norm=0, weight_decay=0.1, eps=1e-5, warmup_steps=1
+)
+
+
+# -- what runs on the ranks ----------------------------------------------------------------------------------
+
+
+def learner(place, role, settings):
+    from learners.actor import ActorLearner
+    from learners.critic import CriticLearner
+    from learners.grpo import GRPO
+    from learners.ppo import PPO
+    from learners.reward_model import RewardModelLearner
+    from learners.sft import SFTLearner
+
+    clips = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
+    match role:
+        case "ppo":
+            return ActorLearner(settings, PPO(PPOSettings(**clips)), TEMPERATURE, 32, TOTAL_STEPS, place)
+        case "grpo":
+            grpo = GRPO(GRPOSettings(**clips, kl_beta=KL_BETA), 2)
+            return ActorLearner(settings, grpo, TEMPERATURE, 32, TOTAL_STEPS, place)
+        case "critic":
+            return CriticLearner(settings, VALUE_CLIP, TOTAL_STEPS, place)
+        case "reward":
+            return RewardModelLearner(
+                settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place
+            )
+        case "sft":
+            return SFTLearner(settings, TOTAL_STEPS, place)
+
+
+def share(place, role, batch):
+    return batch.select(batch.shard(place.world_size, 2 if role == "reward" else 1)[place.rank])
+
+
+def weights_of(engine):
+    return torch.cat([tensor.float().flatten() for _, tensors in engine.iter_groups() for tensor in tensors])
+
+
+def train(place, role, settings, batch, steps=2):
+    engine = learner(place, role, settings)
+    shard = share(place, role, batch)
+    return [engine.train(shard) for _ in range(steps)], weights_of(engine)
+
+
+def measure_then_train(place, role, settings, batch):
+    engine = learner(place, role, settings)
+    shard = share(place, role, batch)
+    return engine.measure(shard), engine.train(shard), weights_of(engine)
+
+
+def train_from_own_logprobs(place, settings, batch, rows):
+    """Two steps on `rows` whose old log-probs this Actor has just read, in other micro-batches."""
+    engine = learner(place, "ppo", settings)
+    indices = batch.shard(place.world_size)[place.rank]
+    shard = batch.select(indices)
+    shard = replace(shard, old_logprobs=engine.infer(shard))
+    mini_batch = shard.select([i for i, row in enumerate(indices) if row in rows])
+    return [engine.train(mini_batch) for _ in range(2)]
+
+
+def infer(place, role, settings, batch):
+    engine = learner(place, role, settings)
+    outputs = engine.infer(share(place, role, batch))
+    return outputs, engine.probe(batch.input_ids[0, :5].tolist()) if role == "ppo" else None
+
+
+def save_and_continue(place, settings, batch, folder):
+    engine = learner(place, "ppo", settings)
+    shard = share(place, "ppo", batch)
+    engine.train(shard)
+    engine.save(folder)
+    return [engine.train(shard) for _ in range(2)], weights_of(engine)
+
+
+def load_and_continue(place, settings, batch, folder):
+    engine = learner(place, "ppo", settings)
+    shard = share(place, "ppo", batch)
+    engine.load(folder)
+    return [engine.train(shard) for _ in range(2)], weights_of(engine)
+
+
+def load_elsewhere(place, settings, folder):
+    try:
+        learner(place, "ppo", settings).load(folder)
+    except ValueError as error:
+        return str(error)
+
+
+def train_and_export(place, role, settings, batch, folder):
+    engine = learner(place, role, settings)
+    shard = share(place, role, batch)
+    engine.train(shard)
+    if role == "reward":
+        engine.calibrate(0.5, 2.0)
+    engine.export(folder)
+    return engine.infer(shard), [tuple(entry) for entry in engine.metadata()]
+
+
+def factors(place, settings, steps, total_steps):
+    from learners.zero import schedule
+
+    factor = schedule(settings, total_steps)
+    return [factor(i) for i in range(steps)]
+
+
+# -- the reference: plain PyTorch ----------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    weights: torch.Tensor
+    losses: list[float]
+    norms: list[float]
+
+
+def load(role, settings):
+    if role == "reward":
+        torch.manual_seed(SEED)
+        return load_reward_model(settings, PAD)
+    return load_critic(settings) if role == "critic" else load_causal_lm(settings)
+
+
+def sequences(batch):
+    """(ids, prompt length) of every row, without padding."""
+    return [
+        (ids[: p + r], p)
+        for ids, p, r in zip(
+            batch.input_ids, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True
+        )
+    ]
+
+
+def plain_outputs(model, role, batch):
+    """Per row: log-probs or values of its response tokens, or its score."""
+    outputs = []
+    for ids, prompt in sequences(batch):
+        logits = model(ids[None]).logits[0]
+        if role == "reward":
+            outputs.append(logits[0])
+        elif role == "critic":
+            outputs.append(logits[prompt - 1 : -1, 0])
+        else:
+            logprobs = (logits[prompt - 1 : -1] / (1.0 if role == "sft" else TEMPERATURE)).log_softmax(-1)
+            outputs.append(logprobs.gather(1, ids[prompt:, None])[:, 0])
+    return outputs
+
+
+def plain_loss(model, role, batch):
+    outputs = plain_outputs(model, role, batch)
+    if role == "reward":
+        chosen, rejected = torch.stack(outputs[::2]), torch.stack(outputs[1::2])
+        per_pair = -F.logsigmoid(chosen - rejected - batch.margins[::2]) + CENTRING * (chosen + rejected) ** 2
+        return per_pair.mean()
+
+    per_sequence = []
+    for i, output in enumerate(outputs):
+        valid = batch.mask[i, : len(output)]
+        new = output[valid]
+
+        def known(field, i=i, n=len(output), valid=valid):
+            return field[i, :n][valid]
+
+        if role == "sft":
+            loss = -new
+        elif role == "critic":
+            old, target = known(batch.values), known(batch.returns)
+            clipped = old + (new - old).clamp(-VALUE_CLIP, VALUE_CLIP)
+            loss = 0.5 * torch.maximum((new - target) ** 2, (clipped - target) ** 2)
+        else:
+            ratio, advantage = (new - known(batch.old_logprobs)).exp(), known(batch.advantages)
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+        if role == "grpo":
+            difference = known(batch.ref_logprobs) - new
+            loss = loss + KL_BETA * (difference.exp() - difference - 1)
+        if len(loss):
+            per_sequence.append(loss)
+    return torch.stack([x.mean() for x in per_sequence]).mean() if role == "grpo" else torch.cat(per_sequence).mean()
+
+
+def plain_training(role, model_settings, optimizer_settings, batch, steps=2):
+    model, s = load(role, model_settings), optimizer_settings
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if s.kind == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=s.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.eps)
+    losses, norms = [], []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = s.learning_rate * (0.5, 1.0)[step]  # one step of warm-up
+        optimizer.zero_grad()
+        loss = plain_loss(model, role, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or float("inf"))
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return Reference(torch.cat([p.detach().flatten() for p in model.parameters()]), losses, norms)
+
+
+# -- fixtures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """ranks[n] is a pool of n processes."""
+    pools = {n: Ranks(n) for n in (1, 2)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Folders of tiny models: a decoder with tied and with untied embeddings, and a reward model."""
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("tied", "untied", "reward")}
+    for name in ("tied", "untied"):
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, tie_word_embeddings=name == "tied", initializer_range=0.1,
+            eos_token_id=2, pad_token_id=PAD,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).save_pretrained(folders[name])
+    load("reward", ModelSettings(path=folders["tied"])).save_pretrained(folders["reward"])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def model_of(paths):
+    """Where each role begins."""
+    starts = {"ppo": "tied", "grpo": "untied", "critic": "reward", "reward": "untied", "sft": "untied"}
+    return {role: ModelSettings(path=paths[name]) for role, name in starts.items()}
+
+
+@pytest.fixture(scope="module")
+def batches(model_of):
+    """Seven samples of very different lengths, one without a response and one unscorable; or four pairs."""
+    draw = torch.Generator().manual_seed(1)
+    prompt_lengths, response_lengths = (2, 1, 7, 3, 4, 1, 12), (1, 17, 3, 9, 0, 26, 6)
+
+    def ids(lengths):
+        return [torch.randint(3, PAD, (n,), generator=draw).tolist() for n in lengths]
+
+    samples = Experience.from_ids(ids(prompt_lengths), ids(response_lengths))
+    behind = ~samples.mask
+
+    def noise(scale):
+        return torch.randn(samples.mask.shape, generator=draw) * scale
+
+    filled = {}
+    for role in ("ppo", "grpo", "critic", "sft"):
+        with torch.no_grad():
+            outputs = plain_outputs(load(role, model_of[role]), role, samples)
+        now = torch.stack([F.pad(row, (0, behind.shape[1] - len(row))) for row in outputs])
+        known = {
+            "old_logprobs": now + noise(0.2),  # some ratios are clipped, some are not
+            "ref_logprobs": now + noise(0.2),
+            "values": now + noise(0.2),
+            "advantages": noise(1.0),
+            "returns": noise(1.0),
+        }
+        valid = (torch.arange(7) != 2)[:, None].expand_as(behind)
+        known = {name: x.masked_fill(behind, NAN) for name, x in known.items()}  # garbage that nobody may read
+        filled[role] = replace(samples, **known, valid=valid)
+
+    prompts = ids((2, 9, 1, 5))
+    answers = ids((1, 14, 20, 2, 3, 3, 11, 30))
+    pairs = Experience.from_ids([prompts[i // 2] for i in range(8)], answers)
+    filled["reward"] = replace(pairs, margins=torch.tensor([0.0, 0.5, 1.0, 0.2]).repeat_interleave(2))
+    return filled
+
+
+@pytest.fixture(scope="module")
+def reference(model_of, batches):
+    """reference(role, optimizer, rows) is the plain training, computed once."""
+    seen = {}
+
+    def training(role, optimizer, rows=None):
+        key = role, optimizer.kind, rows
+        if key not in seen:
+            batch = batches[role] if rows is None else batches[role].select(rows)
+            seen[key] = plain_training(role, model_of[role], optimizer, batch)
+        return seen[key]
+
+    return training
+
+
+@pytest.fixture(scope="module")
+def settings_of(model_of):
+    def settings(role, stage, budget=UNEVEN, optimizer=SGD, path=None):
+        model = model_of[role] if path is None else ModelSettings(path=path)
+        return LearnerSettings(model=model, zero_stage=stage, micro_batch_tokens=budget, optimizer=optimizer)
+
+    return settings
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def assert_trained_like(expected, results, optimizer):
+    for metrics, weights in results:
+        assert metrics == results[0][0], "metrics differ between ranks"
+        close(weights, expected.weights)
+    for i, step in enumerate(results[0][0]):
+        assert step["loss"] == pytest.approx(expected.losses[i], abs=2e-6)
+        assert step["grad_norm"] == pytest.approx(expected.norms[i], rel=1e-5, abs=1e-6)
+        assert step["learning_rate"] == pytest.approx(optimizer.learning_rate * (0.5, 1.0)[i])
+
+
+def in_order(outputs, batch, group=1):
+    """The ranks' shards of outputs as one list, row by row of `batch`."""
+    rows = {}
+    for share, output in zip(batch.shard(len(outputs), group), outputs, strict=True):
+        rows |= dict(zip(share, output, strict=True))
+    return [rows[i] for i in range(len(batch))]
+
+
+def assert_outputs(outputs, expected):
+    for output, row in zip(outputs, expected, strict=True):
+        close(output[: len(row)] if row.ndim else output, row, 2e-6)
+        assert not row.ndim or not output[len(row) :].any()
+
+
+# -- one loss, however it is cut -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [ONE_EACH, UNEVEN, WHOLE])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_cut_does_not_move_a_step(ranks, reference, settings_of, batches, n, stage, budget):
+    results = ranks[n].run(train, "ppo", settings_of("ppo", stage, budget), batches["ppo"])
+    assert_trained_like(reference("ppo", SGD), results, SGD)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_cut_does_not_move_adamw(ranks, reference, settings_of, batches, stage):
+    results = ranks[2].run(train, "ppo", settings_of("ppo", stage, optimizer=ADAMW), batches["ppo"])
+    assert_trained_like(reference("ppo", ADAMW), results, ADAMW)
+
+
+@pytest.mark.parametrize(
+    ("n", "stage", "budget", "optimizer"),
+    [(1, 0, WHOLE, ADAMW), (2, 0, UNEVEN, SGD), (2, 2, ONE_EACH, SGD), (2, 3, UNEVEN, ADAMW)],
+    ids=["1-rank-0-whole-adamw", "2-ranks-0-uneven-sgd", "2-ranks-2-one-each-sgd", "2-ranks-3-uneven-adamw"],
+)
+@pytest.mark.parametrize("role", ROLES[1:])
+def test_every_role_steps_like_plain_pytorch(
+    ranks, reference, settings_of, batches, role, n, stage, budget, optimizer
+):
+    results = ranks[n].run(train, role, settings_of(role, stage, budget, optimizer), batches[role])
+    assert_trained_like(reference(role, optimizer), results, optimizer)
+
+
+@pytest.mark.parametrize(("role", "rows"), [("ppo", (5,)), ("reward", (2, 3))])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_rows_takes_part(ranks, reference, settings_of, batches, stage, role, rows):
+    batch = batches[role].select(rows)
+    results = ranks[2].run(train, role, settings_of(role, stage), batch)
+    assert_trained_like(reference(role, SGD, rows), results, SGD)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_accumulate_every_micro_batch(ranks, reference, settings_of, batches, stage):
+    """Without an explicit accumulation boundary these two stages keep only the last micro-batch's gradient."""
+    expected, last = reference("sft", SGD), reference("sft", SGD, (0,))
+    assert (last.weights - expected.weights).abs().max() > 1e-3, "the trap would not show"
+    results = ranks[1].run(train, "sft", settings_of("sft", stage, ONE_EACH), batches["sft"])
+    assert_trained_like(expected, results, SGD)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_measuring_leaves_no_trace(ranks, settings_of, batches, stage):
+    settings, batch = settings_of("sft", stage), batches["sft"]
+    plain = ranks[2].run(train, "sft", settings, batch, 1)
+    for (metrics, weights), (measured, learned, after) in zip(
+        plain, ranks[2].run(measure_then_train, "sft", settings, batch), strict=True
+    ):
+        assert measured["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6) and "grad_norm" not in measured
+        assert learned == pytest.approx(metrics[0], abs=1e-6)
+        close(after, weights, 1e-7)
+
+
+# -- the first mini-batch ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_the_first_ratio_is_one_and_later_ones_drift(ranks, settings_of, batches, n, stage):
+    batch, rows = batches["ppo"], [0, 1, 3, 6]
+    first, second = ranks[n].run(train_from_own_logprobs, settings_of("ppo", stage), batch, rows)[0]
+    assert first["max_ratio_deviation"] <= 1e-6 and first["ratio"] == pytest.approx(1, abs=1e-6)
+    assert first["clip_fraction"] == 0 and first["grad_norm"] > 0.01
+    assert second["max_ratio_deviation"] > 1e-3 and second["approx_kl"] > 0
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("role", "n", "stage", "budget"),
+    [
+        ("ppo", 1, 0, ONE_EACH),
+        ("ppo", 1, 3, UNEVEN),
+        ("ppo", 1, 2, WHOLE),
+        ("ppo", 2, 3, UNEVEN),
+        ("critic", 2, 2, UNEVEN),
+        ("reward", 2, 3, ONE_EACH),
+    ],
+)
+def test_rows_come_back_in_order(ranks, settings_of, batches, model_of, role, n, stage, budget):
+    batch, model = batches[role], load(role, model_of[role])
+    with torch.no_grad():
+        expected = plain_outputs(model, role, batch)
+        if role != "reward":
+            expected = [torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)]
+    results = ranks[n].run(infer, role, settings_of(role, stage, budget), batch)
+    outputs = [output for output, _ in results]
+    assert all(not output.requires_grad and output.dtype == torch.float32 for output in outputs)
+    assert_outputs(in_order(outputs, batch, 2 if role == "reward" else 1), expected)
+    if role == "ppo":  # the probe reads at temperature 1, every rank the same
+        ids = batch.input_ids[:1, :5]
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        for _, probe in results:
+            close(torch.tensor(probe), logprobs, 2e-6)
+
+
+def test_a_rank_without_rows_reads_nothing(ranks, settings_of, batches):
+    batch = batches["ppo"].select([5])
+    (first, _), (second, _) = ranks[2].run(infer, "ppo", settings_of("ppo", 3), batch)
+    assert first.shape == (1, 26) and second.numel() == 0
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_a_loaded_engine_continues_bit_by_bit(ranks, settings_of, batches, tmp_path, n, stage):
+    settings = settings_of("ppo", stage, optimizer=ADAMW)
+    saved = ranks[n].run(save_and_continue, settings, batches["ppo"], str(tmp_path))
+    loaded = ranks[n].run(load_and_continue, settings, batches["ppo"], str(tmp_path))
+    for (metrics, weights), (metrics_again, weights_again) in zip(saved, loaded, strict=True):
+        assert metrics_again == metrics and metrics[0]["learning_rate"] == ADAMW.learning_rate
+        assert torch.equal(weights_again, weights)
+
+
+def test_another_layout_is_refused_in_one_line(ranks, settings_of, batches, tmp_path):
+    folder = str(tmp_path)
+    ranks[2].run(save_and_continue, settings_of("ppo", 2), batches["ppo"], folder)
+    for n, stage in ((2, 3), (1, 2)):
+        for message in ranks[n].run(load_elsewhere, settings_of("ppo", stage), folder):
+            assert folder in message and "same layout" in message and "\n" not in message
+
+
+# -- export --------------------------------------------------------------------------------------------------
+
+AUTO = {
+    "ppo": AutoModelForCausalLM,
+    "critic": AutoModelForTokenClassification,
+    "reward": AutoModelForSequenceClassification,
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("role", "start"), [("ppo", "tied"), ("ppo", "untied"), ("critic", "reward"), ("reward", "untied")]
+)
+def test_an_export_loads_in_plain_transformers(
+    ranks, paths, settings_of, batches, tmp_path, role, start, stage
+):
+    batch, folder = batches[role], str(tmp_path / "model")
+    settings = settings_of(role, stage, path=paths[start])
+    results = ranks[2].run(train_and_export, role, settings, batch, folder)
+
+    model, info = AUTO[role].from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert [entry[0] for entry in results[0][1]] == [name for name, _ in model.named_parameters()]
+    assert all(shape == model.get_parameter(name).shape for name, _, shape in results[0][1])
+    with torch.no_grad():
+        expected = plain_outputs(model, role, batch)
+    if role == "reward":
+        assert read_calibration(model.config) == (0.5, 2.0) and model.config.pad_token_id == PAD
+    else:
+        expected = [torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)]
+    outputs = [output for output, _ in results]
+    assert_outputs(in_order(outputs, batch, 2 if role == "reward" else 1), expected)
+
+
+# -- the learning rate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 0.2 + 0.4 * (1 + 2**-0.5), 0.6, 0.2 + 0.4 * (1 - 2**-0.5), 0.2, 0.2]),
+    ],
+)
+def test_the_schedule_warms_up_and_decays_to_its_end(ranks, kind, expected):
+    settings = OptimizerSettings(warmup_steps=3, schedule=kind, final_fraction=0.2)
+    (result,) = ranks[1].run(factors, settings, 9, 7)
+    assert result == pytest.approx(expected)
+
+
+def test_a_schedule_without_steps_to_decay_in_stays_finite(ranks):
+    settings = OptimizerSettings(warmup_steps=3, schedule="cosine")
+    (result,) = ranks[1].run(factors, settings, 4, 2)
+    assert result == pytest.approx([0.25, 0.5, 0.75, 1])
