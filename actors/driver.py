@@ -28,8 +28,10 @@ from learners.settings import GRPOSettings, PPOSettings
 def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
     data = RunData.load(recipe)
-    folder = RunFolder.open(recipe.run, recipe.to_yaml(), resume)
-    with closing(folder), Placement(recipe.cluster, demands(recipe)) as placement:
+    with (
+        Placement(recipe.cluster, demands(recipe)) as placement,
+        closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder,
+    ):
         summary = Driver(recipe, folder, data, placement).run(resume)
         folder.finish(summary)
     return summary

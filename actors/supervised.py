@@ -23,9 +23,12 @@ from learners.models import check_exportable_reward_model, is_encoder, load_conf
 def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     training = Supervised(recipe)
-    folder = RunFolder.open(recipe.run, recipe.to_yaml(), resume)
-    with closing(folder):
-        summary = training.run(folder, resume)
+    demand = Demand(recipe.learner.ranks, recipe.learner.threads)
+    with (
+        Placement(recipe.cluster, {recipe.kind: demand}) as placement,
+        closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder,
+    ):
+        summary = training.run(folder, placement, resume)
         folder.finish(summary)
     return summary
 
@@ -53,33 +56,30 @@ class Supervised:
             self.calibration = (
                 load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
             )
-        self.dropped = self.rows.dropped
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
 
-    def run(self, folder: RunFolder, resume: bool) -> dict[str, Any]:
+    def run(self, folder: RunFolder, placement: Placement, resume: bool) -> dict[str, Any]:
         """All optimizer steps, then the exported model. Returns the held-out metrics."""
         recipe, train = self.recipe, self.recipe.train
-        demand = Demand(recipe.learner.ranks, recipe.learner.threads)
-        with Placement(recipe.cluster, {recipe.kind: demand}) as placement:
-            self.group = WorkerGroup(recipe.kind, self.target, placement.options(recipe.kind))
-            place = (recipe.cluster.device, recipe.cluster.call_deadline_s)
-            self.wait(self.group.start(self.arguments(), distributed=place), "start")
-            first = self.restore(folder) + 1 if resume else 1
-            for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
-                picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
-                metrics = self.share("train", [self.rows[i] for i in picked])
-                if train.evaluate_every and step % train.evaluate_every == 0:
-                    metrics |= self.measure()
-                folder.log(step, metrics)
-                if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
-                    with folder.checkpoint(step) as path:
-                        self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
-            summary = self.measure() | {f"dropped/{why}": n for why, n in self.dropped.items()}
-            if isinstance(recipe, RMRecipe) and self.calibration:
-                summary |= self.calibrate()
-            self.wait(self.group.submit("export", str(folder.path / "model")), "export")
-            self.tokenizer.save_pretrained(folder.path / "model")
+        self.group = WorkerGroup(recipe.kind, self.target, placement.options(recipe.kind))
+        place = (recipe.cluster.device, recipe.cluster.call_deadline_s)
+        self.wait(self.group.start(self.arguments(), distributed=place), "start")
+        first = self.restore(folder) + 1 if resume else 1
+        for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
+            picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
+            metrics = self.share("train", [self.rows[i] for i in picked])
+            if train.evaluate_every and step % train.evaluate_every == 0:
+                metrics |= self.measure()
+            folder.log(step, metrics)
+            if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
+                with folder.checkpoint(step) as path:
+                    self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
+        summary = self.measure() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
+        if isinstance(recipe, RMRecipe) and self.calibration:
+            summary |= self.calibrate()
+        self.wait(self.group.submit("export", str(folder.path / "model")), "export")
+        self.tokenizer.save_pretrained(folder.path / "model")
         folder.log(self.steps, summary, phase="evaluation")
         return summary
 

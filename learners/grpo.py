@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from learners.advantages import group_advantages, kl_estimate
@@ -24,12 +23,11 @@ class GRPO:
         assert batch.scores is not None
         per_sequence = group_advantages(batch.scores, self.group_size, kind=self.settings.advantage)
         advantages = per_sequence[:, None] * batch.mask.float()
-        groups = batch.scores.reshape(-1, self.group_size)
-        spread = groups.nan_to_num(nan=-torch.inf).amax(1) > groups.nan_to_num(nan=torch.inf).amin(1)
+        spread = per_sequence.reshape(-1, self.group_size).any(1)
         metrics = {"group/with_spread": float(spread.float().mean()), "advantage/std": float(per_sequence.std())}
         if batch.ref_logprobs is not None and batch.old_logprobs is not None:
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
-            metrics["kl/sequence"] = float(kl.sum(1).mean())
+            metrics["kl/sequence"] = float(kl.sum() / batch.mask.any(1).sum().clamp(min=1))
         return replace(batch, advantages=advantages), metrics
 
     def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:

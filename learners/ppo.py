@@ -28,19 +28,20 @@ class PPO:
         advantages, returns = gae(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam)
         if s.critic_target != "gae":
             returns = value_targets(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target)
-        sequence_kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", mask).sum(1)
+        sequences = mask.any(1)  # an unscorable or empty response counts in no mean
+        sequence_kl = _mean(kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", mask).sum(1), sequences)
         metrics = {
-            "kl/sequence": float(sequence_kl.mean()),
+            "kl/sequence": sequence_kl,
             "kl/beta": self.beta,
-            "reward/per_sequence": float(rewards.sum(1).mean()),
+            "reward/per_sequence": _mean(rewards.sum(1), sequences),
             "advantage/std": _std(advantages, mask),
             "value/mean": _mean(batch.values, mask),
             "return/mean": _mean(returns, mask),
             "value/explained_variance": _explained_variance(batch.values, returns, mask),
         }
-        if s.kl_target is not None:
+        if s.kl_target is not None and sequences.any():
             controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
-            controller.update(float(sequence_kl.mean()), len(batch))
+            controller.update(sequence_kl, int(sequences.sum()))
             self.beta = controller.beta
         if s.whiten_advantages:
             advantages = whiten(advantages, mask)

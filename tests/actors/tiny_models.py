@@ -66,11 +66,11 @@ def logprobs(model: Any, ids: list[int], temperature: float = 1.0) -> torch.Tens
 
 
 def packed_groups(model: Any) -> list[dict[str, Any]]:
-    """The model's weights as our backend sends them, five tensors to a group; arrays instead of Ray references."""
+    """The model's weights as our backend sends them, three tensors to a group; arrays instead of Ray references."""
     named = [(name, p.detach()) for name, p in model.named_parameters()]
     groups = []
-    for start in range(0, len(named), 5):
-        meta, data = pack_group(f"group {start // 5}", named[start : start + 5])
+    for start in range(0, len(named), 3):
+        meta, data = pack_group(f"group {start // 3}", named[start : start + 3])
         groups.append({**meta, "ref": data})
     return groups
 

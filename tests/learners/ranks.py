@@ -37,14 +37,14 @@ class Ranks:
         context = mp.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            place = Place(rank, self.world_size, "127.0.0.1", port, timeout_s=120)
+            place = Place(rank, self.world_size, "127.0.0.1", port, timeout_s=200)
             process = context.Process(target=_serve, args=(theirs, place), daemon=True)
             process.start()
             theirs.close()  # the only other end is the rank's: when it dies, reading from ours ends
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
         if not self.pipes:
             self.start()
         for pipe in self.pipes:

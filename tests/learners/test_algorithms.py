@@ -69,8 +69,7 @@ def test_ppo_by_hand_with_lambda_one(samples):
             "return/mean": 5.15 / 4,
             # the returns' squares sum to 3.0625 + 5.0625 + 5.0625 + 1.21, the errors are the advantages
             "value/explained_variance": 1
-            - ((0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2)
-            / (14.3975 / 4 - (5.15 / 4) ** 2),
+            - ((0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2) / (14.3975 / 4 - (5.15 / 4) ** 2),
         }
     )
 
@@ -159,7 +158,7 @@ def test_ppo_needs_all_four_models(samples, field):
         ([[1.75, 2.25, 2.25], [-1.1, 0.0, 0.0]], 1.0),  # foresees every return
         ([[2.75, 3.25, 3.25], [-0.1, 0.0, 0.0]], 1.0),  # a constant offset is not variance
         ([[0.7, 0.7, 0.7], [0.7, 0.0, 0.0]], 0.0),  # knows nothing
-        ([[-1.75, -2.25, -2.25], [1.1, 0.0, 0.0]], -3.0),  # the wrong way round: twice the error, four times the variance
+        ([[-1.75, -2.25, -2.25], [1.1, 0.0, 0.0]], -3.0),  # the wrong way round: four times the variance
     ],
 )
 def test_explained_variance(samples, values, expected):

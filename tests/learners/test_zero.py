@@ -37,9 +37,7 @@ NAN = float("nan")
 
 SGD = OptimizerSettings(kind="sgd", learning_rate=0.1, max_grad_norm=0.2, warmup_steps=1)  # clips every step
 # eps: where a gradient is exactly 0, AdamW would otherwise turn rounding errors into whole steps
-ADAMW = OptimizerSettings(
-    kind="adamw", learning_rate=3e-4, max_grad_norm=0, weight_decay=0.1, eps=1e-5, warmup_steps=1
-)
+ADAMW = OptimizerSettings(kind="adamw", learning_rate=3e-4, max_grad_norm=0, weight_decay=0.1, eps=1e-5, warmup_steps=1)
 
 
 # -- what runs on the ranks ----------------------------------------------------------------------------------
@@ -63,9 +61,7 @@ def learner(place, role, settings):
         case "critic":
             return CriticLearner(settings, VALUE_CLIP, TOTAL_STEPS, place)
         case "reward":
-            return RewardModelLearner(
-                settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place
-            )
+            return RewardModelLearner(settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place)
         case "sft":
             return SFTLearner(settings, TOTAL_STEPS, place)
 
@@ -195,23 +191,19 @@ def plain_loss(model, role, batch):
 
     per_sequence = []
     for i, output in enumerate(outputs):
-        valid = batch.mask[i, : len(output)]
+        valid = batch.mask[i].nonzero()[:, 0]
         new = output[valid]
-
-        def known(field, i=i, n=len(output), valid=valid):
-            return field[i, :n][valid]
-
         if role == "sft":
             loss = -new
         elif role == "critic":
-            old, target = known(batch.values), known(batch.returns)
+            old, target = batch.values[i, valid], batch.returns[i, valid]
             clipped = old + (new - old).clamp(-VALUE_CLIP, VALUE_CLIP)
             loss = 0.5 * torch.maximum((new - target) ** 2, (clipped - target) ** 2)
         else:
-            ratio, advantage = (new - known(batch.old_logprobs)).exp(), known(batch.advantages)
+            ratio, advantage = (new - batch.old_logprobs[i, valid]).exp(), batch.advantages[i, valid]
             loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
         if role == "grpo":
-            difference = known(batch.ref_logprobs) - new
+            difference = batch.ref_logprobs[i, valid] - new
             loss = loss + KL_BETA * (difference.exp() - difference - 1)
         if len(loss):
             per_sequence.append(loss)
@@ -243,6 +235,15 @@ def plain_training(role, model_settings, optimizer_settings, batch, steps=2):
 
 
 # -- fixtures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are tiny: more threads would only fight with the ranks for cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +356,7 @@ def assert_trained_like(expected, results, optimizer):
 
 def in_order(outputs, batch, group=1):
     """The ranks' shards of outputs as one list, row by row of `batch`."""
-    rows = {}
+    rows: dict[int, torch.Tensor] = {}
     for share, output in zip(batch.shard(len(outputs), group), outputs, strict=True):
         rows |= dict(zip(share, output, strict=True))
     return [rows[i] for i in range(len(batch))]
@@ -390,9 +391,7 @@ def test_the_cut_does_not_move_adamw(ranks, reference, settings_of, batches, sta
     ids=["1-rank-0-whole-adamw", "2-ranks-0-uneven-sgd", "2-ranks-2-one-each-sgd", "2-ranks-3-uneven-adamw"],
 )
 @pytest.mark.parametrize("role", ROLES[1:])
-def test_every_role_steps_like_plain_pytorch(
-    ranks, reference, settings_of, batches, role, n, stage, budget, optimizer
-):
+def test_every_role_steps_like_plain_pytorch(ranks, reference, settings_of, batches, role, n, stage, budget, optimizer):
     results = ranks[n].run(train, role, settings_of(role, stage, budget, optimizer), batches[role])
     assert_trained_like(reference(role, optimizer), results, optimizer)
 
@@ -510,9 +509,7 @@ AUTO = {
 @pytest.mark.parametrize(
     ("role", "start"), [("ppo", "tied"), ("ppo", "untied"), ("critic", "reward"), ("reward", "untied")]
 )
-def test_an_export_loads_in_plain_transformers(
-    ranks, paths, settings_of, batches, tmp_path, role, start, stage
-):
+def test_an_export_loads_in_plain_transformers(ranks, paths, settings_of, batches, tmp_path, role, start, stage):
     batch, folder = batches[role], str(tmp_path / "model")
     settings = settings_of(role, stage, path=paths[start])
     results = ranks[2].run(train_and_export, role, settings, batch, folder)
