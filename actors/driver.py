@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from actors.evaluation import candidates_for, requests_for
-from actors.groups import WorkerError, gather_rows, scatter_rows
+from actors.groups import WorkerError
 from actors.placement import Placement
 from actors.rewards import Candidate
-from actors.roles import RunData, demands, start_roles
+from actors.roles import Roles, RunData, demands, start_roles
+from actors.rows import gather_rows, scatter_rows
 from actors.run_folder import RunFolder
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
@@ -28,44 +29,42 @@ from learners.settings import GRPOSettings, PPOSettings
 def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
     data = RunData.load(recipe)
-    with (
-        Placement(recipe.cluster, demands(recipe)) as placement,
-        closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder,
-    ):
-        summary = Driver(recipe, folder, data, placement).run(resume)
-        folder.finish(summary)
+    with Placement(recipe.cluster, demands(recipe)) as placement:
+        roles = start_roles(recipe, data, placement)
+        with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
+            summary = Driver(recipe, folder, data, roles).run(resume)
+            folder.finish(summary)
     return summary
 
 
 class Driver:
     """Conducts one run. It holds handles and small tensors, never weights."""
 
-    def __init__(self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, placement: Placement) -> None:
+    def __init__(self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, roles: Roles) -> None:
         self.recipe, self.folder, self.data = recipe, folder, data
         self.seed, self.deadline_s = recipe.run.seed, recipe.cluster.call_deadline_s
-        self.roles = start_roles(recipe, data, placement)
-        self.algorithm = self.roles.algorithm
+        self.roles, self.algorithm = roles, roles.algorithm
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All steps, evaluations and checkpoints, then the exported model. Returns the run's summary."""
-        recipe, folder, actor = self.recipe, self.folder, self.roles.actor
+        recipe, folder, steps = self.recipe, self.folder, self.recipe.step.steps
         folder.log(0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data")
         frozen = self.roles.fingerprints()
         first = self.restore() + 1 if resume else 1
         self.roles.connect_engines(version=first - 1)
         summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
-        for step in folder.progress(range(first, recipe.step.steps + 1), recipe.step.steps, recipe.kind):
+        for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
-            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0:
+            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0 and step < steps:
                 metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
             folder.log(step, metrics)
             if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
                 self.save(step)
-        summary["after"] = self.evaluate(recipe.step.steps)
-        actor.call("export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s)
-        self.data.tokenizer.save_pretrained(folder.path / "model")
         if self.roles.fingerprints() != frozen:
             raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
+        self.roles.actor.call("export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s)
+        self.data.tokenizer.save_pretrained(folder.path / "model")
+        summary["after"] = self.evaluate(steps)
         return summary
 
     def step(self, step: int) -> dict[str, float]:
@@ -77,7 +76,7 @@ class Driver:
         with folder.phase("generate", step):
             requests = requests_for(prompts, recipe.generation, group, (self.seed, step))
             rollouts = roles.engines.generate(requests, self.deadline_s)
-            candidates = candidates_for(rollouts, prompts, group)
+            candidates = candidates_for(rollouts, prompts, group, self.data.tokenizer)
             batch = Experience.from_rollouts(rollouts)
 
         with folder.phase("score", step):
@@ -100,14 +99,14 @@ class Driver:
         with folder.phase("sync", step):
             metrics["sync/probe_difference"] = roles.sync(step)
 
-        folder.save_samples(step, [sample_row(c, s) for c, s in zip(candidates, scores, strict=True)])
+        folder.save_samples(step, [sample_row(*row) for row in zip(candidates, rollouts, scores, strict=True)])
         return {**metrics, **rollout_metrics(batch, rollouts, by_source), **folder.seconds(step)}
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
 
-        Returns the means over all mini-batches, and of the very first one the largest |ratio - 1| and the gradient
-        norm: nothing has been learned yet, so the ratio must be 1 and the gradient must not be 0.
+        Returns the means (of maxima the largest) over all mini-batches. Of the very first one it also gives the
+        largest |ratio - 1| and the gradient norm: nothing is learned yet, the ratio must be 1, the gradient not 0.
         """
         learners = {"actor": self.roles.actor, "critic": self.roles.critic}
         history: list[dict[str, float]] = []
@@ -122,7 +121,7 @@ class Driver:
                     metrics |= {f"{name}/{key}": value for key, value in stats.items()}
                 history.append(metrics)
         first = {f"{key}_first": history[0][key] for key in ("actor/max_ratio_deviation", "actor/grad_norm")}
-        return {key: fmean(m[key] for m in history) for key in history[0]} | first
+        return {k: (max if "/max_" in k else fmean)([m[k] for m in history]) for k in history[0]} | first
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
@@ -184,14 +183,14 @@ def rollout_metrics(
     return metrics
 
 
-def sample_row(candidate: Candidate, score: float) -> dict[str, Any]:
+def sample_row(candidate: Candidate, rollout: Rollout, score: float) -> dict[str, Any]:
     """One line of the samples file."""
-    rollout = candidate.rollout
     return {
         "prompt": candidate.prompt,
-        "response_ids": rollout.response_ids,
+        "response": candidate.response,
         "score": score,
-        "finish_reason": rollout.finish_reason,
+        "finish_reason": candidate.finish_reason,
         "weight_versions": rollout.weight_versions,
-        **candidate.columns,
+        "response_ids": candidate.response_ids,
+        "columns": candidate.columns,
     }

@@ -9,10 +9,9 @@ from typing import Any
 import ray
 
 from actors.groups import WorkerError, WorkerGroup
-from actors.settings import GenerationSettings, SyncSettings
+from actors.settings import SyncSettings
 from actors.weight_sync import check_probe, verify
 from learners.experience import PromptRequest, Rollout
-from learners.settings import Device, ModelSettings
 
 
 class Engines(WorkerGroup):
@@ -21,15 +20,6 @@ class Engines(WorkerGroup):
     def __init__(self, options: Sequence[dict[str, Any]]) -> None:
         # Commands (sync, probe) must reach an engine while a stream of it is being read.
         super().__init__("engine", "actors.generation:GenerationEngine", options, concurrency=8)
-
-    def begin(
-        self, model: ModelSettings, generation: GenerationSettings, device: Device, tokens: int, eos: int | None
-    ) -> list[Any]:
-        """Start building engines for prompt + response of up to `tokens`, ended by `eos`; returns pending results."""
-        return self.start(
-            {"model": model, "generation": generation, "device": device, "max_model_tokens": tokens,
-             "eos_token_id": eos}
-        )  # fmt: skip
 
     def generate(self, requests: Sequence[PromptRequest], deadline_s: float) -> list[Rollout]:
         """All responses, ordered by request and sample. Raises WorkerError when an engine fails or is too slow."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from actors.engines import Engines
 from actors.groups import WorkerGroup
@@ -39,16 +40,25 @@ def requests_for(
     ]
 
 
-def candidates_for(rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int) -> list[Candidate]:
-    """Rollouts (ordered by request and sample) with the text and columns of their prompts."""
+def candidates_for(
+    rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, tokenizer: Any
+) -> list[Candidate]:
+    """Rollouts (ordered by request and sample) as text, with the text and columns of their prompts."""
+    texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    rows = [prompts[i // group_size] for i in range(len(rollouts))]
     return [
-        Candidate(rollout, prompts[i // group_size].text, prompts[i // group_size].columns)
-        for i, rollout in enumerate(rollouts)
+        Candidate(rollout.prompt_ids, rollout.response_ids, row.text, text, rollout.finish_reason, row.columns)
+        for rollout, text, row in zip(rollouts, texts, rows, strict=True)
     ]
 
 
 def evaluate(
-    engines: Engines, judge: WorkerGroup, prompts: Sequence[Prompt], recipe: PPORecipe | GRPORecipe, name: str
+    engines: Engines,
+    judge: WorkerGroup,
+    prompts: Sequence[Prompt],
+    recipe: PPORecipe | GRPORecipe,
+    tokenizer: Any,
+    name: str,
 ) -> dict[str, float]:
     """One response per prompt, judged by the evaluation's function, with the same seeds every time.
 
@@ -59,7 +69,7 @@ def evaluate(
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
         requests = requests_for(prompts, recipe.generation, 1, (recipe.run.seed, name), greedy=kind == "greedy")
         rollouts = engines.generate(requests, deadline)
-        candidates = candidates_for(rollouts, prompts, 1)
+        candidates = candidates_for(rollouts, prompts, 1, tokenizer)
         (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
         known = [s for s in scores if not math.isnan(s)]
         metrics[f"{name}/accuracy_{kind}"] = fmean(known) if known else math.nan

@@ -17,7 +17,7 @@ def load_function(name: str) -> Callable[..., Sequence[float | None]]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # user code may raise anything at import
+    except (Exception, SystemExit) as error:  # user code may do anything at import
         raise UserError(f"reward function {name}: cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"reward function {name}: is a {type(function).__name__}, not a function")

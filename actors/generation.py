@@ -195,8 +195,8 @@ class GenerationEngine:
                         self._collect(output)
                 else:
                     self._execute(*self._commands.get())
-        except Exception as error:
-            self._end = error
+        except BaseException as error:  # SystemExit too: nobody may wait for a loop that has ended
+            self._end = error if isinstance(error, Exception) else RuntimeError(f"the loop ended with {error!r}")
         self._answer_everyone()
         if self._engine is not None:
             self._engine.engine_core.shutdown()

@@ -9,15 +9,12 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from learners.experience import Experience
-from learners.settings import Device, Place
+from learners.settings import Device, Place, UserError
 
 
 class WorkerError(RuntimeError):
@@ -68,16 +65,19 @@ class WorkerGroup:
     def __len__(self) -> int:
         return len(self.handles)
 
-    def start(self, arguments: dict[str, Any], *, distributed: tuple[Device, float] | None = None) -> list[Any]:
+    def start(
+        self, arguments: dict[str, Any], deadline_s: float, *, distributed: tuple[Device, float] | None = None
+    ) -> list[Any]:
         """Begin building the plain object in every process; returns pending results for `gather`.
 
-        With `distributed` (device, collective time-out in seconds) each worker also gets its `place` among the ranks.
+        The processes themselves were begun by the constructor, and are waited for here. With `distributed` (device,
+        collective time-out in seconds) each worker also gets its `place` among the ranks.
         """
-        self.nodes = self.gather([h.node.remote() for h in self.handles], "start", 120)
+        self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
         if distributed is None:
             return [h.start.remote(arguments) for h in self.handles]
         device, timeout_s = distributed
-        address, port = self.gather([self.handles[0].free_address.remote()], "start", 120)[0]
+        address, port = self.gather([self.handles[0].free_address.remote()], "start", deadline_s)[0]
         places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
         return [h.start.remote({**arguments, "place": p}) for h, p in zip(self.handles, places, strict=True)]
 
@@ -113,16 +113,14 @@ class WorkerGroup:
             for h, s in zip(self.handles, shares, strict=True)
         ]
 
-    def shutdown(self) -> None:
-        for handle in self.handles:
-            ray.kill(handle)
-
     def fetch(self, ref: Any, index: int, phase: str) -> Any:
-        """The value of a finished result of worker `index`; its failure becomes a WorkerError."""
+        """The value of a finished result of worker `index`. A failure becomes a WorkerError, bad input a UserError."""
         who = self._who(index)
         try:
             return ray.get(ref, timeout=60)
         except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(error.cause.problems) from error
             raise WorkerError(f"{phase}: {who} failed: {error.cause!r}\n{error}") from error
         except RayActorError as error:
             raise WorkerError(f"{phase}: {who} died: {error}") from error
@@ -131,31 +129,3 @@ class WorkerGroup:
 
     def _who(self, index: int) -> str:
         return f"{self.name}[{index}] on node {self.nodes[index]}"
-
-
-@dataclass(frozen=True)
-class PendingRows:
-    """Work on the rows of a batch that is under way on a group: one result per worker, for the rows it was given."""
-
-    group: WorkerGroup
-    rows: list[list[int]]
-    refs: list[Any]
-
-
-def scatter_rows(group: WorkerGroup, method: str, batch: Experience, together: int = 1) -> PendingRows:
-    """Call `method` on every worker with its share of the batch, balanced by tokens; a share may be empty."""
-    rows = batch.shard(len(group), together)
-    return PendingRows(group, rows, group.scatter(method, [batch.select(r) for r in rows]))
-
-
-def gather_rows(pending: PendingRows, batch: Experience, phase: str, deadline_s: float) -> torch.Tensor:
-    """The workers' rows put back in the batch's order: [B] or [B,T]."""
-    results = pending.group.gather(pending.refs, phase, deadline_s)
-    shape = (len(batch),) if results[0].ndim == 1 else batch.mask.shape
-    out = torch.zeros(shape)
-    for rows, result in zip(pending.rows, results, strict=True):
-        if rows and result.ndim == 1:
-            out[rows] = result
-        elif rows:
-            out[rows, : result.shape[1]] = result
-    return out

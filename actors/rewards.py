@@ -11,15 +11,17 @@ from typing import Any
 from actors.functions import load_function
 from actors.groups import WorkerGroup
 from actors.settings import RewardSettings
-from learners.experience import Rollout
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished response to be judged: the rollout, the prompt as text, and the data's answer columns."""
+    """A finished response to be judged, as ids and as text without special tokens, and the data's answer columns."""
 
-    rollout: Rollout
+    prompt_ids: list[int]
+    response_ids: list[int]
     prompt: str
+    response: str
+    finish_reason: str
     columns: dict[str, Any]
 
 
@@ -27,34 +29,30 @@ class FunctionReward:
     """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process of its own.
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
-    None (or NaN) marks a response that could not be judged.
+    None (or a number that is not finite) marks a response that could not be judged.
     """
 
-    def __init__(self, function: str, actor_model: str) -> None:
-        from learners.models import load_tokenizer
-
+    def __init__(self, function: str) -> None:
         self.name, self.function = function, load_function(function)
-        self.tokenizer = load_tokenizer(actor_model)
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
     def scores(self, candidates: Sequence[Candidate]) -> list[float]:
-        """One score per candidate; NaN where the function gave None."""
+        """One score per candidate; NaN where the function could not judge."""
         if not candidates:
             return []
         names = {name for c in candidates for name in c.columns}
         columns = {name: [c.columns.get(name) for c in candidates] for name in names}
-        columns["finish_reasons"] = [c.rollout.finish_reason for c in candidates]
-        texts = self.tokenizer.batch_decode([c.rollout.response_ids for c in candidates], skip_special_tokens=True)
+        columns["finish_reasons"] = [c.finish_reason for c in candidates]
         scores = self.function(
             [c.prompt for c in candidates],
-            texts,
+            [c.response for c in candidates],
             **{k: v for k, v in columns.items() if self.takes_all or k in self.accepted},
         )
         if len(scores) != len(candidates):
             raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
-        return [math.nan if s is None else float(s) for s in scores]
+        return [math.nan if s is None or not math.isfinite(s) else float(s) for s in scores]
 
 
 class Rewards:
@@ -77,7 +75,5 @@ class Rewards:
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             sources[one.name] = scores
-        total = [
-            sum(one.weight * sources[one.name][i] for one in self.settings) for i in range(count)
-        ]
-        return total, sources
+        counted = [one for one in self.settings if one.weight != 0]  # a source of weight 0 is only logged
+        return [sum(one.weight * sources[one.name][i] for one in counted) for i in range(count)], sources

@@ -58,6 +58,7 @@ class Roles:
     """The running processes of one run, by role. `reference` and `critic` are None where the recipe has none."""
 
     recipe: PPORecipe | GRPORecipe
+    tokenizer: Any
     algorithm: PPO | GRPO
     actor: WorkerGroup
     engines: Engines
@@ -94,7 +95,7 @@ class Roles:
         """Metrics of held-out prompts under `name`; none without prompts."""
         if self.judge is None or not prompts:
             return {}
-        return evaluate(self.engines, self.judge, prompts, self.recipe, name)
+        return evaluate(self.engines, self.judge, prompts, self.recipe, self.tokenizer, name)
 
     def _gate(self) -> float:
         return self.recipe.sync.gate or (1e-4 if self.recipe.actor.model.dtype == "float32" else 0.1)
@@ -129,55 +130,71 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
     model, step, generation = recipe.actor.model, recipe.step, recipe.generation
     updates = step.steps * step.ppo_epochs * math.ceil(step.prompts_per_step * step.group_size / step.mini_batch_size)
     algorithm = PPO(recipe.algorithm) if isinstance(recipe, PPORecipe) else GRPO(recipe.algorithm, step.group_size)
-    groups: dict[str, tuple[WorkerGroup, list[Any]]] = {}
+    groups = make_groups(recipe, placement)
+    starting: dict[str, list[Any]] = {}
 
-    def begin(role: str, target: str, arguments: dict[str, Any], ranks: bool = False) -> WorkerGroup:
-        group = WorkerGroup(role, target, placement.options(role))
-        groups[role] = group, group.start(arguments, distributed=(device, deadline) if ranks else None)
-        return group
+    def begin(role: str, ranks: bool = False, **arguments: Any) -> None:
+        distributed = (device, deadline) if ranks else None
+        starting[role] = groups[role].start(arguments, recipe.cluster.start_deadline_s, distributed=distributed)
 
     longest = generation.max_model_tokens or data.longest_prompt() + generation.max_new_tokens
-    engines = Engines(placement.options("engine"))
-    groups["engine"] = engines, engines.begin(model, generation, device, longest, data.tokenizer.eos_token_id)
-    actor = begin(
-        "actor", "actors.synced_actor:SyncedActor",
-        {"settings": recipe.actor, "algorithm": algorithm, "temperature": generation.temperature,
-         "max_response_tokens": generation.max_new_tokens, "total_steps": updates}, ranks=True,
+    eos = data.tokenizer.eos_token_id
+    begin("engine", model=model, generation=generation, device=device, max_model_tokens=longest, eos_token_id=eos)
+    begin(
+        "actor", settings=recipe.actor, algorithm=algorithm, temperature=generation.temperature,
+        max_response_tokens=generation.max_new_tokens, total_steps=updates, ranks=True,
     )  # fmt: skip
-    critic = reference = judge = None
     if isinstance(recipe, PPORecipe):
-        critic = begin(
-            "critic", "learners.critic:CriticLearner",
-            {"settings": recipe.critic, "value_clip": recipe.algorithm.value_clip, "total_steps": updates}, ranks=True,
-        )  # fmt: skip
+        clip = recipe.algorithm.value_clip
+        begin("critic", settings=recipe.critic, value_clip=clip, total_steps=updates, ranks=True)
     if needs_reference(recipe):
-        reference = begin(
-            "reference", "actors.scoring:ReferenceWorker",
-            {"model": recipe.reference.model or model, "temperature": generation.temperature,
-             "micro_batch_tokens": recipe.reference.micro_batch_tokens, "device": device},
+        budget = recipe.reference.micro_batch_tokens
+        begin(
+            "reference", model=recipe.reference.model or model, temperature=generation.temperature,
+            micro_batch_tokens=budget, device=device,
         )  # fmt: skip
     for reward in recipe.rewards:
-        role, budget = f"reward {reward.name}", reward.micro_batch_tokens
-        if reward.kind == "model":
-            begin(
-                role, "actors.scoring:RewardWorker",
-                {"model": reward.model, "actor_model": model.path, "micro_batch_tokens": budget, "device": device},
-            )  # fmt: skip
+        if reward.kind == "function":
+            begin(f"reward {reward.name}", function=reward.function)
         else:
-            begin(role, "actors.rewards:FunctionReward", {"function": reward.function, "actor_model": model.path})
-    if recipe.evaluation.function is not None:
-        function = {"function": recipe.evaluation.function, "actor_model": model.path}
-        judge = begin("judge", "actors.rewards:FunctionReward", function)
+            begin(
+                f"reward {reward.name}", model=reward.model, actor_model=model.path,
+                micro_batch_tokens=reward.micro_batch_tokens, device=device,
+            )  # fmt: skip
+    if "judge" in groups:
+        begin("judge", function=recipe.evaluation.function)
+    for role, pending in starting.items():
+        groups[role].gather(pending, "start", recipe.cluster.start_deadline_s)
 
-    for group, pending in groups.values():
-        group.gather(pending, "start", recipe.cluster.start_deadline_s)
-    scorers = [groups[f"reward {r.name}"][0] for r in recipe.rewards]
-    models = [g for r, g in zip(recipe.rewards, scorers, strict=True) if r.kind == "model"]
+    scorers = [groups[f"reward {r.name}"] for r in recipe.rewards]
+    reference, engines = groups.get("reference"), groups["engine"]
+    assert isinstance(engines, Engines)
     return Roles(
-        recipe, algorithm, actor, engines, Rewards(recipe.rewards, scorers, deadline), reference, critic, judge,
-        frozen=models + ([reference] if reference else []),
+        recipe, data.tokenizer, algorithm, groups["actor"], engines, Rewards(recipe.rewards, scorers, deadline),
+        reference, groups.get("critic"), groups.get("judge"),
+        frozen=[g for r, g in zip(recipe.rewards, scorers, strict=True) if r.kind == "model"]
+        + ([reference] if reference else []),
         probe=probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1)),
     )  # fmt: skip
+
+
+def make_groups(recipe: PPORecipe | GRPORecipe, placement: Placement) -> dict[str, WorkerGroup]:
+    """The processes of every role, empty: all begin at once."""
+    targets = {
+        "actor": "actors.synced_actor:SyncedActor",
+        "critic": "learners.critic:CriticLearner",
+        "reference": "actors.scoring:ReferenceWorker",
+        "judge": "actors.rewards:FunctionReward",
+    }
+    for reward in recipe.rewards:
+        kind = "actors.scoring:RewardWorker" if reward.kind == "model" else "actors.rewards:FunctionReward"
+        targets[f"reward {reward.name}"] = kind
+    return {
+        role: Engines(placement.options(role))
+        if role == "engine"
+        else WorkerGroup(role, targets[role], placement.options(role))
+        for role in demands(recipe)
+    }
 
 
 def probe_ids(prompts: Sequence[Prompt], tokens: int) -> list[int]:

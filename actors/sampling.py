@@ -28,7 +28,11 @@ def sample_responses(
     with Placement(cluster, {"engine": demand}) as placement:
         engines = Engines(placement.options("engine"))
         longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
-        starting = engines.begin(ModelSettings(path=model), generation, cluster.device, longest, tokenizer.eos_token_id)
+        arguments = {
+            "model": ModelSettings(path=model), "generation": generation, "device": cluster.device,
+            "max_model_tokens": longest, "eos_token_id": tokenizer.eos_token_id,
+        }  # fmt: skip
+        starting = engines.start(arguments, cluster.start_deadline_s)
         engines.gather(starting, "start", cluster.start_deadline_s)
         rollouts = engines.generate(requests_for(rows, generation, 1, (seed, "sample")), cluster.call_deadline_s)
     return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

@@ -35,7 +35,7 @@ class Frozen:
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -59,14 +59,15 @@ class ReferenceWorker(Frozen):
 class RewardWorker(Frozen):
     """A trained reward model, frozen. Scores are calibrated with the mean and std in its config.
 
-    When its vocabulary is the Actor's, it reads the Actor's token ids; otherwise texts are tokenised anew for it.
+    When its vocabulary is the Actor's, it reads the Actor's token ids; otherwise texts are tokenised anew for it
+    (and end like a finished response, also those that were truncated).
     """
 
     def __init__(self, model: ModelSettings, actor_model: str, micro_batch_tokens: int, device: str) -> None:
         super().__init__(load_reward_model(model, pad_token_id=None), micro_batch_tokens, device)
-        self.tokenizer, self.actor_tokenizer = load_tokenizer(model.path), load_tokenizer(actor_model)
+        self.tokenizer = load_tokenizer(model.path)
         self.encoder = is_encoder(self.model.config)
-        self.same_ids = not self.encoder and self.tokenizer.get_vocab() == self.actor_tokenizer.get_vocab()
+        self.same_ids = not self.encoder and self.tokenizer.get_vocab() == load_tokenizer(actor_model).get_vocab()
         self.calibration = read_calibration(self.model.config)
 
     def scores(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -76,11 +77,10 @@ class RewardWorker(Frozen):
         ids = [self._ids(c) for c in candidates]
         batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])
         raw = map_rows(batch, self.micro_batch_tokens, lambda b: sequence_scores(self.model, b), self.device)
-        return ((raw - self.calibration.mean) / self.calibration.std).tolist()
+        scores = (raw - self.calibration.mean) / self.calibration.std
+        return scores.where(scores.isfinite(), torch.nan).tolist()
 
     def _ids(self, candidate: Candidate) -> tuple[list[int], list[int]]:
-        rollout = candidate.rollout
         if self.same_ids:
-            return rollout.prompt_ids, rollout.response_ids
-        response = self.actor_tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-        return encode_texts(self.tokenizer, candidate.prompt, response, self.encoder)
+            return candidate.prompt_ids, candidate.response_ids
+        return encode_texts(self.tokenizer, candidate.prompt, candidate.response, self.encoder)

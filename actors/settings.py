@@ -47,7 +47,7 @@ class GenerationSettings(Settings):
 
 
 class SyncSettings(Settings):
-    probe_tokens: PositiveInt = Field(32, description="length of the fixed probe that proves a weight sync")
+    probe_tokens: int = Field(32, ge=2, description="length of the fixed probe that proves a weight sync")
     gate: float | None = Field(
         None, gt=0, description="largest probe log-prob difference; null: 1e-4 in float32, 0.1 in bfloat16"
     )

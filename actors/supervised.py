@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from actors.groups import WorkerGroup, gather_rows, scatter_rows
+from actors.groups import WorkerGroup
 from actors.placement import Demand, Placement
+from actors.rows import gather_rows, scatter_rows
 from actors.run_folder import RunFolder
 from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
@@ -24,12 +25,11 @@ def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     training = Supervised(recipe)
     demand = Demand(recipe.learner.ranks, recipe.learner.threads)
-    with (
-        Placement(recipe.cluster, {recipe.kind: demand}) as placement,
-        closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder,
-    ):
-        summary = training.run(folder, placement, resume)
-        folder.finish(summary)
+    with Placement(recipe.cluster, {recipe.kind: demand}) as placement:
+        training.start(placement)
+        with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
+            summary = training.run(folder, resume)
+            folder.finish(summary)
     return summary
 
 
@@ -59,12 +59,16 @@ class Supervised:
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
 
-    def run(self, folder: RunFolder, placement: Placement, resume: bool) -> dict[str, Any]:
+    def start(self, placement: Placement) -> None:
+        """Load the model on every rank."""
+        kind, cluster = self.recipe.kind, self.recipe.cluster
+        self.group = WorkerGroup(kind, self.target, placement.options(kind))
+        ranks = (cluster.device, cluster.call_deadline_s)
+        self.wait(self.group.start(self.arguments(), cluster.start_deadline_s, distributed=ranks), "start")
+
+    def run(self, folder: RunFolder, resume: bool) -> dict[str, Any]:
         """All optimizer steps, then the exported model. Returns the held-out metrics."""
         recipe, train = self.recipe, self.recipe.train
-        self.group = WorkerGroup(recipe.kind, self.target, placement.options(recipe.kind))
-        place = (recipe.cluster.device, recipe.cluster.call_deadline_s)
-        self.wait(self.group.start(self.arguments(), distributed=place), "start")
         first = self.restore(folder) + 1 if resume else 1
         for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
             picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")

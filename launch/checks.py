@@ -94,6 +94,11 @@ def _batches(recipe: RLRecipe) -> Iterator[Problem]:
         )
 
 
+    if isinstance(recipe, PPORecipe) and recipe.algorithm.kl_target and recipe.algorithm.kl_horizon < sequences:
+        message = f"{recipe.algorithm.kl_horizon} is less than one step of {sequences} sequences; take several steps"
+        yield Problem(("algorithm.kl_horizon",), message)
+
+
 def _rewards(recipe: RLRecipe) -> Iterator[Problem]:
     if not recipe.rewards:
         yield Problem(("rewards",), "needs at least one source of scores")

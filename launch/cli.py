@@ -76,7 +76,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores, in minutes."""
-    if folder.exists() and (not (folder / "data").is_dir() or Path.cwd().is_relative_to(folder.resolve())):
+    ours = folder == Path("runs/demo") or (folder / ".quatuor-demo").exists()
+    if folder.exists() and (not ours or Path.cwd().is_relative_to(folder.resolve())):
         raise UserError(f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another")
     guarded(folder, debug, "launch.demo", "run_demo", folder, seed)
 

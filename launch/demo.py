@@ -28,7 +28,7 @@ from launch.demo_page import write_page
 from launch.tasks import unique_digits as task
 
 RECIPES = Path(__file__).parent / "recipes"
-SFT_EXAMPLES, PAIR_PROMPTS, RL_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 20_000, 8_000, 8_000, 500, 1_000
+SFT_EXAMPLES, PAIR_PROMPTS, RL_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 20_000, 6_000, 8_000, 300, 1_000
 CALIBRATION_RESPONSES = 1_000
 
 
@@ -37,6 +37,7 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
+    (folder / ".quatuor-demo").touch()  # says that the next demo may replace this folder
     demo = Demo(folder, seed)
     connect(None, cpus=8)  # one cluster for all phases
     try:

@@ -73,8 +73,8 @@ class ZeroEngine:
         """
         metrics = self._pass(shard, learn=True)
         learning_rate = self.engine.get_lr()[0]
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)  # whole only without ZeRO, which knows its own after the step
+        plain = [p.grad for p in self.model.parameters() if p.grad is not None and self.settings.zero_stage == 0]
+        norm = torch.nn.utils.get_total_norm(plain)  # without ZeRO the gradients are whole; ZeRO reports its own norm
         self.engine.step()
         if self.settings.zero_stage > 0:
             norm = self.engine.get_global_grad_norm()

@@ -9,7 +9,6 @@ import torch
 
 from actors.rewards import Candidate
 from actors.scoring import RewardWorker
-from learners.experience import Rollout
 from learners.settings import ModelSettings
 from tests.e2e.conftest import Run
 
@@ -50,11 +49,10 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
     texts = [("uniq:800299=", "0289"), ("uniq:5111=", "15"), ("uniq:1234567890=", "0123456789")]
     candidates = [
         Candidate(
-            Rollout(i, i, 0, actor(prompt)["input_ids"], [*actor(answer, add_special_tokens=False)["input_ids"], 2],
-                    [], "stop", (0, 0)),
-            prompt, {},
+            actor(prompt)["input_ids"], [*actor(answer, add_special_tokens=False)["input_ids"], 2],
+            prompt, answer, "stop", {},
         )
-        for i, (prompt, answer) in enumerate(texts)
+        for prompt, answer in texts
     ]  # fmt: skip
     ours = torch.tensor(worker.scores(candidates)) * worker.calibration.std + worker.calibration.mean
 
