@@ -33,7 +33,7 @@ def requests_for(
             temperature=0.0 if greedy else settings.temperature,
             max_new_tokens=settings.max_new_tokens,
             seeds=tuple(derive_seed(*seed_parts, prompt.index, slot, k) for k in range(group_size))
-            if settings.seeded
+            if settings.seeded and not greedy
             else None,
         )
         for slot, prompt in enumerate(prompts)

@@ -28,7 +28,7 @@ from launch.demo_page import write_page
 from launch.tasks import unique_digits as task
 
 RECIPES = Path(__file__).parent / "recipes"
-SFT_EXAMPLES, PAIR_PROMPTS, RL_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 20_000, 6_000, 8_000, 300, 1_000
+SFT_EXAMPLES, PAIR_PROMPTS, RL_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 20_000, 5_000, 8_000, 300, 1_000
 CALIBRATION_RESPONSES = 1_000
 
 
@@ -95,7 +95,8 @@ class Demo:
         train = [row["prompt"] for row in task.make_prompts(PAIR_PROMPTS, self.seed + 1, "train")]
         test = [row["prompt"] for row in task.make_prompts(TEST_PROMPTS, self.seed + 1, "test")]
         model = str(self.folder / "sft" / "model")
-        responses = sample_responses(model, train + test, GenerationSettings(max_new_tokens=14), self.seed)
+        generation = GenerationSettings(max_new_tokens=14, max_concurrent=512)
+        responses = sample_responses(model, train + test, generation, self.seed)
         sampled, sampled_test = ([[r] for r in part] for part in (responses[: len(train)], responses[len(train) :]))
         task.write_rows(self.data / "pairs.jsonl", task.make_pairs(train, sampled, self.seed))
         task.write_rows(self.data / "pairs_test.jsonl", task.make_sampled_pairs(test, sampled_test))
