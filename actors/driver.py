@@ -56,7 +56,8 @@ class Driver:
         for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
             if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0 and step < steps:
-                metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
+                with folder.phase("evaluate", step):
+                    metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
             folder.log(step, metrics)
             if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
                 self.save(step)
@@ -125,7 +126,9 @@ class Driver:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
-        metrics = self.roles.evaluate(self.data.held_out, "evaluation") | self.roles.evaluate(self.data.test, "test")
+        with self.folder.phase("evaluate", step):
+            metrics = self.roles.evaluate(self.data.held_out, "evaluation")
+            metrics |= self.roles.evaluate(self.data.test, "test")
         if metrics:
             self.folder.log(step, metrics, phase="evaluation")
         return metrics

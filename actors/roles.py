@@ -17,8 +17,9 @@ from actors.seeds import rows_of_step
 from actors.settings import GRPORecipe, PPORecipe
 from learners.data import Prompt, Rows, load_prompts
 from learners.grpo import GRPO
-from learners.models import load_tokenizer
+from learners.models import length_problems, load_tokenizer
 from learners.ppo import PPO
+from learners.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,32 @@ class RunData:
                 load_function(name)
         tokenizer = load_tokenizer(recipe.actor.model.path)
         held_out, test = recipe.evaluation.prompts, recipe.evaluation.test_prompts
-        return cls(
+        data = cls(
             tokenizer,
             load_prompts(recipe.prompts, tokenizer),
             load_prompts(held_out, tokenizer) if held_out else [],
             load_prompts(test, tokenizer) if test else [],
         )
+        data.check_models(recipe)
+        return data
+
+    def check_models(self, recipe: PPORecipe | GRPORecipe) -> None:
+        """Raise UserError unless every model is there, has enough positions, and knows the token ids it will read.
+
+        A reward model may have a vocabulary of its own: it is given text then.
+        """
+        needed = self.longest_prompt() + recipe.generation.max_new_tokens
+        models = {"actor.model": recipe.actor.model, "reference.model": recipe.reference.model}
+        models |= {f"rewards.{i}.model": r.model for i, r in enumerate(recipe.rewards)}
+        if isinstance(recipe, PPORecipe):
+            models["critic.model"] = recipe.critic.model
+        problems = [p for key, model in models.items() if model for p in length_problems(key, model.path, needed)]
+        for key in ("reference.model", "critic.model"):
+            model = models.get(key)
+            if not problems and model and load_tokenizer(model.path).get_vocab() != self.tokenizer.get_vocab():
+                problems.append(f"{key}: {model.path} has another vocabulary than the Actor, whose ids it reads")
+        if problems:
+            raise UserError(problems)
 
     def prompts_of(self, step: int, count: int, seed: int) -> list[Prompt]:
         """The prompts of a step, from 1: a function of (seed, step)."""

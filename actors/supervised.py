@@ -18,7 +18,14 @@ from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
 from learners.data import Example, Pair, Rows, load_pairs, load_sft
 from learners.experience import Experience
-from learners.models import check_exportable_reward_model, is_encoder, load_config, load_tokenizer
+from learners.models import (
+    check_exportable_reward_model,
+    is_encoder,
+    length_problems,
+    load_config,
+    load_tokenizer,
+)
+from learners.settings import UserError
 
 
 def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
@@ -56,6 +63,9 @@ class Supervised:
             self.calibration = (
                 load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
             )
+        longest = max(row.tokens for row in [*self.rows, *self.held_out])
+        if problems := length_problems("learner.model", path, longest):
+            raise UserError(problems)
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
 

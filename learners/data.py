@@ -43,6 +43,10 @@ class Example:
     prompt_ids: list[int]
     response_ids: list[int]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -52,6 +56,11 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the longer sequence."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 class Rows(list[T]):

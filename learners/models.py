@@ -69,6 +69,18 @@ def load_config(path: str) -> Any:
     return config
 
 
+def length_problems(key: str, path: str, tokens: int) -> list[str]:
+    """What speaks against giving the model at `path` sequences of `tokens`: it is not there, or has fewer positions."""
+    try:
+        config = load_config(path)
+    except UserError as error:
+        return [f"{key}: {problem}" for problem in error.problems]
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return []
+    return [f"{key}: {path} has {limit} positions, prompt + response need up to {tokens}: shorten one of them"]
+
+
 def is_encoder(config: Any) -> bool:
     """True for BERT-style models, whose tokens also see what comes after them; False for causal decoders."""
     kind = config.model_type

@@ -1,0 +1,103 @@
+"""Scores from Python functions, and their weighted sum."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from actors.functions import load_function
+from actors.rewards import Candidate, FunctionReward, Rewards
+from actors.settings import RewardSettings
+from learners.settings import UserError
+
+
+def candidate(response: str, finish_reason: str = "stop", **columns: object) -> Candidate:
+    return Candidate([1], [2], "2+2=", response, finish_reason, dict(columns))
+
+
+def exact(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:
+    return [float(r == a) for r, a in zip(responses, answer, strict=True)]
+
+
+def everything(prompts: list[str], responses: list[str], **columns: list) -> list[float | None]:
+    assert set(columns) == {"answer", "finish_reasons"}
+    return [None if reason == "length" else math.inf for reason in columns["finish_reasons"]]
+
+
+def one_short(prompts: list[str], responses: list[str]) -> list[float]:
+    return [0.0] * (len(responses) - 1)
+
+
+def test_a_function_gets_the_columns_its_signature_names() -> None:
+    reward = FunctionReward(f"{__name__}:exact")
+    assert reward.scores([candidate("4", answer="4"), candidate("5", answer="4")]) == [1.0, 0.0]
+
+
+def test_none_and_infinity_mean_that_a_response_could_not_be_judged() -> None:
+    scores = FunctionReward(f"{__name__}:everything").scores(
+        [candidate("4", "length", answer="4"), candidate("4", "stop", answer="4")]
+    )
+    assert all(math.isnan(score) for score in scores)
+
+
+def test_no_candidates_no_call() -> None:
+    assert FunctionReward(f"{__name__}:one_short").scores([]) == []
+
+
+def test_a_function_that_answers_too_little_is_named() -> None:
+    with pytest.raises(ValueError, match="one_short returned 1 scores for 2 responses"):
+        FunctionReward(f"{__name__}:one_short").scores([candidate("4"), candidate("5")])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("no_such_module:f", "No module named"), ("math:no_such", "no_such"), ("math:pi", "is a float, not a function")],
+)
+def test_a_function_that_cannot_be_found_is_one_line(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        load_function(name)
+    assert len(error.value.problems) == 1 and "\n" not in str(error.value)
+
+
+class Answers:
+    """Two workers of a group that have already answered."""
+
+    def __init__(self, shares: list[list[float]]) -> None:
+        self.shares = shares
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[float]]:
+        assert method == "scores" and [len(s) for s in shares] == [len(s) for s in self.shares]
+        return self.shares
+
+    def gather(self, pending: list[list[float]], phase: str, deadline_s: float) -> list[list[float]]:
+        return pending
+
+
+def source(name: str, weight: float) -> RewardSettings:
+    return RewardSettings(name=name, kind="function", function="m:f", weight=weight)
+
+
+def test_the_sum_is_weighted_and_in_order() -> None:
+    """Three candidates over two workers: the first judges candidates 0 and 2."""
+    rewards = Rewards(
+        [source("a", 2.0), source("b", 0.5), source("logged", 0.0)],
+        [Answers([[1.0, 3.0], [2.0]]), Answers([[10.0, 30.0], [20.0]]), Answers([[math.nan, 0.0], [0.0]])],  # type: ignore[list-item]
+        deadline_s=1,
+    )
+    total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)
+    assert total == [2 * 1 + 0.5 * 10, 2 * 2 + 0.5 * 20, 2 * 3 + 0.5 * 30]
+    assert sources["b"] == [10.0, 20.0, 30.0]
+
+
+def test_one_source_that_cannot_judge_takes_the_response_out() -> None:
+    rewards = Rewards(
+        [source("a", 1.0), source("b", 1.0)],
+        [Answers([[1.0, 1.0]]), Answers([[1.0, math.nan]])],  # type: ignore[list-item]
+        deadline_s=1,
+    )
+    total, _ = rewards.gather(rewards.submit([candidate("x")] * 2), 2)
+    assert total[0] == 2.0 and math.isnan(total[1])
