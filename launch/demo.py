@@ -7,6 +7,7 @@ the task and launch/recipes/demo_*.yaml for the settings.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -38,13 +39,12 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     (folder / ".quatuor-demo").touch()  # says that the next demo may replace this folder
-    demo = Demo(folder, seed)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Transformers looks for DeepSpeed when it saves a model
     connect(None, cpus=8)  # one cluster for all phases
     try:
-        summary = demo.run()
+        return Demo(folder, seed).run()
     finally:
         ray.shutdown()
-    return summary
 
 
 class Demo:

@@ -44,6 +44,7 @@ def make_model(folder: str | Path, seed: int) -> None:
     """Save an untrained Qwen3 decoder of 597,568 parameters in float32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
     config = Qwen3Config(
         vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
@@ -51,6 +52,7 @@ def make_model(folder: str | Path, seed: int) -> None:
         initializer_range=0.05, max_position_embeddings=MAX_POSITIONS,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype=torch.float32,
     )  # fmt: skip
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(str(folder))

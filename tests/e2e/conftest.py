@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
 from actors import driver, supervised
-from actors.placement import connect
 from launch.config import load_recipe
 from launch.demo import RECIPES
 from launch.tasks import unique_digits as task
@@ -66,7 +64,7 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def workshop(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     folder = tmp_path_factory.mktemp("runs")
     task.make_tokenizer(folder / "base")
     task.make_model(folder / "base", SEED)
@@ -77,9 +75,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pairs = task.make_pairs(rows, [[task.slip(prompt)] for prompt in rows], SEED)
     task.write_rows(folder / "data" / "pairs.jsonl", pairs[:-200])
     task.write_rows(folder / "data" / "pairs_test.jsonl", pairs[-200:])
-    connect(None, cpus=12)
-    yield Workshop(folder)
-    ray.shutdown()
+    return Workshop(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,130 @@
+"""Groups of real Ray actors: what comes back, what fails, and what never answers."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from actors.groups import WorkerError, WorkerGroup
+from actors.placement import Demand, Placement, environment
+from actors.rows import gather_rows, scatter_rows
+from actors.settings import ClusterSettings
+from learners.experience import Experience
+from learners.settings import Place, UserError
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
+
+
+class Worker:
+    """What the group hosts."""
+
+    def __init__(self, factor: int, place: Place | None = None) -> None:
+        self.factor, self.place = factor, place
+
+    def where(self) -> Place | None:
+        return self.place
+
+    def times(self, number: int) -> int:
+        return self.factor * number
+
+    def lengths(self, shard: Experience) -> torch.Tensor:
+        return shard.lengths.float()
+
+    def ids(self, shard: Experience) -> torch.Tensor:
+        """[b,T]: the response's ids."""
+        return shard.response_part(shard.input_ids[:, 1:]).float() * shard.mask
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def refuse(self) -> None:
+        raise UserError("model.path: nothing there; name a folder")
+
+    def fail(self) -> None:
+        raise ValueError("seven is not prime enough")
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+def testers() -> WorkerGroup:
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}
+    group = WorkerGroup("tester", f"{__name__}:Worker", [options, options])
+    group.gather(group.start({"factor": 3}, 60), "start", 60)
+    return group
+
+
+@pytest.fixture(scope="module")
+def group(cluster: None) -> WorkerGroup:
+    return testers()
+
+
+def test_every_worker_answers_in_order(group: WorkerGroup) -> None:
+    assert group.call("times", 2, phase="test", deadline_s=30) == [6, 6]
+    assert group.gather(group.scatter("times", [1, 2]), "test", 30) == [3, 6]
+
+
+def test_rows_come_back_in_the_order_of_the_batch(group: WorkerGroup) -> None:
+    batch = Experience.from_ids([[1], [1, 2], [1], [1, 2, 3]], [[4, 5, 6], [7], [8, 9], [4]])
+    lengths = gather_rows(scatter_rows(group, "lengths", batch), batch, "test", 30)
+    assert lengths.tolist() == batch.lengths.tolist()
+    ids = gather_rows(scatter_rows(group, "ids", batch), batch, "test", 30)
+    assert ids.tolist() == [[4, 5, 6], [7, 0, 0], [8, 9, 0], [4, 0, 0]]
+
+
+def test_fewer_rows_than_workers(group: WorkerGroup) -> None:
+    batch = Experience.from_ids([[1, 2]], [[3]])
+    assert gather_rows(scatter_rows(group, "lengths", batch), batch, "test", 30).tolist() == [3]
+
+
+def test_a_late_worker_is_named_with_its_phase(group: WorkerGroup) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"nap: tester\[1\] on node \w+ did not answer within 1 s"):
+        group.gather(group.scatter("sleep", [0, 4]), "nap", 1)
+    assert time.monotonic() - began < 10
+
+
+def test_a_failure_says_who_and_what(group: WorkerGroup) -> None:
+    with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \w+ failed: .*seven is not prime"):
+        group.call("fail", phase="learn", deadline_s=30)
+
+
+def test_bad_input_found_by_a_worker_stays_bad_input(group: WorkerGroup) -> None:
+    with pytest.raises(UserError) as error:
+        group.call("refuse", phase="start", deadline_s=30)
+    assert error.value.problems == ["model.path: nothing there; name a folder"]
+
+
+def test_a_dead_worker_is_named(cluster: None) -> None:
+    with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \w+ died"):
+        testers().call("die", phase="learn", deadline_s=30)
+
+
+def test_ranks_get_their_places(cluster: None) -> None:
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}
+    group = WorkerGroup("ranks", f"{__name__}:Worker", [options, options])
+    group.gather(group.start({"factor": 1}, 60, distributed=("cpu", 12.0)), "start", 60)
+    first, second = group.call("where", phase="test", deadline_s=30)
+    assert (first.rank, second.rank, first.world_size, first.timeout_s) == (0, 1, 2, 12.0)
+    assert (first.address, first.port) == (second.address, second.port)
+
+
+def test_what_cannot_fit_is_refused_by_arithmetic(cluster: None) -> None:
+    began = time.monotonic()
+    demands = {"actor": Demand(1000, 2), "engine": Demand(1, 1)}
+    with pytest.raises(UserError, match=r"2001 CPUs are needed \(actor 1000, engine 1\), Ray has 12"):
+        Placement(ClusterSettings(), demands).__enter__()
+    assert time.monotonic() - began < 10
+    gpu = ClusterSettings(device="cuda")
+    with pytest.raises(UserError, match="3 GPUs are needed"):
+        Placement(gpu, {"actor": Demand(2, 1), "engine": Demand(1, 1)}).__enter__()
+
+
+def test_placement_tells_each_process_its_threads(cluster: None) -> None:
+    with Placement(ClusterSettings(), {"engine": Demand(1, 2), "actor": Demand(2, 1)}) as placement:
+        (engine,), actors = placement.options("engine"), placement.options("actor")
+    assert engine["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert [a["scheduling_strategy"].placement_group_bundle_index for a in actors] == [1, 2]
