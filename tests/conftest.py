@@ -13,8 +13,6 @@ def cluster() -> Iterator[None]:
 
     from actors.placement import connect
 
-    if ray.is_initialized():  # Ray starts by itself when it is asked something; such a cluster may be too small
-        ray.shutdown()
     connect(None, cpus=12)
     yield
     ray.shutdown()

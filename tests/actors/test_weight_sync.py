@@ -259,7 +259,7 @@ def two_engines() -> Iterator[list[Any]]:
     import ray
 
     class Recorder:
-        def call(self, method: str, *args: Any) -> Any:
+        def call(cluster: None) -> list[Any]:
             if method == "forget":
                 self.notes, self.trouble = [], args[0]  # type: ignore[var-annotated]
             elif method == "notes":
@@ -271,9 +271,7 @@ def two_engines() -> Iterator[list[Any]]:
                 self.notes.append((method, *args))
             return None
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield [ray.remote(Recorder).options(num_cpus=0).remote() for _ in range(2)]  # type: ignore[attr-defined]
-    ray.shutdown()
+    return [ray.remote(Recorder).options(num_cpus=0).remote() for _ in range(2)]  # type: ignore[attr-defined]
 
 
 @pytest.fixture
