@@ -254,12 +254,12 @@ class TwoLayers:
 
 
 @pytest.fixture(scope="module")
-def two_engines() -> Iterator[list[Any]]:
+def two_engines(cluster: None) -> list[Any]:
     """Ray actors that take calls as engines do, and only take notes."""
     import ray
 
     class Recorder:
-        def call(cluster: None) -> list[Any]:
+        def call(self, method: str, *args: Any) -> Any:
             if method == "forget":
                 self.notes, self.trouble = [], args[0]  # type: ignore[var-annotated]
             elif method == "notes":
