@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,7 @@ Stats = dict[str, tuple[Tensor, Tensor]]
 """Statistics as (sum, count) pairs, reduced over micro-batches and ranks; names that start with "max_" by maximum."""
 
 
-class ZeroEngine:
+class ZeroEngine(ABC):
     """One rank of a trained role.
 
     Subclasses implement `compute` (a forward pass), `loss` and `count`; the denominator handed to `loss` is the whole
@@ -53,17 +54,17 @@ class ZeroEngine:
         )
         self.engine.train()
 
+    @abstractmethod
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         """The role's forward pass on a micro-batch, with gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         """The micro-batch's contribution to the mini-batch's loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count(self, shard: Experience) -> float:
         """This rank's share of the denominator."""
-        raise NotImplementedError
 
     def train(self, shard: Experience) -> dict[str, float]:
         """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes part.
