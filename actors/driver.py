@@ -28,6 +28,7 @@ from learners.settings import GRPOSettings, PPOSettings
 
 def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
+    RunFolder.check(recipe.run, resume)
     data = RunData.load(recipe)
     with Placement(recipe.cluster, demands(recipe)) as placement:
         roles = start_roles(recipe, data, placement)

@@ -38,6 +38,16 @@ class RunFolder:
         self._tensorboard = self._open_tensorboard(first_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(settings.wandb_project) if settings.wandb_project else None
 
+    @staticmethod
+    def check(settings: RunSettings, resume: bool) -> None:
+        """Raise UserError if `open` could not succeed, before anything has been started for it."""
+        _check_wandb(settings)
+        path = Path(settings.folder)
+        if resume and not _checkpoints(path):
+            raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
+        if not resume and path.exists():
+            raise UserError(f"run.folder: {path} exists: choose another folder, or --resume to go on with that run")
+
     @classmethod
     def open(cls, settings: RunSettings, config_yaml: str, resume: bool) -> Self:
         return cls.resume(settings, config_yaml) if resume else cls.create(settings, config_yaml)
@@ -45,14 +55,10 @@ class RunFolder:
     @classmethod
     def create(cls, settings: RunSettings, config_yaml: str) -> Self:
         """Make the folder. Raises UserError if it exists, leaving everything as it was."""
-        _check_wandb(settings)
+        cls.check(settings, resume=False)
         path = Path(settings.folder)
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            raise UserError(
-                f"run.folder: {path} exists: choose another folder, or --resume to go on with that run"
-            ) from None
         except OSError as error:
             raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from None
         return cls(settings, config_yaml, first_step=0)
@@ -60,11 +66,9 @@ class RunFolder:
     @classmethod
     def resume(cls, settings: RunSettings, config_yaml: str) -> Self:
         """Open the folder as it was at its newest checkpoint. Raises UserError if it has none."""
-        _check_wandb(settings)
+        cls.check(settings, resume=True)
         path = Path(settings.folder)
-        if not (found := _checkpoints(path)):
-            raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
-        step, checkpoint = found[-1]
+        step, checkpoint = _checkpoints(path)[-1]
         state = json.loads((checkpoint / "run_folder.json").read_text())
         os.truncate(path / "metrics.jsonl", state["metrics_bytes"])
         return cls(settings, config_yaml, first_step=step + 1)

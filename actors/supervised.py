@@ -30,6 +30,7 @@ from learners.settings import UserError
 
 def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
+    RunFolder.check(recipe.run, resume)
     training = Supervised(recipe)
     demand = Demand(recipe.learner.ranks, recipe.learner.threads)
     with Placement(recipe.cluster, {recipe.kind: demand}) as placement:

@@ -50,7 +50,7 @@ class Worker:
         os._exit(1)
 
 
-def testers() -> WorkerGroup:
+def new_group() -> WorkerGroup:
     options = {"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}
     group = WorkerGroup("tester", f"{__name__}:Worker", [options, options])
     group.gather(group.start({"factor": 3}, 60), "start", 60)
@@ -59,7 +59,7 @@ def testers() -> WorkerGroup:
 
 @pytest.fixture(scope="module")
 def group(cluster: None) -> WorkerGroup:
-    return testers()
+    return new_group()
 
 
 def test_every_worker_answers_in_order(group: WorkerGroup) -> None:
@@ -100,7 +100,7 @@ def test_bad_input_found_by_a_worker_stays_bad_input(group: WorkerGroup) -> None
 
 def test_a_dead_worker_is_named(cluster: None) -> None:
     with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \w+ died"):
-        testers().call("die", phase="learn", deadline_s=30)
+        new_group().call("die", phase="learn", deadline_s=30)
 
 
 def test_ranks_get_their_places(cluster: None) -> None:
