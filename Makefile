@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-all clean
+.PHONY: help install demo check test parity cluster test-all clean
 
 VENV := .venv
 DEVICE ?= cpu
@@ -16,13 +16,19 @@ demo: install  ## SFT, reward model, PPO and GRPO on this machine, end to end (r
 check: install  ## lint, types and the tests without engines (under a minute)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -m "not engines"
+	$(VENV)/bin/pytest -m "not engines and not cluster"
 
 test: check  ## check, then the tests with the real engines (under 20 minutes, no root)
 	$(VENV)/bin/pytest -m engines --timeout 600
 
-test-all: test  ## everything; what CI runs
+parity: install  ## the same updates through TRL's trainers and through ours, compared (fetches TRL into .venv-trl)
+	$(VENV)/bin/python benchmarks/parity_trl.py
+
+cluster: install  ## two nodes, job submission and Slurm, for real (as root; installs what it needs)
+	$(VENV)/bin/pytest -m cluster --timeout 900
+
+test-all: test parity cluster  ## everything; what CI runs
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-trl build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

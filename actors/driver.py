@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 
-from actors.evaluation import candidates_for, requests_for
-from actors.groups import WorkerError
+from actors.alarms import Watch, of_experience, of_metrics, of_recipe
+from actors.evaluation import candidates_for, mean, requests_for
+from actors.gate import GateError, pass_gate
+from actors.interrupt import Interrupted, asked, listening
+from actors.layout import demands
 from actors.placement import Placement
 from actors.rewards import Candidate
-from actors.roles import Roles, RunData, demands, start_roles
+from actors.roles import Roles, RunData, start_roles
 from actors.rows import gather_rows, scatter_rows
 from actors.run_folder import RunFolder
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
+from learners.advantages import kl_estimate
 from learners.experience import Experience, Rollout, mini_batches
 from learners.settings import GRPOSettings, PPOSettings
 
@@ -30,10 +34,16 @@ def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
     RunFolder.check(recipe.run, resume)
     data = RunData.load(recipe)
-    with Placement(recipe.cluster, demands(recipe)) as placement:
+    with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
         roles = start_roles(recipe, data, placement)
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
-            summary = Driver(recipe, folder, data, roles).run(resume)
+            (folder.path / "placement.json").write_text(json.dumps(roles.nodes(), indent=2))
+            try:
+                summary = Driver(recipe, folder, data, roles).run(resume)
+            except GateError:
+                if not resume:
+                    folder.discard()  # nothing was begun: the name is free for another try
+                raise
             folder.finish(summary)
     return summary
 
@@ -45,6 +55,8 @@ class Driver:
         self.recipe, self.folder, self.data = recipe, folder, data
         self.seed, self.deadline_s = recipe.run.seed, recipe.cluster.call_deadline_s
         self.roles, self.algorithm = roles, roles.algorithm
+        self.watch = Watch(folder, recipe.run.max_skipped_steps)
+        self.version = 0  # of the weights: the step they were learned in
 
     def run(self, resume: bool) -> dict[str, Any]:
         """All steps, evaluations and checkpoints, then the exported model. Returns the run's summary."""
@@ -52,7 +64,11 @@ class Driver:
         folder.log(0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data")
         frozen = self.roles.fingerprints()
         first = self.restore() + 1 if resume else 1
-        self.roles.connect_engines(version=first - 1)
+        self.roles.connect_engines(self.version)
+        gap = pass_gate(self.roles.engines, self.roles.actor, self.data.prompts, recipe)
+        folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
+        if first == 1:
+            self.watch.report(0, of_recipe(recipe))
         summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
         for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
@@ -60,10 +76,15 @@ class Driver:
                 with folder.phase("evaluate", step):
                     metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
             folder.log(step, metrics)
-            if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
+            due = recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            leaving = asked()
+            if due or leaving or self.watch.full:
                 self.save(step)
-        if self.roles.fingerprints() != frozen:
-            raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
+            if self.watch.full:
+                raise self.watch.stop(step)
+            if leaving:
+                raise Interrupted(step)
+        self.roles.check_frozen(frozen)
         self.roles.actor.call("export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s)
         self.data.tokenizer.save_pretrained(folder.path / "model")
         summary["after"] = self.evaluate(steps)
@@ -83,7 +104,11 @@ class Driver:
 
         with folder.phase("score", step):
             judging = roles.rewards.submit(candidates)
-            reading = {"old_logprobs": scatter_rows(roles.actor, "infer", batch)}
+            reading = {}
+            if recipe.algorithm.old_logprobs == "actor":
+                reading["old_logprobs"] = scatter_rows(roles.actor, "infer", batch)
+            else:
+                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
             if roles.reference is not None:
                 reading["ref_logprobs"] = scatter_rows(roles.reference, "logprobs", batch)
             if roles.critic is not None:
@@ -94,21 +119,27 @@ class Driver:
         with folder.phase("advantages", step):
             batch = with_scores(batch, scores, [r.finish_reason for r in rollouts], recipe.algorithm)
             batch, metrics = self.algorithm.advantages(batch)
-
-        with folder.phase("learn", step):
-            metrics |= self.learn(batch, step)
-
-        with folder.phase("sync", step):
-            metrics["sync/probe_difference"] = roles.sync(step)
-
+            metrics |= rollout_metrics(batch, rollouts, by_source)
+            metrics |= self.watch.report(step, of_experience(batch, rollouts, by_source, recipe))
         folder.save_samples(step, [sample_row(*row) for row in zip(candidates, rollouts, scores, strict=True)])
-        return {**metrics, **rollout_metrics(batch, rollouts, by_source), **folder.seconds(step)}
+
+        if step not in self.watch.skipped:  # else neither the weights nor their version change
+            with folder.phase("learn", step):
+                roles.turns.learn()
+                metrics |= self.learn(batch, step)
+            with folder.phase("sync", step):
+                metrics["sync/probe_difference"] = roles.sync(step)
+                self.version = step
+
+        metrics |= self.watch.report(step, of_metrics(metrics, recipe))
+        return {**metrics, **folder.seconds(step)}
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
 
-        Returns the means (of maxima the largest) over all mini-batches. Of the very first one it also gives the
-        largest |ratio - 1| and the gradient norm: nothing is learned yet, the ratio must be 1, the gradient not 0.
+        Returns the means (of maxima the largest, of skipped updates the number) over all mini-batches. Of the very
+        first one it also gives the largest |ratio - 1| and the gradient norm: nothing is learned yet, the ratio must
+        be 1, the gradient not 0. When the old log-probs are the engine's, that ratio is the step's mismatch.
         """
         learners = {"actor": self.roles.actor, "critic": self.roles.critic}
         history: list[dict[str, float]] = []
@@ -123,7 +154,10 @@ class Driver:
                     metrics |= {f"{name}/{key}": value for key, value in stats.items()}
                 history.append(metrics)
         first = {f"{key}_first": history[0][key] for key in ("actor/max_ratio_deviation", "actor/grad_norm")}
-        return {k: (max if "/max_" in k else fmean)([m[k] for m in history]) for k in history[0]} | first
+        if self.recipe.algorithm.old_logprobs == "engine":
+            shown = {"mean": "log_ratio", "max": "max_log_ratio", "kl": "approx_kl"}
+            first |= {f"mismatch/{name}": history[0][f"actor/{key}"] for name, key in shown.items()}
+        return {k: summary_of(k, [m[k] for m in history]) for k in history[0]} | first
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
@@ -139,7 +173,8 @@ class Driver:
         with self.folder.phase("checkpoint", step), self.folder.checkpoint(step) as path:
             for name, group in self.roles.learners().items():
                 group.call("save", str(path / name), phase="checkpoint", deadline_s=self.deadline_s)
-            (path / "driver.json").write_text(json.dumps({"step": step, "algorithm": self.algorithm.state()}))
+            state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
+            (path / "driver.json").write_text(json.dumps(state))
 
     def restore(self) -> int:
         """Load the newest checkpoint; returns its step. Everything else a step needs derives from (seed, step)."""
@@ -148,7 +183,9 @@ class Driver:
         step, path = found
         for name, group in self.roles.learners().items():
             group.call("load", str(path / name), phase="restore", deadline_s=self.deadline_s)
-        self.algorithm.load_state(json.loads(Path(path, "driver.json").read_text())["algorithm"])
+        state = json.loads(Path(path, "driver.json").read_text())
+        self.version = state["version"]
+        self.algorithm.load_state(state["algorithm"])
         return step
 
 
@@ -165,12 +202,10 @@ def with_scores(
 
 
 def rollout_metrics(
-    batch: Experience, rollouts: Sequence[Rollout], by_source: dict[str, list[float]]
+    batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[float | None]]
 ) -> dict[str, float]:
     """What was sampled and how it was judged; and how far the engine's log-probs are from the Actor's."""
-    assert batch.old_logprobs is not None and batch.rollout_logprobs is not None and batch.scores is not None
-    mask = batch.mask
-    gap = (batch.old_logprobs - batch.rollout_logprobs)[mask].abs()
+    assert batch.scores is not None
     scored = batch.scores[~batch.scores.isnan()]
     metrics = {
         "response/length": fmean(len(r.response_ids) for r in rollouts),
@@ -178,13 +213,33 @@ def rollout_metrics(
         "score/mean": float(scored.mean()) if len(scored) else math.nan,
         "score/std": float(scored.std(correction=0)) if len(scored) else math.nan,
         "score/unscorable": 1 - len(scored) / len(rollouts),
-        "mismatch/mean": float(gap.mean()) if len(gap) else 0.0,
-        "mismatch/max": float(gap.max()) if len(gap) else 0.0,
     }
     for name, scores in by_source.items():
-        known = [s for s in scores if not math.isnan(s)]
-        metrics[f"score/{name}"] = fmean(known) if known else math.nan
-    return metrics
+        known = [s for s in scores if s is not None]
+        metrics[f"score/{name}"] = mean(known)
+    return metrics | mismatch(batch)
+
+
+def summary_of(name: str, values: Sequence[float]) -> float:
+    """A metric of all mini-batches: maxima stay maxima, counts of skipped updates add up, all others are means."""
+    kind = name.split("/")[1]
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return max(values) if kind.startswith("max_") else sum(values) if kind == "skipped_updates" else fmean(values)
+
+
+def mismatch(batch: Experience) -> dict[str, float]:
+    """Engine against Actor log-probs on the same tokens: |difference| in nats, and k3 of KL(engine || Actor) per token.
+
+    Nothing when the engine's are the old log-probs: then the first mini-batch's ratio shows the difference.
+    """
+    old, engine, mask = batch.old_logprobs, batch.rollout_logprobs, batch.mask
+    assert old is not None and engine is not None
+    if old is engine or not mask.any():
+        return {}
+    gap = (old - engine)[mask].abs()
+    kl = kl_estimate(engine, old, "k3", mask)[mask]
+    return {"mismatch/mean": float(gap.mean()), "mismatch/max": float(gap.max()), "mismatch/kl": float(kl.mean())}
 
 
 def sample_row(candidate: Candidate, rollout: Rollout, score: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import ray
 
 from actors.groups import WorkerError, WorkerGroup
-from actors.settings import SyncSettings
 from actors.weight_sync import check_probe, verify
 from learners.experience import PromptRequest, Rollout
 
@@ -43,23 +42,19 @@ class Engines(WorkerGroup):
             raise WorkerError(f"generate: {len(requests) - len(finished)} of {len(requests)} groups never came back")
         return [rollout for request in requests for rollout in finished[request.slot]]
 
-    def sync(self, actor: WorkerGroup, version: int, probe: list[int], settings: SyncSettings, gate: float) -> float:
+    def sync(self, actor: WorkerGroup, version: int, probe: list[int], deadline_s: float, gate: float) -> float:
         """Give every engine the Actor's weights and prove it; until then they are STALE and serve nothing.
 
         Proof: digests and names of the received bytes agree with what was sent, and log-probs of `probe` agree within
         `gate`. Returns the largest probe difference (nats). Raises SyncError or WorkerError.
         """
-        results = actor.call("send_weights", version, phase="sync", deadline_s=settings.deadline_s)
+        results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
         sent, received, names = results[0]
         for i, receipt in enumerate(received):
             verify(sent, receipt, names, self._who(i))
-        return self.accept(actor, version, probe, settings, gate)
-
-    def accept(self, actor: WorkerGroup, version: int, probe: list[int], settings: SyncSettings, gate: float) -> float:
-        """Compare probe log-probs of every engine with the Actor's; within the gate, mark the engines as `version`."""
         waiting = actor.submit("probe", probe)
-        theirs = self.call("probe_logprobs", probe, phase="sync", deadline_s=settings.deadline_s)
-        ours = actor.gather(waiting, "sync", settings.deadline_s)[0]
-        worst = max(check_probe(ours, one, gate) for one in theirs)
-        self.call("accept", version, phase="sync", deadline_s=settings.deadline_s)
+        theirs = self.call("probe_logprobs", probe, phase="sync", deadline_s=deadline_s)
+        ours = actor.gather(waiting, "sync", deadline_s)[0]
+        worst = max(check_probe(ours, one, gate, self._who(i)) for i, one in enumerate(theirs))
+        self.call("accept", version, phase="sync", deadline_s=deadline_s)
         return worst

@@ -32,6 +32,7 @@ def requests_for(
             group_size=group_size,
             temperature=0.0 if greedy else settings.temperature,
             max_new_tokens=settings.max_new_tokens,
+            distortions={} if greedy else settings.distortions,
             seeds=tuple(derive_seed(*seed_parts, prompt.index, slot, k) for k in range(group_size))
             if settings.seeded and not greedy
             else None,
@@ -52,6 +53,11 @@ def candidates_for(
     ]
 
 
+def mean(scores: Sequence[float]) -> float:
+    """NaN without scores, and when one of them is not finite: infinities of both signs have no mean."""
+    return fmean(scores) if scores and all(map(math.isfinite, scores)) else math.nan
+
+
 def evaluate(
     engines: Engines,
     judge: WorkerGroup,
@@ -67,11 +73,10 @@ def evaluate(
     deadline = recipe.cluster.call_deadline_s
     metrics: dict[str, float] = {}
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
-        requests = requests_for(prompts, recipe.generation, 1, (recipe.run.seed, name), greedy=kind == "greedy")
+        requests = requests_for(prompts, recipe.generation.plain, 1, (recipe.run.seed, name), greedy=kind == "greedy")
         rollouts = engines.generate(requests, deadline)
         candidates = candidates_for(rollouts, prompts, 1, tokenizer)
         (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
-        known = [s for s in scores if not math.isnan(s)]
-        metrics[f"{name}/accuracy_{kind}"] = fmean(known) if known else math.nan
+        metrics[f"{name}/accuracy_{kind}"] = mean([s for s in scores if s is not None])
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
     return metrics

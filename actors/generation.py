@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from actors.settings import GenerationSettings
-from actors.weight_sync import OBJECT_STORE, Receipt
+from actors.weight_sync import Receipt, transfer_backend
 from learners.experience import PromptRequest, Rollout
 from learners.settings import Device, ModelSettings
 
@@ -69,14 +69,16 @@ class GenerationEngine:
         device: Device,
         max_model_tokens: int,
         eos_token_id: int | None,
+        shared: bool = False,
     ) -> None:
         """Returns when the engine is ready; raises what vLLM raised if it cannot start.
 
         `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only by its length).
+        On `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
         """
         self.device, self.max_model_tokens, self.eos_token_id = device, max_model_tokens, eos_token_id
         self.version = 0
-        self._stale = False
+        self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._declared: list[str] = []  # names a GPU backend said it would send
         self._running: dict[str, tuple[_Group, int]] = {}
@@ -89,7 +91,7 @@ class GenerationEngine:
         self._thread = threading.Thread(target=self._loop, name="generation", daemon=True)
         self._thread.start()
         try:
-            self._build(model, generation)
+            self._build(model, generation, shared)
         except BaseException:
             self.close()
             raise
@@ -174,6 +176,23 @@ class GenerationEngine:
         self.version, self._stale = version, False
 
     @in_loop
+    def sleep(self) -> None:
+        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Refused while anything is under way.
+
+        Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it fell asleep with, as
+        version, STALE and a step that was skipped and sends none all rely on.
+        """
+        if self._running or self._probes or self._update_open:
+            raise RuntimeError("an engine with requests under way, or with weights half replaced, cannot sleep")
+        self._engine.sleep(level=1)
+        self._asleep = True
+
+    @in_loop
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Take the GPUs again. With `tags` ["weights"] only weights may arrive: no prompt and no probe yet."""
+        self._asleep = not self._engine.wake_up(tags)
+
+    @in_loop
     def status(self) -> dict[str, Any]:
         """`version`, `stale`, `running` (samples under way) and `threads` (CPU threads the loop computes with)."""
         threads = torch.get_num_threads()
@@ -227,8 +246,9 @@ class GenerationEngine:
         self._end = RuntimeError("the engine was closed")
 
     @in_loop
-    def _build(self, model: ModelSettings, generation: GenerationSettings) -> None:
-        self._engine = _build_engine(model, generation, self.device, self.max_model_tokens)
+    def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
+        arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
+        self._engine = _build_engine(arguments, self.device, generation.threads)
 
     @in_loop
     def _admit(self, groups: list[_Group]) -> None:
@@ -251,6 +271,7 @@ class GenerationEngine:
             seed=request.seeds[sample] if request.seeds else None,
             stop_token_ids=[] if self.eos_token_id is None else [self.eos_token_id],
             logprobs=0,  # of the sampled token alone
+            **request.distortions,
         )
 
     @in_loop
@@ -268,6 +289,8 @@ class GenerationEngine:
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        if self._asleep:
+            raise RuntimeError("engine is asleep: wake it first")
         if len(ids) >= self.max_model_tokens:
             raise ValueError(
                 f"{len(ids)} tokens leave no room for another: prompt + response fit {self.max_model_tokens}"
@@ -323,8 +346,49 @@ def _group_or_error(item: list[Rollout] | Exception) -> list[Rollout]:
     return item
 
 
-def _build_engine(model: ModelSettings, generation: GenerationSettings, device: Device, max_model_tokens: int) -> Any:
-    """A vLLM engine inside this process (on GPUs with `tensor_parallel` workers). Ids in, ids out: no tokenizer."""
+def engine_arguments(
+    model: ModelSettings, generation: GenerationSettings, device: Device, max_model_tokens: int, shared: bool = False
+) -> dict[str, Any]:
+    """vLLM's EngineArgs, but for the transfer backend. Ids in, ids out: no tokenizer."""
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # keeps the checkpoint's own sampling defaults out (repetition penalty!)
+        "logprobs_mode": "processed_logprobs",  # after temperature, as the Actor computes them
+        "max_model_len": max_model_tokens,
+        "max_num_seqs": generation.max_concurrent,
+        "enable_prefix_caching": True,
+        "weight_transfer_config": {"backend": transfer_backend(device, shared)},
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        **(_on_cpu(generation, max_model_tokens) if device == "cpu" else _on_gpu(generation, shared)),
+    }
+
+
+def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, Any]:
+    return {
+        "distributed_executor_backend": "uni",
+        "enforce_eager": True,
+        # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's cannot.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, max_model_tokens),
+        "kv_cache_memory_bytes": int(generation.kv_cache_gib * 2**30),
+    }
+
+
+def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
+    return {
+        "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
+        "tensor_parallel_size": generation.tensor_parallel,
+        "gpu_memory_utilization": generation.gpu_memory_fraction,
+        "enable_sleep_mode": shared,
+    }
+
+
+def _build_engine(arguments: dict[str, Any], device: Device, threads: int) -> Any:
+    """A vLLM engine inside this process (on GPUs with `tensor_parallel` worker processes)."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -332,41 +396,13 @@ def _build_engine(model: ModelSettings, generation: GenerationSettings, device: 
         from torch._dynamo import config as compiler
 
         compiler.disable = True  # compiling a helper of the sampler would hold the first token up by 6 s
-        torch.set_num_threads(generation.threads)  # vLLM disables this function while it starts
-        specific: dict[str, Any] = {
-            "distributed_executor_backend": "uni",
-            "enforce_eager": True,
-            # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's cannot.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(8192, max_model_tokens),
-            "kv_cache_memory_bytes": int(generation.kv_cache_gib * 2**30),
-        }
-    else:
-        specific = {
-            "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
-            "tensor_parallel_size": generation.tensor_parallel,
-            "gpu_memory_utilization": generation.gpu_memory_fraction,
-        }
+        torch.set_num_threads(threads)  # vLLM disables this function while it starts
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
 
     import actors.weight_receiver  # noqa: F401  registers our transfer backend
 
-    arguments = EngineArgs(
-        model=model.path,
-        dtype=model.dtype,
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # keeps the checkpoint's own sampling defaults out (repetition penalty!)
-        logprobs_mode="processed_logprobs",  # after temperature, as the Actor computes them
-        max_model_len=max_model_tokens,
-        max_num_seqs=generation.max_concurrent,
-        enable_prefix_caching=True,
-        weight_transfer_config=WeightTransferConfig(backend=OBJECT_STORE if device == "cpu" else "nccl"),
-        seed=0,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **specific,
-    )
-    engine = LLMEngine.from_engine_args(arguments)
+    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments, weight_transfer_config=transfer))
     engine.set_weight_version("0")
     return engine

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from learners.settings import Device, Place, UserError
+from learners.settings import Device, Place, Settings, UserError, located
 
 
 class WorkerError(RuntimeError):
@@ -51,7 +51,10 @@ class Host:
 
 
 class WorkerGroup:
-    """`len(options)` processes of one role, each with its own Ray options (resources, environment, placement)."""
+    """`len(options)` processes of one role, each with its own Ray options (resources, environment, placement).
+
+    Before any work it calls `take_turn`, which does nothing unless roles share their GPUs (`actors.placement.Turns`).
+    """
 
     def __init__(self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1) -> None:
         self.name = name
@@ -61,6 +64,7 @@ class WorkerGroup:
             for one in options
         ]
         self.nodes: list[str] = ["?"] * len(self.handles)
+        self.take_turn: Callable[[], None] = _no_need
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -73,20 +77,31 @@ class WorkerGroup:
         The processes themselves were begun by the constructor, and are waited for here. With `distributed` (device,
         collective time-out in seconds) each worker also gets its `place` among the ranks.
         """
+        arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
         self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
         if distributed is None:
             return [h.start.remote(arguments) for h in self.handles]
         device, timeout_s = distributed
-        address, port = self.gather([self.handles[0].free_address.remote()], "start", deadline_s)[0]
+        address, port = self.free_address(deadline_s)
         places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
         return [h.start.remote({**arguments, "place": p}) for h, p in zip(self.handles, places, strict=True)]
 
+    def free_address(self, deadline_s: float) -> tuple[str, int]:
+        """Where the first worker's node can be reached, with a port that was free a moment ago."""
+        return self.gather([self.handles[0].free_address.remote()], "start", deadline_s)[0]
+
     def submit(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Call `method` with the same arguments on every worker; returns pending results for `gather`."""
+        self.take_turn()
+        return self.order(method, *args, **kwargs)
+
+    def order(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """`submit` for whoever conducts the turns: without asking for one."""
         return [h.call.remote(method, *args, **kwargs) for h in self.handles]
 
     def scatter(self, method: str, shares: Sequence[Any], *args: Any) -> list[Any]:
         """Call `method` with one share per worker; returns pending results for `gather`."""
+        self.take_turn()
         return [h.call.remote(method, s, *args) for h, s in zip(self.handles, shares, strict=True)]
 
     def gather(self, pending: Sequence[Any], phase: str, deadline_s: float) -> list[Any]:
@@ -108,6 +123,7 @@ class WorkerGroup:
 
     def streams(self, method: str, shares: Sequence[Any]) -> list[Any]:
         """Start a generator method on every worker; returns Ray's generators of object references."""
+        self.take_turn()
         return [
             h.stream.options(num_returns="streaming").remote(method, s)
             for h, s in zip(self.handles, shares, strict=True)
@@ -129,3 +145,7 @@ class WorkerGroup:
 
     def _who(self, index: int) -> str:
         return f"{self.name}[{index}] on node {self.nodes[index]}"
+
+
+def _no_need() -> None:
+    """Every role has its GPUs to itself."""

@@ -29,7 +29,7 @@ class FunctionReward:
     """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process of its own.
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
-    None (or a number that is not finite) marks a response that could not be judged.
+    None marks a response that could not be judged; a number that is not finite raises an alarm.
     """
 
     def __init__(self, function: str) -> None:
@@ -38,8 +38,8 @@ class FunctionReward:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
-    def scores(self, candidates: Sequence[Candidate]) -> list[float]:
-        """One score per candidate; NaN where the function could not judge."""
+    def scores(self, candidates: Sequence[Candidate]) -> list[float | None]:
+        """One score per candidate; None where the function could not judge."""
         if not candidates:
             return []
         names = {name for c in candidates for name in c.columns}
@@ -52,7 +52,7 @@ class FunctionReward:
         )
         if len(scores) != len(candidates):
             raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
-        return [math.nan if s is None or not math.isfinite(s) else float(s) for s in scores]
+        return [None if s is None else float(s) for s in scores]
 
 
 class Rewards:
@@ -67,13 +67,19 @@ class Rewards:
             group.scatter("scores", [candidates[i :: len(group)] for i in range(len(group))]) for group in self.groups
         ]
 
-    def gather(self, pending: Sequence[Sequence[Any]], count: int) -> tuple[list[float], dict[str, list[float]]]:
+    def gather(
+        self, pending: Sequence[Sequence[Any]], count: int
+    ) -> tuple[list[float], dict[str, list[float | None]]]:
         """Weighted sums of all candidates in order (NaN where a source could not judge), and scores per source."""
-        sources: dict[str, list[float]] = {}
+        sources: dict[str, list[float | None]] = {}
         for one, group, refs in zip(self.settings, self.groups, pending, strict=True):
-            scores = [math.nan] * count
+            scores: list[float | None] = [None] * count
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             sources[one.name] = scores
         counted = [one for one in self.settings if one.weight != 0]  # a source of weight 0 is only logged
-        return [sum(one.weight * sources[one.name][i] for one in counted) for i in range(count)], sources
+        return [_sum([(one.weight, sources[one.name][i]) for one in counted]) for i in range(count)], sources
+
+
+def _sum(weighted: Sequence[tuple[float, float | None]]) -> float:
+    return math.nan if any(s is None for _, s in weighted) else sum(w * s for w, s in weighted if s is not None)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.engines import Engines
 from actors.evaluation import evaluate
 from actors.functions import load_function
-from actors.groups import WorkerGroup
-from actors.placement import Demand, Placement
+from actors.groups import WorkerError, WorkerGroup
+from actors.layout import demands, needs_reference, shares_gpus, sharing_problems
+from actors.placement import Placement, Turns
 from actors.rewards import Rewards
 from actors.seeds import rows_of_step
-from actors.settings import GRPORecipe, PPORecipe
-from learners.data import Prompt, Rows, load_prompts
+from actors.settings import GRPORecipe, PPORecipe, model_sampling_problem
+from actors.weight_sync import transfer_backend
+from learners.data import Prompt, Rows, load_prompts, tokenizer_digest
 from learners.grpo import GRPO
-from learners.models import length_problems, load_tokenizer
+from learners.models import length_problems, load_config, load_tokenizer, sampling_defaults
 from learners.ppo import PPO
-from learners.settings import UserError
+from learners.settings import UserError, located
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,14 @@ class RunData:
     def check_models(self, recipe: PPORecipe | GRPORecipe) -> None:
         """Raise UserError unless every model is there, has enough positions, and knows the token ids it will read.
 
+        Nor may the Actor come with sampling defaults that would break the ratio.
+
         A reward model may have a vocabulary of its own: it is given text then.
         """
+        if sharing := [f"{keys[0]}: {message}" for keys, message in sharing_problems(recipe)]:
+            raise UserError(sharing)
+        if asked := model_sampling_problem(sampling_defaults(recipe.actor.model.path), recipe.generation):
+            raise UserError(f"actor.model.path: {recipe.actor.model.path}: {asked}")
         needed = self.longest_prompt() + recipe.generation.max_new_tokens
         models = {"actor.model": recipe.actor.model, "reference.model": recipe.reference.model}
         models |= {f"rewards.{i}.model": r.model for i, r in enumerate(recipe.rewards)}
@@ -63,6 +71,10 @@ class RunData:
             model = models.get(key)
             if not problems and model and load_tokenizer(model.path).get_vocab() != self.tokenizer.get_vocab():
                 problems.append(f"{key}: {model.path} has another vocabulary than the Actor, whose ids it reads")
+        for i, reward in enumerate(recipe.rewards):
+            if reward.model and not problems and not judges_as_trained(reward.model.path):
+                message = "was trained with another tokenizer than lies beside it, so its scores would mean nothing"
+                problems.append(f"rewards.{i}.model.path: {reward.model.path} {message}")
         if problems:
             raise UserError(problems)
 
@@ -72,6 +84,12 @@ class RunData:
 
     def longest_prompt(self) -> int:
         return max(len(p.ids) for p in [*self.prompts, *self.held_out, *self.test])
+
+
+def judges_as_trained(path: str) -> bool:
+    """Whether a reward model's tokenizer is the one it was trained with, as far as its config remembers."""
+    digest = getattr(load_config(path), "tokenizer_digest", None)
+    return digest is None or digest == tokenizer_digest(load_tokenizer(path))
 
 
 @dataclass
@@ -89,28 +107,39 @@ class Roles:
     judge: WorkerGroup | None
     frozen: list[WorkerGroup]
     probe: list[int]
+    turns: Turns = field(default_factory=Turns)
 
     def learners(self) -> dict[str, WorkerGroup]:
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
 
     def connect_engines(self, version: int) -> None:
         """Open the way from Actor to engines. At version 0 both loaded the same files; later the engines are behind."""
-        sync = self.recipe.sync
-        where = (self.engines.handles, sync.deadline_s, self.recipe.generation.tensor_parallel)
-        self.actor.call("connect", *where, phase="sync", deadline_s=sync.deadline_s)
+        cluster, deadline = self.recipe.cluster, self.recipe.sync.deadline_s
+        backend = transfer_backend(cluster.device, shares_gpus(cluster))
+        where = (deadline, self.recipe.generation.tensor_parallel, backend, self.actor.free_address(deadline))
+        self.actor.call("connect", self.engines.handles, *where, phase="sync", deadline_s=deadline)
         if version:
             self.sync(version)
-        else:
-            self.engines.accept(self.actor, 0, self.probe, sync, self._gate())
 
     def sync(self, version: int) -> float:
         """The Actor's weights into every engine, proved; returns the largest probe difference in nats."""
-        return self.engines.sync(self.actor, version, self.probe, self.recipe.sync, self._gate())
+        self.turns.sync()
+        return self.engines.sync(self.actor, version, self.probe, self.recipe.sync.deadline_s, self.recipe.gate)
 
     def fingerprints(self) -> list[str]:
         """Digests of all frozen models."""
         deadline = self.recipe.cluster.call_deadline_s
         return [d for g in self.frozen for d in g.call("fingerprint", phase="fingerprint", deadline_s=deadline)]
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Ray's id of the node each process runs on, by role."""
+        groups = [self.engines, self.actor, self.critic, self.reference, self.judge, *self.rewards.groups]
+        return {group.name: group.nodes for group in groups if group is not None}
+
+    def check_frozen(self, before: list[str]) -> None:
+        """Raise WorkerError unless Reference and Reward models are bit by bit what they were."""
+        if self.fingerprints() != before:
+            raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
 
     def evaluate(self, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
         """Metrics of held-out prompts under `name`; none without prompts."""
@@ -118,40 +147,16 @@ class Roles:
             return {}
         return evaluate(self.engines, self.judge, prompts, self.recipe, self.tokenizer, name)
 
-    def _gate(self) -> float:
-        return self.recipe.sync.gate or (1e-4 if self.recipe.actor.model.dtype == "float32" else 0.1)
-
-
-def demands(recipe: PPORecipe | GRPORecipe) -> dict[str, Demand]:
-    """Processes, threads and GPUs of every role the recipe needs, in placement order."""
-    generation, actor = recipe.generation, recipe.actor
-    need = {
-        "engine": Demand(generation.engines, generation.threads, generation.tensor_parallel),
-        "actor": Demand(actor.ranks, actor.threads),
-    }
-    if isinstance(recipe, PPORecipe):
-        need["critic"] = Demand(recipe.critic.ranks, recipe.critic.threads)
-    if needs_reference(recipe):
-        need["reference"] = Demand(recipe.reference.workers, recipe.reference.threads)
-    for reward in recipe.rewards:
-        need[f"reward {reward.name}"] = Demand(reward.workers, reward.threads, gpus=int(reward.kind == "model"))
-    if recipe.evaluation.function is not None:
-        need["judge"] = Demand(1, 1, gpus=0)
-    return need
-
-
-def needs_reference(recipe: PPORecipe | GRPORecipe) -> bool:
-    """PPO's KL needs it always (it is also a metric); GRPO only with a KL in the loss."""
-    return isinstance(recipe, PPORecipe) or recipe.algorithm.kl_beta > 0
-
 
 def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placement) -> Roles:
     """Start every process at once and wait until all have loaded, or the start deadline names those that have not."""
     device, deadline = recipe.cluster.device, recipe.cluster.call_deadline_s
-    model, step, generation = recipe.actor.model, recipe.step, recipe.generation
+    model, step, generation = located(recipe.actor.model), recipe.step, recipe.generation
     updates = step.steps * step.ppo_epochs * math.ceil(step.prompts_per_step * step.group_size / step.mini_batch_size)
     algorithm = PPO(recipe.algorithm) if isinstance(recipe, PPORecipe) else GRPO(recipe.algorithm, step.group_size)
     groups = make_groups(recipe, placement)
+    engines = groups["engine"]
+    assert isinstance(engines, Engines)
     starting: dict[str, list[Any]] = {}
 
     def begin(role: str, ranks: bool = False, **arguments: Any) -> None:
@@ -160,7 +165,13 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
 
     longest = generation.max_model_tokens or data.longest_prompt() + generation.max_new_tokens
     eos = data.tokenizer.eos_token_id
-    begin("engine", model=model, generation=generation, device=device, max_model_tokens=longest, eos_token_id=eos)
+    begin(
+        "engine", model=model, generation=generation, device=device, max_model_tokens=longest, eos_token_id=eos,
+        shared=placement.shared,
+    )  # fmt: skip
+    if placement.shared:  # vLLM takes its share of what is free when it starts: it starts alone, and makes room
+        engines.gather(starting.pop("engine"), "start", recipe.cluster.start_deadline_s)
+        engines.call("sleep", phase="start", deadline_s=deadline)
     begin(
         "actor", settings=recipe.actor, algorithm=algorithm, temperature=generation.temperature,
         max_response_tokens=generation.max_new_tokens, total_steps=updates, ranks=True,
@@ -188,14 +199,15 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
         groups[role].gather(pending, "start", recipe.cluster.start_deadline_s)
 
     scorers = [groups[f"reward {r.name}"] for r in recipe.rewards]
-    reference, engines = groups.get("reference"), groups["engine"]
-    assert isinstance(engines, Engines)
+    reference = groups.get("reference")
+    sharing = {role: groups[role] for role, need in demands(recipe).items() if need.gpus and placement.shared}
     return Roles(
         recipe, data.tokenizer, algorithm, groups["actor"], engines, Rewards(recipe.rewards, scorers, deadline),
         reference, groups.get("critic"), groups.get("judge"),
         frozen=[g for r, g in zip(recipe.rewards, scorers, strict=True) if r.kind == "model"]
         + ([reference] if reference else []),
         probe=probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1)),
+        turns=Turns(sharing, deadline),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ class RunFolder:
     """One run on disk. Get it from `open`, `create` or `resume`; end it with `close` or `finish`.
 
     `config.yaml`, `metrics.jsonl` (one object per line: step, phase, time in Unix seconds, and the metrics by name),
+    `alarms.jsonl` (one object per line: step, name, message),
     `samples/step-*.jsonl`, `timeline.json` (Chrome trace events), `tensorboard/`, `checkpoints/step-*/`.
     """
 
@@ -32,9 +34,11 @@ class RunFolder:
         self.settings, self.path = settings, Path(settings.folder).resolve()  # workers may stand elsewhere
         (self.path / "config.yaml").write_text(config_yaml)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
         self._timeline = Timeline(self.path / "timeline.json")
         self._seconds: dict[int, dict[str, float]] = {}
         self._latest: dict[str, float] = {}
+        self._alarmed: dict[str, int] = {}
         self._tensorboard = self._open_tensorboard(first_step) if settings.tensorboard else None
         self._wandb = self._open_wandb(settings.wandb_project) if settings.wandb_project else None
 
@@ -70,7 +74,8 @@ class RunFolder:
         path = Path(settings.folder)
         step, checkpoint = _checkpoints(path)[-1]
         state = json.loads((checkpoint / "run_folder.json").read_text())
-        os.truncate(path / "metrics.jsonl", state["metrics_bytes"])
+        for name, size in state["bytes"].items():
+            os.truncate(path / name, size)
         return cls(settings, config_yaml, first_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], phase: str = "train") -> None:
@@ -85,6 +90,14 @@ class RunFolder:
             self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
+
+    def alarm(self, step: int, name: str, message: str) -> None:
+        """Keep an alarm, and print it unless the step before had it too."""
+        self._alarms.write(_json({"step": step, "name": name, "message": message}) + "\n")
+        self._alarms.flush()
+        if self._alarmed.get(name, -2) < step - 1:
+            print(f"alarm: step {step}: {name}: {message}", file=sys.stderr, flush=True)
+        self._alarmed[name] = step
 
     def save_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the first `samples_per_step` rows every `samples_every_steps` steps; other steps keep nothing."""
@@ -104,9 +117,11 @@ class RunFolder:
         draft.mkdir(parents=True)
         try:
             yield draft
-            os.fsync(self._metrics.fileno())
-            logged = os.fstat(self._metrics.fileno()).st_size
-            (draft / "run_folder.json").write_text(json.dumps({"metrics_bytes": logged}))
+            logs = (self._metrics, self._alarms)
+            for log in logs:
+                os.fsync(log.fileno())
+            sizes = {Path(log.name).name: os.fstat(log.fileno()).st_size for log in logs}
+            (draft / "run_folder.json").write_text(json.dumps({"bytes": sizes}))
             _fsync(draft)
             draft.rename(final)
         except BaseException:
@@ -149,9 +164,15 @@ class RunFolder:
         draft.rename(self.path / "summary.json")
         self.close()
 
+    def discard(self) -> None:
+        """Remove a run that never began."""
+        self.close()
+        shutil.rmtree(self.path)
+
     def close(self) -> None:
         """Close all writers; a second call does nothing."""
         self._metrics.close()
+        self._alarms.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from actors.engines import Engines
 from actors.evaluation import requests_for
-from actors.placement import Demand, Placement
+from actors.layout import Demand
+from actors.placement import Placement
 from actors.settings import ClusterSettings, GenerationSettings
 from learners.data import Prompt, encode_prompt
 from learners.models import load_tokenizer
@@ -34,5 +35,5 @@ def sample_responses(
         }  # fmt: skip
         starting = engines.start(arguments, cluster.start_deadline_s)
         engines.gather(starting, "start", cluster.start_deadline_s)
-        rollouts = engines.generate(requests_for(rows, generation, 1, (seed, "sample")), cluster.call_deadline_s)
+        rollouts = engines.generate(requests_for(rows, generation.plain, 1, (seed, "sample")), cluster.call_deadline_s)
     return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

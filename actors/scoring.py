@@ -30,6 +30,16 @@ class Frozen:
         self.device, self.micro_batch_tokens = device, micro_batch_tokens
         self.model = model.to(device).eval().requires_grad_(False)
 
+    def offload(self) -> None:
+        """Leave the GPU: the weights wait in CPU memory."""
+        self.model.to("cpu")
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the GPU again."""
+        self.model.to(self.device)
+
     def fingerprint(self) -> str:
         """Digest of every parameter and buffer, bit by bit."""
         digest = xxhash.xxh3_128()
@@ -77,8 +87,7 @@ class RewardWorker(Frozen):
         ids = [self._ids(c) for c in candidates]
         batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])
         raw = map_rows(batch, self.micro_batch_tokens, lambda b: sequence_scores(self.model, b), self.device)
-        scores = (raw - self.calibration.mean) / self.calibration.std
-        return scores.where(scores.isfinite(), torch.nan).tolist()
+        return ((raw - self.calibration.mean) / self.calibration.std).tolist()
 
     def _ids(self, candidate: Candidate) -> tuple[list[int], list[int]]:
         if self.same_ids:

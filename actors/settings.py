@@ -5,7 +5,9 @@ Pydantic only: imports in milliseconds.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +30,13 @@ from learners.settings import (
 
 class ClusterSettings(Settings):
     device: Device = Field("cpu", description="what the models run on")
+    placement: Literal["separate", "colocated"] = Field(
+        "separate", description="on GPUs: every process its own, or all roles share them (engines sleep meanwhile)"
+    )
+    nodes: PositiveInt = Field(1, description="machines, for plan and slurm; on CPU, above 1 spreads processes")
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of a machine, for plan and slurm")
+    gpu_memory_gib: float = Field(80, gt=0, description="memory of one GPU, GiB, for plan")
+    node_memory_gib: float | None = Field(None, gt=0, description="CPU memory of a machine, GiB; null: unknown")
     address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one here")
     start_deadline_s: float = Field(600, gt=0, description="seconds for all processes to load and answer")
     call_deadline_s: float = Field(1800, gt=0, description="seconds any single call to a worker may take")
@@ -38,6 +47,15 @@ class GenerationSettings(Settings):
     tensor_parallel: PositiveInt = Field(1, description="devices per engine")
     threads: PositiveInt = Field(2, description="CPU threads of each engine")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; divides Actor and Reference logits alike")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.rollout_correction")
+    top_k: int = Field(0, ge=0, description="choose from this many, 0: all; else needs algorithm.rollout_correction")
+    min_p: Fraction = Field(0.0, description="least share of the likeliest; needs algorithm.rollout_correction")
+    repetition_penalty: float = Field(1.0, gt=0, description="1: none; else needs algorithm.rollout_correction")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction")
+    model_sampling: Literal["refuse", "ignore"] = Field(
+        "refuse", description="a generation_config.json that asks for other sampling: refuse it, or ignore it"
+    )
     max_new_tokens: PositiveInt = Field(256, description="longest response, tokens")
     max_model_tokens: PositiveInt | None = Field(None, description="longest prompt + response; null: what data allows")
     max_concurrent: PositiveInt = Field(256, description="sequences one engine decodes at once")
@@ -46,11 +64,44 @@ class GenerationSettings(Settings):
     seeded: bool = Field(True, description="seed each request from run, step, prompt and sample: reproducible")
 
 
+    @property
+    def plain(self) -> GenerationSettings:
+        """The same without truncation and penalties: tokens are sampled from the policy itself."""
+        return self.model_copy(update={name: GenerationSettings.model_fields[name].default for name in DISTORTIONS})
+
+    @property
+    def distortions(self) -> dict[str, float]:
+        """Settings that take the sampling away from the policy, with their values."""
+        return {name: getattr(self, name) for name in DISTORTIONS if getattr(self, name) != getattr(self.plain, name)}
+
+
+DISTORTIONS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def model_sampling_problem(defaults: Mapping[str, Any], generation: GenerationSettings) -> str | None:
+    """What a model's generation_config.json asks for that would break the ratio, unless the recipe ignores it."""
+    off = {name: (None, getattr(generation.plain, name)) for name in DISTORTIONS} | {"top_k": (None, 0, -1)}
+    asked = {name: defaults[name] for name in DISTORTIONS if defaults.get(name) not in off[name]}
+    if not asked or generation.model_sampling == "ignore":
+        return None
+    listed = ", ".join(f"{name} {value}" for name, value in asked.items())
+    return (
+        f"generation_config.json asks for {listed}, which would break the ratio; "
+        "set generation.model_sampling: ignore to sample from the plain policy"
+    )
+
+
 class SyncSettings(Settings):
+    """How the engines get the Actor's weights, and how close to the Actor they must compute."""
+
     probe_tokens: int = Field(32, ge=2, description="length of the fixed probe that proves a weight sync")
     gate: float | None = Field(
-        None, gt=0, description="largest probe log-prob difference; null: 1e-4 in float32, 0.1 in bfloat16"
+        None,
+        gt=0,
+        description="largest difference of engine and Actor log-probs, nats, on the probe of every sync and on sampled "
+        "responses before step 1; null: 1e-4 in float32; in bfloat16 1.0, and 0.05 on average",
     )
+    gate_prompts: PositiveInt = Field(8, description="prompts sampled for the comparison before step 1")
     deadline_s: float = Field(600, gt=0, description="seconds one sync may take")
 
 
@@ -94,6 +145,18 @@ class StepSettings(Settings):
     ppo_epochs: PositiveInt = Field(1, description="passes over the step's experience")
 
 
+class AlarmSettings(Settings):
+    """Bounds of what is normal. Outside them a step raises an alarm; it goes on unless a value is not finite."""
+
+    mismatch: float | None = Field(
+        None, gt=0, description="largest engine-Actor log-prob difference of a step, nats; null: sync.gate"
+    )
+    unscorable: Fraction = Field(0.1, description="largest share of responses without a score")
+    clip_fraction: Fraction = Field(0.5, description="largest share of tokens held by the ratio clip")
+    least_entropy: float = Field(1e-3, ge=0, description="smallest estimated entropy per token, nats")
+    most_entropy: float = Field(9.0, gt=0, description="largest estimated entropy per token, nats")
+
+
 class EvaluationSettings(Settings):
     prompts: PromptData | None = Field(None, description="held-out prompts for the curve; null: no curve")
     test_prompts: PromptData | None = Field(None, description="prompts evaluated before and after the run only")
@@ -106,6 +169,7 @@ class RunSettings(Settings):
     folder: str = Field(description="the run folder; must not exist unless the run resumes")
     seed: int = Field(0, ge=0, description="every source of randomness derives from it")
     checkpoint_every_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: none")
+    max_skipped_steps: PositiveInt = Field(3, description="stop, with a checkpoint, at this many steps skipped for NaN")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep")
     samples_every_steps: int = Field(1, ge=0, description="steps between saved samples; 0: none")
     samples_per_step: PositiveInt = Field(8, description="rollouts saved each time")
@@ -147,7 +211,19 @@ class RLRecipe(Settings):
     prompts: PromptData
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     sync: SyncSettings = Field(default_factory=SyncSettings)
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+
+    @property
+    def gate(self) -> float:
+        """Largest log-prob difference between engine and Actor, nats."""
+        return self.sync.gate or (1e-4 if self.actor.model.dtype == "float32" else 1.0)
+
+    @property
+    def mean_gate(self) -> float:
+        """The same on average: rounding moves single tokens of bfloat16 models far, so there the mean decides too."""
+        return 0.05 if self.actor.model.dtype == "bfloat16" and self.sync.gate is None else math.inf
 
 
 class PPORecipe(RLRecipe):

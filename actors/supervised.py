@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+from actors.alarms import Watch, of_training
 from actors.groups import WorkerGroup
-from actors.placement import Demand, Placement
+from actors.interrupt import Interrupted, asked, listening
+from actors.layout import demands
+from actors.placement import Placement
 from actors.rows import gather_rows, scatter_rows
 from actors.run_folder import RunFolder
 from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
-from learners.data import Example, Pair, Rows, load_pairs, load_sft
+from learners.data import Example, Pair, Rows, load_pairs, load_sft, tokenizer_digest
 from learners.experience import Experience
 from learners.models import (
     check_exportable_reward_model,
@@ -32,8 +35,7 @@ def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     RunFolder.check(recipe.run, resume)
     training = Supervised(recipe)
-    demand = Demand(recipe.learner.ranks, recipe.learner.threads)
-    with Placement(recipe.cluster, {recipe.kind: demand}) as placement:
+    with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
         training.start(placement)
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
             summary = training.run(folder, resume)
@@ -81,18 +83,27 @@ class Supervised:
         """All optimizer steps, then the exported model. Returns the held-out metrics."""
         recipe, train = self.recipe, self.recipe.train
         first = self.restore(folder) + 1 if resume else 1
+        watch = Watch(folder, recipe.run.max_skipped_steps)
         for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
             picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
             metrics = self.share("train", [self.rows[i] for i in picked])
             if train.evaluate_every and step % train.evaluate_every == 0:
                 metrics |= self.measure()
+            metrics |= watch.report(step, of_training(metrics))
             folder.log(step, metrics)
-            if recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0:
+            due = recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            leaving = asked()
+            if due or leaving or watch.full:
                 with folder.checkpoint(step) as path:
                     self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
+            if watch.full:
+                raise watch.stop(step)
+            if leaving:
+                raise Interrupted(step)
         summary = self.measure() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
-        if isinstance(recipe, RMRecipe) and self.calibration:
-            summary |= self.calibrate()
+        if isinstance(recipe, RMRecipe):
+            self.wait(self.group.submit("remember_tokenizer", tokenizer_digest(self.tokenizer)), "export")
+            summary |= self.calibrate() if self.calibration else {}
         self.wait(self.group.submit("export", str(folder.path / "model")), "export")
         self.tokenizer.save_pretrained(folder.path / "model")
         folder.log(self.steps, summary, phase="evaluation")

@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from actors.weight_sync import EngineClient, ObjectStoreSender, Receipt, gpu_trainer_engine
+from actors.weight_sync import OBJECT_STORE, EngineClient, ObjectStoreSender, Receipt, gpu_trainer_engine
 from learners.actor import ActorLearner
 
 
 class SyncedActor(ActorLearner):
     """One rank. `connect` once, then `send_weights` after every step, each on every rank."""
 
-    def connect(self, engines: Sequence[Any], deadline_s: float, workers_per_engine: int = 1) -> None:
-        """Open the way to the engines (Ray actor handles)."""
+    def connect(
+        self,
+        engines: Sequence[Any],
+        deadline_s: float,
+        workers_per_engine: int = 1,
+        backend: str = OBJECT_STORE,
+        rendezvous: tuple[str, int] = ("", 0),
+    ) -> None:
+        """Open the way to the engines (Ray actor handles). At `rendezvous`, on rank 0's node, nccl's ranks meet."""
         self.client = EngineClient(engines, deadline_s, workers_per_engine)
-        rank = self.place.rank
-        if self.place.device == "cpu":
-            self.sender = ObjectStoreSender(self, self.client, rank)
+        if backend == OBJECT_STORE:
+            self.sender: Any = ObjectStoreSender(self, self.client, self.place.rank)
         else:
-            self.sender = gpu_trainer_engine("nccl", self, self.client, rank, self.place.address, self.place.port + 1)
+            self.sender = gpu_trainer_engine(backend, self, self.client, self.place.rank, *rendezvous)
 
     def send_weights(self, version: int) -> tuple[Receipt | None, list[Receipt], list[str]]:
         """Returns, on rank 0: what was sent, what each engine received, and the names of all parameters."""

@@ -17,8 +17,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from learners.settings import Device
+
 OBJECT_STORE = "ray_object_store"  # our transfer backend: weights travel through Ray's shared memory
 ALIGNMENT = 16  # bytes; every tensor of a packed group starts at a multiple, so that it can be read in place
+
+PACKED_BYTES = 2**30  # of the buffer that weights pass through on shared GPUs, unless one tensor is larger
 
 Receipt = list[tuple[str, str | None, list[str]]]
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -153,11 +157,19 @@ class ObjectStoreSender:
         return [(group["name"], group["digest"], group["names"]) for group in groups]
 
 
+def transfer_backend(device: Device, shared: bool) -> str:
+    """How weights travel: over Ray's object store, between GPUs, or inside a GPU that Actor and engine share."""
+    return OBJECT_STORE if device == "cpu" else "ipc" if shared else "nccl"
+
+
 def gpu_trainer_engine(
     backend: str, source: Source, client: EngineClient, rank: int, address: str = "", port: int = 0
 ) -> Any:
     """vLLM's own trainer engine over our source: "nccl" (separate GPUs; rendezvous at `address`, `port` of rank 0) or
-    "ipc" (shared GPUs). Call on every rank; then `send_weights()` on every rank."""
+    "ipc" (shared GPUs). Call on every rank; then `send_weights()` on every rank.
+
+    "ipc" packs: one buffer beside the model and a call for every buffer of weights, instead of a whole second copy.
+    """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -174,9 +186,14 @@ def gpu_trainer_engine(
     info = (
         NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=client.world_size, rank=rank)
         if backend == "nccl"
-        else IPCTrainerInitInfo(rank=rank)
+        else IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=_buffer_bytes(source))
     )
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Gathered())
+
+
+def _buffer_bytes(source: Source) -> int:
+    """Of the packed buffer: every single tensor must fit."""
+    return max([PACKED_BYTES, *(math.prod(shape) * dtype.itemsize for _, dtype, shape in source.metadata())])
 
 
 def verify(sent: Receipt | None, received: Receipt, names: Sequence[str], who: str = "engine") -> None:
@@ -197,11 +214,13 @@ def verify(sent: Receipt | None, received: Receipt, names: Sequence[str], who: s
         )
 
 
-def check_probe(actor_logprobs: Sequence[float], engine_logprobs: Sequence[float], gate: float) -> float:
+def check_probe(
+    actor_logprobs: Sequence[float], engine_logprobs: Sequence[float], gate: float, who: str = "engine"
+) -> float:
     """Largest difference of the probe's log-probs in nats; SyncError if it is above `gate` or not a number."""
     pairs = zip(actor_logprobs, engine_logprobs, strict=True)
     differences = [abs(a - b) for a, b in pairs]
     worst = max(differences, default=math.nan) if not any(map(math.isnan, differences)) else math.nan
     if not worst <= gate:
-        raise SyncError(f"sync: engine and Actor differ by {worst:.2e} nats on the probe, the gate is {gate:.0e}")
+        raise SyncError(f"sync: {who} and Actor differ by {worst:.2e} nats on the probe, the gate is {gate:.0e}")
     return worst

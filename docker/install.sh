@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install Quatuor from this checkout, with every package at its locked version:   docker/install.sh .venv cpu|gpu
 # The Makefile and the Docker images use it. It is quick when nothing changed and may be interrupted at any point.
+# With a third word, packages, it leaves the checkout itself out: an image keeps that layer while only our code changes.
 set -euo pipefail
 
 die() {
@@ -12,9 +13,11 @@ say() {
     echo "install: $*"
 }
 
-[ $# -eq 2 ] || die "usage: docker/install.sh VENV cpu|gpu"
+usage="usage: docker/install.sh VENV cpu|gpu [packages]"
+[ $# -eq 2 ] || [ "$#-${3-}" = 3-packages ] || die "$usage"
 venv=$(realpath -m "$1")
 variant=$2
+only=${3-}
 checkout=$(realpath "$(dirname "$0")/..")
 cd "$checkout"
 case $variant in cpu | gpu) ;; *) die "'$variant' is neither cpu nor gpu" ;; esac
@@ -35,9 +38,20 @@ tag=$("$python" -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 lock=docker/requirements-$variant-$tag.txt
 [ -f "$lock" ] || die "no lock file for $tag ($lock): set PYTHON to one of $(cd docker && echo requirements-"$variant"-*.txt)"
 
-stamp=$venv/quatuor-installed
-state=$(echo "$checkout" "$venv" | cat - "$lock" setup.cfg pyproject.toml docker/install.sh | sha256sum)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
+# Two stamps say what is installed: the packages, and the checkout on top of them.
+packages_stamp=$venv/packages-installed
+packages_state=$(echo "$venv" | cat - "$lock" docker/install.sh | sha256sum)
+if [ -n "$only" ]; then
+    stamp=$packages_stamp
+    state=$packages_state
+else
+    stamp=$venv/quatuor-installed
+    state=$(echo "$checkout" "$packages_state" | cat - setup.cfg pyproject.toml | sha256sum)
+fi
+holds() {
+    [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]
+}
+if holds "$stamp" "$state"; then exit 0; fi
 
 # What is missing is said before anything is downloaded.
 [ "$(uname -sm)" = "Linux x86_64" ] || die "the lock files are for Linux on x86_64, this is $(uname -sm)"
@@ -78,20 +92,23 @@ install_torch() {
     pip_install --index-url https://download.pytorch.org/whl/cpu "$torch"
 }
 
-say "pip and PyTorch ($lock)"
-mapfile -t tools < <(locked 'pip|setuptools')
-pip_install "${tools[@]}"
-install_torch
-needs='filelock|fsspec|jinja2|markupsafe|mpmath|networkx|ninja|numpy|packaging|psutil|py-cpuinfo|sympy|typing-extensions'
-mapfile -t needs < <(locked "$needs|cuda-.*|nvidia-.*|triton")
-pip_install "${needs[@]}"
+install_packages() {
+    local tools
+    rm -f "$packages_stamp"
+    say "pip and PyTorch ($lock)"
+    mapfile -t tools < <(locked 'pip|setuptools')  # some packages are built here, with our setuptools
+    pip_install "${tools[@]}"
+    install_torch
+    say "$(grep -c == "$lock") packages"
+    grep -v '^torch==' "$lock" >"$venv/rest.txt"
+    pip_install -r "$venv/rest.txt"
+    echo "$packages_state" >"$packages_stamp"
+}
 
-say "$(grep -c == "$lock") packages"
-grep -v '^torch==' "$lock" >"$venv/rest.txt"
-pip_install -r "$venv/rest.txt"
-pip_install --editable .
+holds "$packages_stamp" "$packages_state" || install_packages
+[ -n "$only" ] || pip_install --editable .
 
 say "checking that everything imports"
-"$venv/bin/python" docker/check_install.py >/dev/null
+"$venv/bin/python" docker/check_install.py ${only:+"$only"} >/dev/null
 echo "$state" >"$stamp"
 say "done"

@@ -8,20 +8,32 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.settings import GRPORecipe, PPORecipe, RLRecipe, RMRecipe, SFTRecipe
+import yaml
+
+from actors.layout import sharing_problems
+from actors.settings import GRPORecipe, PPORecipe, RLRecipe, RMRecipe, SFTRecipe, model_sampling_problem
+from launch.document import in_words
 from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData, UserError
 
 Recipe = SFTRecipe | RMRecipe | PPORecipe | GRPORecipe
 Data = PromptData | SFTData | PairData
 
 LEAST_GRPO_TEMPERATURE = 0.7
+# What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when it complains.
+MAY_CHANGE = (
+    "run.checkpoint", "run.keep", "run.samples", "run.tensorboard", "run.wandb", "run.progress", "run.max_skipped",
+    "run.folder", "step.steps", "train.steps", "train.epochs", "train.evaluate", "cluster.", "alarms.", "evaluation.",
+    "generation.threads", "generation.max_concurrent", "generation.kv_cache", "generation.gpu_memory", "sync.",
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 ENCODERS = frozenset((
     "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
@@ -46,11 +58,17 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _attention(key, model, recipe.cluster.device)
     for key, learner in _learners(recipe):
         yield from _offload(key, learner, recipe.cluster.device)
+        if learner.model.dtype == "bfloat16" and learner.zero_stage == 0:
+            message = "bfloat16 needs zero_stage 1, 2 or 3, which keep float32 master weights; else small steps vanish"
+            yield Problem((f"{key}.zero_stage", f"{key}.model.dtype"), message)
     if isinstance(recipe, RLRecipe):
         yield from _batches(recipe)
         yield from _rewards(recipe)
         yield from _evaluation(recipe)
         yield from _generation(recipe)
+    if isinstance(recipe, PPORecipe | GRPORecipe):
+        yield from _distortions(recipe)
+        yield from (Problem(keys, message) for keys, message in sharing_problems(recipe))
     if isinstance(recipe, PPORecipe) and recipe.algorithm.kl_target is not None and recipe.algorithm.kl_beta == 0:
         keys = ("algorithm.kl_target", "algorithm.kl_beta")
         yield Problem(keys, "adapts kl_beta by factors, so kl_beta must start above 0")
@@ -141,6 +159,20 @@ def _generation(recipe: RLRecipe) -> Iterator[Problem]:
         yield Problem(("generation.temperature",), message)
 
 
+def _distortions(recipe: PPORecipe | GRPORecipe) -> Iterator[Problem]:
+    """Sampling that is not the policy's own breaks the ratio new / old, unless its tokens are weighed."""
+    correction, engine = recipe.algorithm.rollout_correction, recipe.algorithm.old_logprobs == "engine"
+    for name, value in recipe.generation.distortions.items():
+        if correction is None:
+            way_out = "" if engine else ", or set algorithm.rollout_correction to weigh the tokens"
+            message = f"{value:g} samples from another distribution than the policy the ratio is computed with; "
+            keys = (f"generation.{name}", "algorithm.rollout_correction")
+            yield Problem(keys, f"{message}leave it out{way_out}")
+    if engine and correction is not None:
+        keys = ("algorithm.old_logprobs", "algorithm.rollout_correction")
+        yield Problem(keys, "engine leaves nothing to correct: use actor, or remove algorithm.rollout_correction")
+
+
 def _learners(recipe: Recipe) -> Iterator[tuple[str, LearnerSettings]]:
     for key in ("learner", "actor", "critic"):
         if hasattr(recipe, key):
@@ -165,6 +197,8 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, ModelSettings]]:
 def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
     """The run folder, models' JSON files and data columns, as far as they are on this machine."""
     yield from _run_folder(recipe.run.folder, resume)
+    if resume:
+        yield from _changed(recipe)
     for key, model in _models(recipe):
         if is_local(model.path):
             yield from _model_folder(key, model.path, recipe)
@@ -200,6 +234,31 @@ def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         yield Problem(("run.folder",), f"{folder} cannot be made: {above} is a file")
+        return
+    try:  # permissions alone do not tell: the disk may be read-only, or the user root
+        os.rmdir(tempfile.mkdtemp(dir=above))
+    except OSError as error:
+        yield Problem(("run.folder",), f"{folder} cannot be made: {above}: {error.strerror}")
+
+
+def _changed(recipe: Recipe) -> Iterator[Problem]:
+    """A resumed run goes on as if it had never stopped: what decides its numbers must be what it was."""
+    before = Path(recipe.run.folder) / "config.yaml"
+    if not before.is_file():
+        return
+    old, new = flat(yaml.safe_load(before.read_text())), flat(yaml.safe_load(recipe.to_yaml()))
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
+            message = f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}; "
+            yield Problem((key, "run.folder"), f"{message}a changed recipe is a new run: choose another run.folder")
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections and lists as key.sub names."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if items is None or not values:
+        return {prefix: values}
+    return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
@@ -223,6 +282,7 @@ def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
         yield Problem(named, f"{path}: {message}")
     if isinstance(recipe, RLRecipe) and key == "actor.model":
         yield from _room_for_a_prompt(config, recipe)
+        yield from _model_sampling(folder, recipe)
 
 
 def _room_for_a_prompt(config: dict[str, Any], recipe: RLRecipe) -> Iterator[Problem]:
@@ -230,6 +290,13 @@ def _room_for_a_prompt(config: dict[str, Any], recipe: RLRecipe) -> Iterator[Pro
     if isinstance(longest, int) and wanted >= longest:
         keys = ("generation.max_new_tokens", "actor.model.path")
         yield Problem(keys, f"{wanted} leaves no room for a prompt in the model's {longest} positions")
+
+
+def _model_sampling(folder: Path, recipe: RLRecipe) -> Iterator[Problem]:
+    """Sampling defaults that came with the model. They are never applied; whoever expects them should know."""
+    message = model_sampling_problem(read_json(folder / "generation_config.json") or {}, recipe.generation)
+    if message is not None:
+        yield Problem(("actor.model.path", "generation.model_sampling"), f"{folder}: {message}")
 
 
 def _wrong_architecture(key: str, config: dict[str, Any], recipe: Recipe) -> str | None:

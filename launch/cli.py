@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -83,6 +84,65 @@ def demo(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plan here")] = None,
+) -> None:
+    """What a recipe will do and need, before anything starts: batches, devices, memory, transfers. Exit code 1 when it
+    does not fit."""
+    parsed, _ = read_recipe(recipe, overrides or [])
+    from launch.plan import show_plan
+
+    if not show_plan(parsed, json_file):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu or cuda: what runs shall use")] = "cpu",
+    start: Annotated[bool, typer.Option(help="also start an engine and ZeRO (half a minute)")] = True,
+) -> None:
+    """Whether this machine can run: versions, devices, Ray, ports, disk, shared memory, engine, ZeRO."""
+    from launch.doctor import examine
+
+    if not examine(device, start):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    address: Annotated[str, typer.Option(help="the cluster's job server, such as http://head:8265")],
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> None:
+    """Run a recipe as a job of a Ray cluster: ship this checkout, follow the log, return the job's exit code."""
+    parsed, _ = read_recipe(recipe, overrides or [])
+    from launch.jobs import submit_job
+
+    raise typer.Exit(submit_job(parsed.kind, recipe, overrides or [], address, resume))
+
+
+@app.command()
+def slurm(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="machines; default: the recipe's cluster.nodes")] = None,
+    time_limit: Annotated[str, typer.Option("--time", help="Slurm's time limit")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account")] = None,
+    script: Annotated[Path | None, typer.Option(metavar="FILE", help="where to write the script")] = None,
+    send: Annotated[bool, typer.Option("--submit", help="also hand it to sbatch")] = False,
+) -> None:
+    """Write an sbatch script that starts a Ray cluster on the nodes and runs the recipe there."""
+    parsed, _ = read_recipe(recipe, overrides or [])
+    from launch.slurm import write_job
+
+    write_job(parsed, recipe, overrides or [], nodes, time_limit, partition, account, script, send)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     try:
@@ -127,7 +187,8 @@ def fail(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 75 left with a checkpoint, 130 interrupted."""
+    show_ray_token()
     try:
         code = app(arguments, prog_name="quatuor", standalone_mode=False)
     except TyperException as error:  # a command line that cannot be read
@@ -138,9 +199,22 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             fail(problem)
         return BAD_INPUT
+    except SystemExit as error:  # a run that was asked to leave, and has saved its checkpoint
+        print(error, file=sys.stderr)
+        return int(error.code or 0)
     if code == 130:
         print("interrupted", file=sys.stderr)
     return code or 0
+
+
+def show_ray_token() -> None:
+    """Let Ray show its token to clusters that ask for one; a client that has one but no mode is turned away.
+
+    Ray reads this when it is imported. The token is made by the first cluster started on a machine.
+    """
+    given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _runner(recipe: Recipe) -> str:
@@ -155,6 +229,8 @@ def _print_summary(summary: dict[str, Any], folder: str) -> None:
     parts = {name: part for name, part in summary.items() if isinstance(part, dict)}
     parts |= {"result": {k: v for k, v in summary.items() if not isinstance(v, dict)}}
     parts = {name: part for name, part in parts.items() if part}
+    if not parts:
+        return
     table = Table("metric", title=folder)
     for name in parts:
         table.add_column(name, justify="right")

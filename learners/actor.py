@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class ActorLearner(ZeroEngine):
     ) -> None:
         self.algorithm, self.temperature = algorithm, temperature
         self.max_response_tokens = max_response_tokens
-        super().__init__(load_causal_lm(settings.model), settings, place, total_steps)
+        super().__init__(partial(load_causal_lm, settings.model), settings, place, total_steps)
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, self.temperature)
@@ -40,12 +42,14 @@ class ActorLearner(ZeroEngine):
         mask = batch.mask
         old = batch.old_logprobs
         assert old is not None
-        drift = torch.where(mask, (outputs.detach() - old).expm1().abs(), 0.0)
+        drift = torch.where(mask, outputs.detach() - old, 0.0)
         return loss, {
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
-            "surprise": (-outputs.detach()[mask].sum(), mask.sum()),  # an estimate of the entropy per token
-            "max_ratio_deviation": (drift.amax(), mask.sum()),
+            "entropy": (-outputs.detach()[mask].sum(), mask.sum()),  # an estimate, from the sampled tokens
+            "log_ratio": (drift.abs().sum(), mask.sum()),  # its size, whatever its sign
+            "max_log_ratio": (drift.abs().amax(), mask.sum()),
+            "max_ratio_deviation": (drift.expm1().abs().amax(), mask.sum()),
         }
 
     def probe(self, ids: list[int]) -> list[float]:

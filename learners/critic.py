@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class CriticLearner(ZeroEngine):
 
     def __init__(self, settings: LearnerSettings, value_clip: float | None, total_steps: int, place: Place) -> None:
         self.value_clip = value_clip
-        super().__init__(load_critic(settings.model), settings, place, total_steps)
+        super().__init__(partial(load_critic, settings.model), settings, place, total_steps)
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_values(model, batch)

@@ -7,6 +7,8 @@ no special tokens but the closing EOS ([SEP] on an encoder).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -149,6 +151,15 @@ def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[in
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Changes when a text would become other ids: by another vocabulary, other special tokens or other splitting."""
+    seen: list[Any] = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(backend.to_str())
+        seen += [rules[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "model")]
+    return hashlib.blake2b(json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[str, list[int]]:
     """Text and ids of a prompt, given as text or as chat messages."""
     if isinstance(value, str):
@@ -164,6 +175,8 @@ def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[s
         raise _row_error(data, row, "a prompt must be text, or a list of messages with role and content")
     if not text or not ids:
         raise _row_error(data, row, "the prompt is empty")
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise _row_error(data, row, f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer")
     return text, ids
 
 

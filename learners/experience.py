@@ -7,7 +7,7 @@ from lengths, never from comparing ids with PAD.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class PromptRequest:
 
     `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a prompt may come twice
     in one). `seeds` has one seed per response, or is None for unseeded sampling. Temperature 0 means greedy decoding.
+    `distortions` are sampling parameters that change the distribution (top_p, penalties), by vLLM's names.
     """
 
     prompt_index: int
@@ -30,6 +31,7 @@ class PromptRequest:
     temperature: float
     max_new_tokens: int
     seeds: tuple[int, ...] | None = None
+    distortions: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

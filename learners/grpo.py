@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learners.advantages import group_advantages, kl_estimate
 from learners.experience import Experience
-from learners.losses import aggregate, policy_loss
+from learners.losses import aggregate, policy_loss, rollout_correction
 from learners.settings import GRPOSettings
 
 
@@ -37,6 +37,10 @@ class GRPO:
             logprobs, batch.old_logprobs, batch.advantages, mask,
             clip_low=s.clip_low, clip_high=s.clip_high, dual_clip=s.dual_clip, ratio=s.ratio,
         )  # fmt: skip
+        if s.rollout_correction is not None:
+            correction = s.rollout_correction.model_dump()
+            weights, more = rollout_correction(batch.old_logprobs, batch.rollout_logprobs, mask, **correction)
+            per_token, stats = per_token * weights, stats | more
         if s.kl_beta > 0:
             kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", mask)
             per_token = per_token + s.kl_beta * kl

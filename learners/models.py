@@ -7,9 +7,10 @@ lengths: neither the padding's side nor its token ids move any number.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -67,6 +69,14 @@ def load_config(path: str) -> Any:
         config = AutoConfig.from_pretrained(path)
     _without_dropout(config)
     return config
+
+
+def sampling_defaults(path: str) -> dict[str, Any]:
+    """What the checkpoint's generation_config.json says; nothing where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(path).to_diff_dict()
+    except OSError:
+        return {}
 
 
 def length_problems(key: str, path: str, tokens: int) -> list[str]:
@@ -167,7 +177,7 @@ def load_critic(settings: ModelSettings) -> Any:
             f"{settings.path}: {type(model).__name__} cannot take over the reward model's score head"
         )
     _refuse_missing(missing - head, settings.path)
-    with torch.no_grad():
+    with torch.no_grad(), _whole(model.score.parameters() if from_reward_model else map(model.get_parameter, head)):
         for name in head:
             model.get_parameter(name).zero_()
         if from_reward_model:
@@ -178,6 +188,8 @@ def load_critic(settings: ModelSettings) -> Any:
 
 def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, set[str]]:
     """The model in eval mode, and the names of weights its checkpoint did not have."""
+    if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa")
     with _quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,
@@ -189,6 +201,16 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
     # An embedding's padding_idx keeps that token from learning: wrong when PAD means something (EOS).
     model.get_input_embeddings().padding_idx = None
     return model, set(info["missing_keys"])
+
+
+def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Where ZeRO-3 has sharded them: gathered, and what is written into them kept."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0)
 
 
 @contextlib.contextmanager

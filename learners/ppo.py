@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learners.advantages import AdaptiveKL, gae, kl_estimate, token_rewards, value_targets, whiten
 from learners.experience import Experience
-from learners.losses import aggregate, policy_loss
+from learners.losses import aggregate, policy_loss, rollout_correction
 from learners.settings import PPOSettings
 
 
@@ -54,6 +54,10 @@ class PPO:
             logprobs, batch.old_logprobs, batch.advantages, mask,
             clip_low=s.clip_low, clip_high=s.clip_high, dual_clip=s.dual_clip,
         )  # fmt: skip
+        if s.rollout_correction is not None:
+            correction = s.rollout_correction.model_dump()
+            weights, more = rollout_correction(batch.old_logprobs, batch.rollout_logprobs, mask, **correction)
+            per_token, stats = per_token * weights, stats | more
         return aggregate(per_token, mask, how=s.loss_aggregation, denominator=denominator), stats
 
     def state(self) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class RewardModelLearner(ZeroEngine):
     ) -> None:
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
-        super().__init__(load_reward_model(settings.model, pad_token_id), settings, place, total_steps)
+        super().__init__(partial(load_reward_model, settings.model, pad_token_id), settings, place, total_steps)
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         return sequence_scores(model, batch, self.reward_model.padding_side)
@@ -51,6 +53,10 @@ class RewardModelLearner(ZeroEngine):
 
     def count(self, shard: Experience) -> float:
         return len(shard) / 2
+
+    def remember_tokenizer(self, digest: str) -> None:
+        """Store in the model's config which tokenizer it was trained with; whoever judges with it compares."""
+        self.model.config.tokenizer_digest = digest
 
     def calibrate(self, mean: float, std: float) -> None:
         """Store the scores' mean and std in the model's config; our workers then report (score - mean) / std."""

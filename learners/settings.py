@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -53,9 +54,20 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
 
 
+S = TypeVar("S", bound=Settings)
+
+
+def located(settings: S) -> S:
+    """The same with local model folders as absolute paths, for processes that stand elsewhere. Hub names stay."""
+    changes: dict[str, Any] = {name: located(value) for name, value in settings if isinstance(value, Settings)}
+    if isinstance(settings, ModelSettings) and Path(settings.path).is_dir():
+        changes["path"] = str(Path(settings.path).absolute())
+    return settings.model_copy(update=changes)
+
+
 class OptimizerSettings(Settings):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="torch optimizer")
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
+    learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW moment decays")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -132,6 +144,24 @@ class RewardModelSettings(Settings):
     )
 
 
+class RolloutCorrectionSettings(Settings):
+    """Weights that make up for the difference between the engine's log-probs and the Actor's."""
+
+    kind: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "token_truncate", description="weight per token or per response; bounded by the cap, or left out above it"
+    )
+    cap: float = Field(2.0, gt=0, description="largest weight")
+
+
+OldLogprobs = Annotated[
+    Literal["actor", "engine"],
+    Field(description="log-probs the ratio starts from: the Actor reads them anew, or the engine's (saves a forward)"),
+]
+RolloutCorrection = Annotated[
+    RolloutCorrectionSettings | None, Field(description="weigh tokens by Actor / engine probability; null: off")
+]
+
+
 class PPOSettings(Settings):
     kind: Literal["ppo"] = "ppo"
     clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
@@ -151,6 +181,8 @@ class PPOSettings(Settings):
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         "token_mean", description="how the losses of tokens become one number"
     )
+    old_logprobs: OldLogprobs = "actor"
+    rollout_correction: RolloutCorrection = None
 
 
 class GRPOSettings(Settings):
@@ -166,3 +198,5 @@ class GRPOSettings(Settings):
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         "sequence_mean", description="how the losses of tokens become one number"
     )
+    old_logprobs: OldLogprobs = "actor"
+    rollout_correction: RolloutCorrection = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from learners.experience import Experience
@@ -15,7 +17,7 @@ class SFTLearner(ZeroEngine):
     """One rank of SFT: the mean negative log-likelihood per answer token of the mini-batch."""
 
     def __init__(self, settings: LearnerSettings, total_steps: int, place: Place) -> None:
-        super().__init__(load_causal_lm(settings.model), settings, place, total_steps)
+        super().__init__(partial(load_causal_lm, settings.model), settings, place, total_steps)
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, 1.0)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learners.experience import Experience, map_rows
 from learners.settings import LearnerSettings, OptimizerSettings, Place
@@ -37,13 +41,18 @@ class ZeroEngine(ABC):
 
     rows_together = 1  # preference pairs stay together: 2
 
-    def __init__(self, model: nn.Module, settings: LearnerSettings, place: Place, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module | Callable[[], nn.Module], settings: LearnerSettings, place: Place, total_steps: int
+    ) -> None:
+        """`model` may be what loads it: under ZeRO-3 it then never stands whole in one process."""
         start_process_group(place)
+        if not isinstance(model, nn.Module):
+            model = load_sharded(model, settings) if settings.zero_stage == 3 else model()
         self.model, self.settings, self.place = model, settings, place
         self.device = f"cuda:{torch.cuda.current_device()}" if place.device == "cuda" else "cpu"
         if settings.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = make_optimizer(model, settings.optimizer)
+        self.optimizer = optimizer = make_optimizer(model, settings.optimizer)
         scale = schedule(settings.optimizer, total_steps)
         self.engine, *_ = deepspeed.initialize(
             model=_Computation(model, self.compute),
@@ -69,17 +78,30 @@ class ZeroEngine(ABC):
     def train(self, shard: Experience) -> dict[str, float]:
         """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes part.
 
-        Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm` (before clipping) and
-        `learning_rate`.
+        Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm` (before clipping),
+        `learning_rate`, and `skipped_updates`: 1 when loss or gradient was not finite and nothing was updated, else 0.
         """
         metrics = self._pass(shard, learn=True)
         learning_rate = self.engine.get_lr()[0]
-        plain = [p.grad for p in self.model.parameters() if p.grad is not None and self.settings.zero_stage == 0]
-        norm = torch.nn.utils.get_total_norm(plain)  # without ZeRO the gradients are whole; ZeRO reports its own norm
-        self.engine.step()
-        if self.settings.zero_stage > 0:
-            norm = self.engine.get_global_grad_norm()
-        return {**metrics, "grad_norm": float(norm), "learning_rate": learning_rate}
+        norm = self._step()
+        return {
+            **metrics,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "skipped_updates": float(not math.isfinite(norm)),
+        }
+
+    def _step(self) -> float:
+        """The optimizer step, unless the gradient is not finite; returns its norm, the same on every rank."""
+        if self.settings.zero_stage > 0:  # ZeRO computes the norm of its shards, and skips by itself
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm())
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
 
     def measure(self, shard: Experience) -> dict[str, float]:
         """The metrics `train` would report, without learning."""
@@ -105,8 +127,10 @@ class ZeroEngine(ABC):
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
             loss, stats = self.loss(self.engine(batch), batch, denominator)
             if learn:
+                # A loss that overflowed may have a finite gradient. Made NaN, it is seen by every rank in the norm.
+                sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
                 # DeepSpeed averages gradients over ranks; the denominator is global already, so undo that.
-                self.engine.backward(loss * self.place.world_size)
+                self.engine.backward(loss * sound * self.place.world_size)
             _accumulate(totals, stats)
         return self._reduce_stats(totals)
 
@@ -126,6 +150,48 @@ class ZeroEngine(ABC):
         if self.place.world_size > 1 and len(numbers):
             dist.all_reduce(values, op=how)
         return values.cpu()
+
+    # -- shared GPUs --------------------------------------------------------------------------------------------------
+
+    def offload(self) -> None:
+        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory. Nothing can be computed then.
+
+        Not with ZeRO 1 in bfloat16, where DeepSpeed cannot.
+        """
+        if self.settings.zero_stage == 0:
+            self.model.to("cpu")
+        elif not self.settings.offload_parameters:
+            self.engine.offload_states(include=self._movable())
+        self._move_optimizer("cpu")
+        if self.place.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the GPU again, and go on."""
+        if self.settings.zero_stage == 0:
+            self.model.to(self.device)
+        elif not self.settings.offload_parameters:
+            self.engine.reload_states()
+        self._move_optimizer(self.device)
+
+    def _movable(self) -> list[OffloadStateTypeEnum]:
+        """What DeepSpeed moves. It would take step counters along, and refuses, under ZeRO-3, master weights and states
+        of any optimizer but its own FusedAdam: these we move ourselves."""
+        ours = {OffloadStateTypeEnum.optim_states}
+        if self.settings.zero_stage == 3:
+            ours.add(OffloadStateTypeEnum.hp_params)
+        return [state for state in OffloadStateTypeEnum if state not in ours]
+
+    def _move_optimizer(self, device: str) -> None:
+        """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are always on the CPU."""
+        if self.settings.offload_optimizer:
+            return
+        states = self.optimizer.state.values()
+        tensors = [x for s in states for x in s.values() if torch.is_tensor(x) and x.ndim]  # step counters stay
+        if self.settings.zero_stage == 3:
+            tensors += self.engine.optimizer.fp32_partitioned_groups_flat
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -206,6 +272,8 @@ def start_process_group(place: Place) -> None:
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK="0")
     backend = "nccl" if place.device == "cuda" else "gloo"
+    if place.device == "cuda":
+        torch.cuda.set_device(0)  # the only one this process sees
     dist.init_process_group(
         backend,
         init_method=f"tcp://{place.address}:{place.port}",
@@ -216,6 +284,34 @@ def start_process_group(place: Place) -> None:
     # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn.Module:
+    """The model that `load` has Transformers load, of every weight this rank's ZeRO-3 shard alone.
+
+    The process group must exist: without it nothing would be sharded, with no more than a warning.
+    """
+    assert dist.is_initialized()
+    config = HfDeepSpeedConfig(deepspeed_config(settings))  # Transformers holds it weakly: it must live to the end
+    try:
+        model = load()
+    finally:
+        del config
+        unset_hf_deepspeed_config()
+    _restore_buffers(model, getattr(torch, settings.model.dtype))
+    return model
+
+
+def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype, and frequencies of
+    rotary embeddings rounded to bfloat16 would turn late positions by whole radians."""
+    with init_empty_weights(include_buffers=False):
+        whole = type(model)._from_config(model.config, dtype=dtype)
+    saved = model.state_dict().keys()
+    for name, buffer in whole.named_buffers():
+        if name not in saved:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(model.get_buffer(name).device))
 
 
 def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
@@ -232,15 +328,18 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": settings.model.dtype == "bfloat16"},
+        # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on NaN.
+        "bf16": {"enabled": settings.model.dtype == "bfloat16", "check_grad_overflow": True},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.zero_stage > 0 else {}),
         "wall_clock_breakdown": False,
     }
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Torch's optimizer; weight decay on matrices only, as usual for Transformers."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # a ZeRO-3 shard is flat
+    matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
+    vectors = [p for p, shape in shapes.items() if len(shape) < 2]
     groups = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
@@ -269,7 +368,7 @@ def _accumulate(totals: dict[str, list[float]], stats: Stats) -> None:
     for name, (total, count) in stats.items():
         seen = totals.setdefault(name, [0.0, 0.0])
         if name.startswith("max_"):
-            seen[0] = max(seen[0], float(total))
+            seen[0] = seen[0] if float(total) <= seen[0] else float(total)  # NaN stays
         else:
             seen[0] += float(total)
             seen[1] += float(count)

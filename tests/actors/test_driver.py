@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actors.driver import rollout_metrics, with_scores
+from actors.driver import rollout_metrics, summary_of, with_scores
 from actors.seeds import derive_seed, rows_of_step
 from learners.experience import Experience, Rollout
 from learners.settings import GRPOSettings, PPOSettings
@@ -42,13 +42,37 @@ def test_metrics_of_a_step(batch: Experience) -> None:
     assert batch.rollout_logprobs is not None
     shifted = batch.rollout_logprobs.clone()
     shifted[0, 1] += 0.25
-    metrics = rollout_metrics(replace(scored, old_logprobs=shifted), rollouts, {"exact": [1.0, math.nan, 0.0]})
+    metrics = rollout_metrics(replace(scored, old_logprobs=shifted), rollouts, {"exact": [1.0, None, 0.0]})
     assert metrics["response/length"] == 2.0
     assert metrics["response/truncated"] == pytest.approx(1 / 3)
     assert metrics["score/mean"] == 0.5 and metrics["score/exact"] == 0.5
     assert metrics["score/unscorable"] == pytest.approx(1 / 3)
     assert metrics["mismatch/max"] == 0.25
     assert metrics["mismatch/mean"] == pytest.approx(0.25 / 3)  # three tokens are left: two of row 0, one of row 2
+    assert metrics["mismatch/kl"] == pytest.approx((math.exp(0.25) - 1 - 0.25) / 3, rel=1e-5)
+
+
+def test_old_logprobs_that_are_the_engines_leave_nothing_to_compare(batch: Experience) -> None:
+    scored = with_scores(batch, [1.0, 0.0, 0.0], ["stop"] * 3, PPOSettings())
+    metrics = rollout_metrics(replace(scored, old_logprobs=scored.rollout_logprobs), [rollout([7])] * 3, {})
+    assert not any(name.startswith("mismatch") for name in metrics)
+
+
+def test_an_empty_response_and_infinite_scores_are_counted_and_break_nothing() -> None:
+    rollouts = [rollout([]), rollout([7, 2]), rollout([2])]
+    batch = with_scores(Experience.from_rollouts(rollouts), [math.inf, -math.inf, 1.0], ["stop"] * 3, PPOSettings())
+    metrics = rollout_metrics(
+        replace(batch, old_logprobs=batch.rollout_logprobs.clone()), rollouts, {"broken": [math.inf, -math.inf, 1.0]}
+    )
+    assert metrics["response/length"] == 1.0 and math.isnan(metrics["score/broken"])
+    assert batch.mask.any(1).tolist() == [False, True, True]
+
+
+def test_metrics_of_mini_batches() -> None:
+    assert summary_of("actor/loss", [1.0, 3.0]) == 2.0
+    assert summary_of("actor/max_log_ratio", [1.0, 3.0]) == 3.0
+    assert summary_of("actor/skipped_updates", [1.0, 1.0, 0.0]) == 2.0
+    assert math.isnan(summary_of("actor/loss", [math.inf, -math.inf]))
 
 
 def test_every_pass_over_the_data_takes_each_row_once_in_an_order_of_its_own() -> None:

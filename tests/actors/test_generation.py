@@ -38,6 +38,25 @@ def test_logprobs_are_those_of_transformers_after_temperature(served: Served, te
     assert_logprobs(served, rollouts(served, [request(i, temperature) for i in range(4)]), temperature)
 
 
+@pytest.mark.parametrize("distortions", [{"top_k": 5}, {"repetition_penalty": 1.3}])
+def test_logprobs_of_distorted_sampling_are_those_it_really_sampled_with(
+    served: Served, distortions: dict[str, float]
+) -> None:
+    """What a correction needs: probabilities after truncation (renormalised) and after penalties."""
+    for sample in rollouts(served, [replace(request(i), distortions=distortions) for i in range(2)]):
+        ids = sample.prompt_ids + sample.response_ids
+        with torch.no_grad():
+            logits = served.model(torch.tensor([ids])).logits[0]
+        for t, (token, logprob) in enumerate(zip(sample.response_ids, sample.logprobs, strict=True)):
+            here = logits[len(sample.prompt_ids) + t - 1].clone()
+            if "top_k" in distortions:
+                here[here < here.topk(5).values[-1]] = -torch.inf
+            else:
+                seen = torch.tensor(ids[: len(sample.prompt_ids) + t]).unique()
+                here[seen] = torch.where(here[seen] > 0, here[seen] / 1.3, here[seen] * 1.3)
+            assert logprob == pytest.approx(here.log_softmax(-1)[token].item(), abs=1e-4)
+
+
 def test_groups_are_complete(served: Served) -> None:
     requests = [request(i, size=1 + i % 4) for i in range(16)]
     groups = [group for groups in served.engine.generate(requests) for group in groups]

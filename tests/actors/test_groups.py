@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from actors.groups import WorkerError, WorkerGroup
-from actors.placement import Demand, Placement, environment
+from actors.layout import Demand
+from actors.placement import Placement, environment
 from actors.rows import gather_rows, scatter_rows
 from actors.settings import ClusterSettings
 from learners.experience import Experience
@@ -115,7 +116,7 @@ def test_ranks_get_their_places(cluster: None) -> None:
 def test_what_cannot_fit_is_refused_by_arithmetic(cluster: None) -> None:
     began = time.monotonic()
     demands = {"actor": Demand(1000, 2), "engine": Demand(1, 1)}
-    with pytest.raises(UserError, match=r"2001 CPUs are needed \(actor 1000, engine 1\), Ray has 12"):
+    with pytest.raises(UserError, match=r"2001 CPUs are needed, Ray has 12 \(actor 1000, engine 1\)"):
         Placement(ClusterSettings(), demands).__enter__()
     assert time.monotonic() - began < 10
     gpu = ClusterSettings(device="cuda")

@@ -22,7 +22,7 @@ def exact(prompts: list[str], responses: list[str], answer: list[str]) -> list[f
 
 def everything(prompts: list[str], responses: list[str], **columns: list) -> list[float | None]:
     assert set(columns) == {"answer", "finish_reasons"}
-    return [None if reason == "length" else math.inf for reason in columns["finish_reasons"]]
+    return [None if reason == "length" else math.nan for reason in columns["finish_reasons"]]
 
 
 def one_short(prompts: list[str], responses: list[str]) -> list[float]:
@@ -34,11 +34,12 @@ def test_a_function_gets_the_columns_its_signature_names() -> None:
     assert reward.scores([candidate("4", answer="4"), candidate("5", answer="4")]) == [1.0, 0.0]
 
 
-def test_none_and_infinity_mean_that_a_response_could_not_be_judged() -> None:
-    scores = FunctionReward(f"{__name__}:everything").scores(
+def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -> None:
+    """The driver raises an alarm for the second: a function that answers NaN is a function that is broken."""
+    unjudged, broken = FunctionReward(f"{__name__}:everything").scores(
         [candidate("4", "length", answer="4"), candidate("4", "stop", answer="4")]
     )
-    assert all(math.isnan(score) for score in scores)
+    assert unjudged is None and broken is not None and math.isnan(broken)
 
 
 def test_no_candidates_no_call() -> None:
@@ -63,17 +64,19 @@ def test_a_function_that_cannot_be_found_is_one_line(name: str, said: str) -> No
 class Answers:
     """Two workers of a group that have already answered."""
 
-    def __init__(self, shares: list[list[float]]) -> None:
+    def __init__(self, shares: list[list[float | None]]) -> None:
         self.shares = shares
 
     def __len__(self) -> int:
         return len(self.shares)
 
-    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[float]]:
+    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[float | None]]:
         assert method == "scores" and [len(s) for s in shares] == [len(s) for s in self.shares]
         return self.shares
 
-    def gather(self, pending: list[list[float]], phase: str, deadline_s: float) -> list[list[float]]:
+    def gather(
+        self, pending: list[list[float | None]], phase: str, deadline_s: float
+    ) -> list[list[float | None]]:
         return pending
 
 
@@ -85,7 +88,7 @@ def test_the_sum_is_weighted_and_in_order() -> None:
     """Three candidates over two workers: the first judges candidates 0 and 2."""
     rewards = Rewards(
         [source("a", 2.0), source("b", 0.5), source("logged", 0.0)],
-        [Answers([[1.0, 3.0], [2.0]]), Answers([[10.0, 30.0], [20.0]]), Answers([[math.nan, 0.0], [0.0]])],  # type: ignore[list-item]
+        [Answers([[1.0, 3.0], [2.0]]), Answers([[10.0, 30.0], [20.0]]), Answers([[None, 0.0], [0.0]])],  # type: ignore[list-item]
         deadline_s=1,
     )
     total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)
@@ -96,7 +99,7 @@ def test_the_sum_is_weighted_and_in_order() -> None:
 def test_one_source_that_cannot_judge_takes_the_response_out() -> None:
     rewards = Rewards(
         [source("a", 1.0), source("b", 1.0)],
-        [Answers([[1.0, 1.0]]), Answers([[1.0, math.nan]])],  # type: ignore[list-item]
+        [Answers([[1.0, 1.0]]), Answers([[1.0, None]])],  # type: ignore[list-item]
         deadline_s=1,
     )
     total, _ = rewards.gather(rewards.submit([candidate("x")] * 2), 2)

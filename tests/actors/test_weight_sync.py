@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -109,22 +110,62 @@ def test_new_weights_are_served_as_transformers_computes_them(served: Any) -> No
     assert served.engine.status()["version"] == 3
 
 
-@engines
-def test_no_prefix_of_older_weights_is_reused(served: Any) -> None:
-    from tests.actors.tiny_models import logprobs, make_model, transfer
-
+def long_prompt(served: Any) -> list[int]:
+    """Longer than a block of the cache, so that its prefix is kept."""
     cache = served.engine._engine.vllm_config.cache_config
-    prompt = [1, *(3 + i % 60 for i in range(cache.block_size + 10))]  # longer than a block: its prefix is cached
+    prompt = [1, *(3 + i % 60 for i in range(cache.block_size + 10))]
     assert cache.enable_prefix_caching and len(prompt) < served.engine.max_model_tokens - 4
-    new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
-    for version, model in ((0, served.model), (1, new)):
-        if version:
-            transfer(served.engine, model, version)
-            served.engine.accept(version)
-        for _ in range(2):
-            (sample,) = generate(served, prompt, tokens=4)
-            expected = logprobs(model, prompt + sample.response_ids)[-len(sample.logprobs) :]
-            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+    return prompt
+
+
+def assert_fresh(served: Any, model: Any, prompt: list[int]) -> None:
+    """Twice, so that the second time the prefix comes from the cache."""
+    from tests.actors.tiny_models import logprobs
+
+    for _ in range(2):
+        (sample,) = generate(served, prompt, tokens=4)
+        expected = logprobs(model, prompt + sample.response_ids)[-len(sample.logprobs) :]
+        torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@engines
+@pytest.mark.parametrize("version", [1, 0], ids=["another-version", "a-version-used-before"])
+def test_no_prefix_of_older_weights_is_reused_by_an_idle_engine(served: Any, version: int) -> None:
+    """With a version used before, requests have the salt of then: only the reset of the cache keeps them apart."""
+    from tests.actors.tiny_models import make_model, transfer
+
+    prompt, new = long_prompt(served), make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    assert_fresh(served, served.model, prompt)
+    transfer(served.engine, new, version)
+    served.engine.accept(version)
+    assert_fresh(served, new, prompt)
+
+
+@engines
+def test_no_prefix_of_older_weights_is_reused_while_requests_run(served: Any) -> None:
+    """The cache of a busy engine cannot be reset: here the version in the salt keeps old and new apart."""
+    from tests.actors.tiny_models import make_model, transfer
+
+    prompt, new = long_prompt(served), make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    assert_fresh(served, served.model, prompt)
+    long = [request([1, 2], tokens=1, slot=0), request([1, 9], tokens=150, slot=1, size=8)]
+    with closing(served.engine.generate(long)) as stream:
+        next(stream)  # the long one is under way
+        transfer(served.engine, new, 1)
+        assert served.engine.status()["running"] > 0
+        served.engine.accept(1)
+        assert_fresh(served, new, prompt)
+
+
+@engines
+def test_an_idle_engine_that_keeps_its_cache_is_not_accepted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.actors.tiny_models import transfer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine._engine, "reset_prefix_cache", lambda: False)
+        with pytest.raises(RuntimeError, match="did not reset the prefix cache"):
+            transfer(served.engine, served.model, 1)
+    assert served.engine.status()["stale"]
 
 
 @engines

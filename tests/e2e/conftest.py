@@ -35,6 +35,22 @@ class Run:
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if row["phase"] == "train"]
 
+    @property
+    def figures(self) -> list[dict[str, float]]:
+        """Metrics of the training steps without times."""
+        return [
+            {k: v for k, v in row.items() if k not in ("phase", "time") and not k.startswith("seconds/")}
+            for row in self.steps
+        ]
+
+    def samples(self, step: int) -> list[dict[str, Any]]:
+        lines = (self.folder / "samples" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "alarms.jsonl").read_text().splitlines()]
+
 
 @dataclass(frozen=True)
 class Workshop:
@@ -50,15 +66,24 @@ class Workshop:
         module = supervised if kind in ("sft", "rm") else driver
         return Run(folder, module.run(recipe, resume=resume))
 
+    def quick(self, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
+        """Two steps of GRPO with as few processes as there can be: no Reference, no evaluation."""
+        few = ["algorithm.kl_beta=0", "evaluation.prompts=null", "evaluation.test_prompts=null"]
+        few += ["evaluation.function=null", "evaluation.every_steps=0", "actor.ranks=1", "actor.zero_stage=0"]
+        size = ["step.steps=2", "step.prompts_per_step=8", "step.mini_batch_size=32"]
+        return self.reinforce("grpo", name, sft, *few, *size, *overrides, resume=resume)
+
     def reinforce(self, kind: str, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
         """Run PPO or GRPO from an SFT run."""
         data = self.folder / "data"
+        judged = {"prompts": "validation", "test_prompts": "test"}
+        judged = {key: name for key, name in judged.items() if f"evaluation.{key}=null" not in overrides}
         paths = [
             f"actor.model.path={sft.model}",
             f"prompts.path={data / 'prompts.jsonl'}",
-            f"evaluation.prompts.path={data / 'validation.jsonl'}",
-            f"evaluation.test_prompts.path={data / 'test.jsonl'}",
+            *(f"evaluation.{key}.path={data / f'{name}.jsonl'}" for key, name in judged.items()),
             "evaluation.greedy=false",
+            "run.samples_per_step=1000",
         ]
         return self.run(kind, name, *paths, *overrides, resume=resume)
 

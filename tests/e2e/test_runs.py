@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
+from actors.groups import WorkerError
 from learners.settings import UserError
+from tests.actors.test_alarms import SOUND
 from tests.e2e.conftest import Run, Workshop
 
 pytestmark = pytest.mark.engines
 
 
-@pytest.fixture(scope="session")
-def ppo_zero2(workshop: Workshop, sft: Run, reward_model: Run) -> Run:
-    """Two steps of PPO; Critic from the reward model; adaptive KL; a checkpoint after each step."""
+def run_ppo_zero2(name: str, workshop: Workshop, sft: Run, reward_model: Run, resume: bool = False) -> Run:
     return workshop.reinforce(
-        "ppo", "ppo_zero2", sft, f"critic.model.path={reward_model.model}",
-        f"rewards.0.model.path={reward_model.model}", "step.steps=2", "step.prompts_per_step=48",
-        "step.mini_batch_size=24", "run.checkpoint_every_steps=1", "run.keep_checkpoints=2",
-        "algorithm.kl_target=0.5", "algorithm.kl_horizon=1000", "actor.optimizer.learning_rate=3.0e-4",
+        "ppo", name, sft, f"critic.model.path={reward_model.model}", f"rewards.0.model.path={reward_model.model}",
+        "step.steps=2", "step.prompts_per_step=48", "step.mini_batch_size=24", "run.checkpoint_every_steps=1",
+        "run.keep_checkpoints=2", "algorithm.kl_target=0.5", "algorithm.kl_horizon=1000",
+        "actor.optimizer.learning_rate=3.0e-4", resume=resume,
+    )  # fmt: skip
+
+
+def run_grpo_zero2(name: str, workshop: Workshop, sft: Run, reward_model: Run) -> Run:
+    return workshop.reinforce(
+        "grpo", name, sft, "step.steps=2", "step.prompts_per_step=8", "step.mini_batch_size=16",
+        "generation.engines=2", "generation.threads=1", "actor.optimizer.learning_rate=3.0e-4",
+        "rewards=[{name: exact_match, kind: function, function: 'launch.tasks.unique_digits:exact_match', weight: 2.0},"
+        f" {{name: judge, kind: model, model: {{path: {reward_model.model}}}, weight: 0.5}}]",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
+def ppo_zero2(workshop: Workshop, sft: Run, reward_model: Run) -> Run:
+    """Two steps of PPO; Critic from the reward model; adaptive KL; a checkpoint after each step."""
+    return run_ppo_zero2("ppo_zero2", workshop, sft, reward_model)
+
+
+@pytest.fixture(scope="session")
 def ppo_zero3(workshop: Workshop, sft: Run, encoder_reward_model: Run) -> Run:
-    """Two steps of PPO under ZeRO-3; Critic on two ranks from the SFT model; a BERT-style encoder judges."""
+    """Two steps of PPO under ZeRO-3 at temperature 0.8; Critic on two ranks from the SFT model; an encoder judges."""
     return workshop.reinforce(
         "ppo", "ppo_zero3", sft, f"critic.model.path={sft.model}", "critic.ranks=2", "critic.zero_stage=3",
         f"rewards.0.model.path={encoder_reward_model.model}", "step.steps=2", "step.prompts_per_step=48",
-        "step.mini_batch_size=24", "actor.zero_stage=3", "actor.micro_batch_tokens=300",
+        "step.mini_batch_size=24", "actor.zero_stage=3", "actor.micro_batch_tokens=300", "generation.temperature=0.8",
         "actor.optimizer.learning_rate=3.0e-4",
     )  # fmt: skip
 
@@ -38,12 +54,7 @@ def ppo_zero3(workshop: Workshop, sft: Run, encoder_reward_model: Run) -> Run:
 @pytest.fixture(scope="session")
 def grpo_zero2(workshop: Workshop, sft: Run, reward_model: Run) -> Run:
     """Two steps of GRPO on two engines; the score is a weighted sum of a reward model and a function."""
-    return workshop.reinforce(
-        "grpo", "grpo_zero2", sft, "step.steps=2", "step.prompts_per_step=8", "step.mini_batch_size=16",
-        "generation.engines=2", "generation.threads=1", "actor.optimizer.learning_rate=3.0e-4",
-        "rewards=[{name: exact_match, kind: function, function: 'launch.tasks.unique_digits:exact_match', weight: 2.0},"
-        f" {{name: judge, kind: model, model: {{path: {reward_model.model}}}, weight: 0.5}}]",
-    )  # fmt: skip
+    return run_grpo_zero2("grpo_zero2", workshop, sft, reward_model)
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +86,25 @@ def test_later_mini_batches_drift(any_run: Run) -> None:
 def test_engine_and_actor_agree_before_and_after_every_sync(any_run: Run) -> None:
     for step in any_run.steps:
         assert step["mismatch/max"] <= 1e-4  # what was sampled with the weights of the sync before
+        assert 0 <= step["mismatch/mean"] <= step["mismatch/max"] and 0 <= step["mismatch/kl"] <= 1e-8
         assert step["sync/probe_difference"] <= 1e-4  # the sync after learning
 
 
 def test_the_engine_serves_the_version_of_the_step_before(any_run: Run) -> None:
     for number in range(1, len(any_run.steps) + 1):
-        lines = (any_run.folder / "samples" / f"step-{number:06d}.jsonl").read_text().splitlines()
-        assert {tuple(json.loads(line)["weight_versions"]) for line in lines} == {(number - 1, number - 1)}
+        assert {tuple(row["weight_versions"]) for row in any_run.samples(number)} == {(number - 1, number - 1)}
+
+
+def test_a_run_begins_with_the_comparison_of_engine_and_actor(any_run: Run) -> None:
+    rows = [json.loads(line) for line in (any_run.folder / "metrics.jsonl").read_text().splitlines()]
+    (gate,) = [row for row in rows if row["phase"] == "gate"]
+    assert gate["step"] == 0 and 0 < gate["mismatch/gate"] <= 1e-4
+
+
+def test_sound_runs_raise_no_alarm(any_run: Run) -> None:
+    assert any_run.alarms == []
+    watched = SOUND.keys() - ({"group/with_spread"} if "ppo" in any_run.folder.name else set())
+    assert all(watched <= step.keys() for step in any_run.steps), "an alarm waits for a metric that never comes"
 
 
 def test_exported_actor_loads_in_plain_transformers_and_has_learned(any_run: Run, sft: Run) -> None:
@@ -122,24 +145,102 @@ def test_a_run_resumes_as_if_it_had_never_stopped(
     workshop: Workshop, sft: Run, reward_model: Run, ppo_zero2: Run
 ) -> None:
     """Go back to the checkpoint after step 1 and do step 2 again: the same metrics, the same model."""
-    import shutil
-
-    whole = ppo_zero2.steps
     copy = workshop.folder / "ppo_resumed"
     shutil.copytree(ppo_zero2.folder, copy)
     shutil.rmtree(copy / "checkpoints" / "step-000002")
-    again = workshop.reinforce(
-        "ppo", "ppo_resumed", sft, f"critic.model.path={reward_model.model}",
-        f"rewards.0.model.path={reward_model.model}", "step.steps=2", "step.prompts_per_step=48",
-        "step.mini_batch_size=24", "run.checkpoint_every_steps=1", "algorithm.kl_target=0.5",
-        "algorithm.kl_horizon=1000", "actor.optimizer.learning_rate=3.0e-4", resume=True,
-    )  # fmt: skip
+    again = run_ppo_zero2("ppo_resumed", workshop, sft, reward_model, resume=True)
     assert [row["step"] for row in again.steps] == [1, 2]
-    for key, value in whole[1].items():
-        if key not in ("phase", "time") and not key.startswith("seconds/"):
-            assert again.steps[1][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for key, value in ppo_zero2.figures[1].items():
+        assert again.steps[1][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("kind", ["ppo", "grpo"])
+def test_two_runs_with_one_seed_are_identical(
+    kind: str, workshop: Workshop, sft: Run, reward_model: Run, request: pytest.FixtureRequest
+) -> None:
+    """Every sampled id and every metric, bit by bit: ZeRO-2 on two ranks, PPO with one engine, GRPO with two."""
+    first: Run = request.getfixturevalue(f"{kind}_zero2")
+    run = run_ppo_zero2 if kind == "ppo" else run_grpo_zero2
+    second = run(f"{kind}_again", workshop, sft, reward_model)
+    for step in (1, 2):
+        assert second.samples(step) == first.samples(step) and len(first.samples(step)) >= 48
+    assert second.figures == first.figures
+    assert second.summary == first.summary
 
 
 def test_an_existing_run_folder_is_refused(workshop: Workshop, sft: Run, grpo_zero2: Run) -> None:
     with pytest.raises(UserError, match="exists"):
         workshop.reinforce("grpo", "grpo_zero2", sft, "step.steps=1")
+
+
+# -- numbers nobody should learn from ----------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_begin_above_the_gate(workshop: Workshop, sft: Run) -> None:
+    """No two programs agree to 1e-12: this gate refuses a sound engine too, and says where they differ most."""
+    with pytest.raises(UserError) as refused:
+        workshop.quick("gated", sft, "sync.gate=1.0e-12")
+    what, where, causes = refused.value.problems
+    assert "before step 1" in what and "sync.gate" in what
+    assert "engine[0] -" in where and "Actor -" in where and "likely causes" in causes
+    assert not (workshop.folder / "gated").exists()
+
+
+def test_the_engines_logprobs_may_be_the_old_ones(workshop: Workshop, sft: Run) -> None:
+    """One forward less; the first mini-batch's ratio is still 1 within the gate, and the same things are learned."""
+    engine = workshop.quick("old_from_engine", sft, "algorithm.old_logprobs=engine")
+    actor = workshop.quick("old_from_actor", sft)
+    for ours, theirs in zip(engine.figures, actor.figures, strict=True):
+        assert 0 < ours["actor/max_ratio_deviation_first"] <= 1e-4
+        assert 0 <= ours["mismatch/mean"] <= ours["mismatch/max"] <= 1e-4 and 0 <= ours["mismatch/kl"] <= 1e-8
+        for name in ("actor/loss", "actor/grad_norm", "score/mean", "response/length"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_bfloat16_run_passes_its_own_gate(workshop: Workshop, sft: Run) -> None:
+    run = workshop.quick("narrow", sft, "actor.model.dtype=bfloat16", "actor.zero_stage=2")
+    for step in run.steps:
+        assert 1e-4 < step["mismatch/max"] <= 0.1 and step["sync/probe_difference"] <= 0.1
+        assert step["actor/skipped_updates"] == 0 and "alarm/mismatch" not in step
+
+
+def test_truncated_sampling_is_weighed_and_reported(workshop: Workshop, sft: Run) -> None:
+    run = workshop.quick(
+        "truncated", sft, "generation.top_p=0.8", "algorithm.rollout_correction={kind: token_truncate, cap: 2.0}"
+    )
+    assert [row["name"] for row in run.alarms if row["step"] == 0] == ["distorted_sampling"]
+    for step in run.steps:
+        assert 0.8 < step["actor/rollout_weight"] < 1  # kept share of the probability: weights below 1, down to top_p
+        assert step["actor/rollout_capped"] == 0
+        assert step["mismatch/max"] > 1e-2 and "alarm/mismatch" not in step  # it is meant
+
+
+def flat(prompts: list[str], responses: list[str]) -> list[float | None]:
+    return [None if i == 5 else 0.5 for i in range(len(responses))]
+
+
+def test_a_step_from_which_nothing_can_be_learned_says_so(workshop: Workshop, sft: Run) -> None:
+    rewards = f"rewards=[{{name: flat, kind: function, function: '{__name__}:flat'}}]"
+    run = workshop.quick("flat", sft, rewards, "step.steps=1", "generation.max_new_tokens=2")
+    raised = {row["name"] for row in run.alarms}
+    assert raised == {"equal_scores", "all_truncated", "no_spread", "zero_gradient"}
+    assert run.steps[0]["score/unscorable"] == 1 / 64 and "alarm/skipped" not in run.steps[0]
+
+
+def infinite(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:
+    return [float("inf") if i == 3 else float(r == a) for i, (r, a) in enumerate(zip(responses, answer, strict=True))]
+
+
+def test_a_run_of_broken_scores_stops_with_everything_saved(workshop: Workshop, sft: Run) -> None:
+    """One infinite score a step: nothing is learned from it, and after two such steps the run stops."""
+    broken = f"rewards=[{{name: broken, kind: function, function: '{__name__}:infinite'}}]"
+    with pytest.raises(WorkerError, match="stopped after step 2: in 2 steps .*score_not_finite"):
+        workshop.quick("stopped", sft, broken, "step.steps=9", "run.max_skipped_steps=2")
+    run = Run(workshop.folder / "stopped", {})
+    assert [step["alarm/skipped"] for step in run.steps] == [1.0, 1.0]
+    assert {(row["step"], row["name"]) for row in run.alarms} == {(1, "score_not_finite"), (2, "score_not_finite")}
+    assert {tuple(row["weight_versions"]) for step in (1, 2) for row in run.samples(step)} == {(0, 0)}
+    assert not any(name.startswith("actor/") for step in run.steps for name in step)
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-000002"]
+    sound = workshop.quick("stopped", sft, "step.steps=3", resume=True)  # with a sound reward it goes on from there
+    assert [step["step"] for step in sound.steps] == [1, 2, 3] and sound.steps[2]["actor/grad_norm"] > 0

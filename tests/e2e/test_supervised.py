@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from actors.groups import WorkerError
 from actors.rewards import Candidate
 from actors.scoring import RewardWorker
 from learners.settings import ModelSettings
-from tests.e2e.conftest import Run
+from tests.e2e.conftest import Run, Workshop
 
 pytestmark = pytest.mark.engines
 
@@ -18,6 +19,21 @@ pytestmark = pytest.mark.engines
 def test_sft_learns_the_answers(sft: Run) -> None:
     assert sft.steps[-1]["loss"] < 0.5 * sft.steps[0]["loss"]
     assert sft.summary["held_out/loss"] < 0.5 * sft.steps[0]["loss"]
+
+
+def test_training_that_blew_up_stops_with_a_checkpoint(workshop: Workshop) -> None:
+    """The first update throws every weight out of float32's useful range; after it nothing is finite."""
+    base, data = workshop.folder / "base", workshop.folder / "data" / "sft.jsonl"
+    with pytest.raises(WorkerError, match="stopped after step 3: in 2 steps .*for learner_(loss|gradient)_not"):
+        workshop.run(
+            "sft", "blown_up", f"learner.model.path={base}", f"data.path={data}", "train.steps=9",
+            "held_out=null", "learner.optimizer.learning_rate=1e30", "learner.optimizer.warmup_steps=0",
+            "train.evaluate_every=0", "run.max_skipped_steps=2",
+        )  # fmt: skip
+    run = Run(workshop.folder / "blown_up", {})
+    assert [step["skipped_updates"] for step in run.steps] == [0, 1, 1]
+    assert [row["step"] for row in run.alarms] == [2, 3]
+    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_the_decoder_reward_model_wins_held_out_pairs(reward_model: Run) -> None:

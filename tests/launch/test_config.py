@@ -138,7 +138,7 @@ def test_a_recipe_for_another_command(place: Path) -> None:
         ("run.progress=yes", "run.progress: must be true or false, not 'yes'"),
         ("run.folder=3", "run.folder: must be text, not 3"),
         ("actor.optimizer=", "actor.optimizer: must be a section of keys, not nothing; leave the key out"),
-        ("actor.optimizer.learning_rate=0", "must be above 0, not 0"),
+        ("actor.optimizer.learning_rate=-1", "must be at least 0, not -1"),
         ("actor.optimizer.learning_rate=.nan", "must be a finite number"),
         ("actor.optimizer.betas=[0.9]", "actor.optimizer.betas"),
         ("actor.optimizer.betas=0.9", "actor.optimizer.betas: must be a list, not 0.9"),
@@ -200,8 +200,20 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
         ("ppo", ["cluster.device=cuda", "critic.model.attention=flash_attention_2"], "needs dtype bfloat16"),
         ("ppo", ["actor.offload_optimizer=true"], "actor.offload_optimizer: needs cluster.device cuda"),
         ("ppo", ["cluster.device=cuda", "actor.offload_optimizer=true", "actor.zero_stage=0"], "needs zero_stage 1, 2"),
+        ("sft", ["learner.model.dtype=bfloat16", "learner.zero_stage=0"], "learner.zero_stage: bfloat16 needs"),
         ("ppo", ["generation.tensor_parallel=2"], "generation.tensor_parallel: needs cluster.device cuda"),
         ("ppo", ["generation.max_model_tokens=16"], "leaves no room for a prompt beside max_new_tokens 16"),
+        ("ppo", ["generation.top_p=0.9"], "generation.top_p: 0.9 samples from another distribution than the policy"),
+        ("grpo", ["generation.top_k=20"], "generation.top_k: 20 samples from another distribution"),
+        ("grpo", ["generation.min_p=0.1"], "set algorithm.rollout_correction to weigh the tokens"),
+        ("grpo", ["generation.repetition_penalty=1.1"], "generation.repetition_penalty: 1.1 samples from another"),
+        ("grpo", ["generation.presence_penalty=-0.5"], "generation.presence_penalty: -0.5 samples from another"),
+        ("grpo", ["generation.frequency_penalty=0.5"], "generation.frequency_penalty: 0.5 samples from another"),
+        (
+            "grpo",
+            ["algorithm.old_logprobs=engine", "algorithm.rollout_correction.cap=2"],
+            "algorithm.old_logprobs: engine leaves nothing to correct",
+        ),
         ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
         ("ppo", ["evaluation.prompts.path=p.jsonl"], "evaluation.prompts: needs the true score of a response"),
         ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to judge"),
@@ -211,6 +223,12 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
 def test_combinations(place: Path, kind: str, overrides: list[str], told: str) -> None:
     found = problems(f"{kind}.yaml", *overrides, files=False)
     assert len(found) == 1 and told in found[0], found
+
+
+def test_distorted_sampling_is_accepted_where_its_tokens_are_weighed(place: Path) -> None:
+    recipe = load_recipe("grpo.yaml", ["generation.top_p=0.9", "algorithm.rollout_correction.kind=token_truncate"])
+    assert isinstance(recipe, GRPORecipe)
+    assert recipe.generation.distortions == {"top_p": 0.9} and recipe.generation.plain.distortions == {}
 
 
 def test_reward_names_are_unique(place: Path) -> None:
@@ -249,6 +267,15 @@ def test_files(place: Path, kind: str, override: str, told: str) -> None:
     found = problems(f"{kind}.yaml", override)
     assert any(told in line for line in found), found
     assert not Path("runs").exists()
+
+
+def test_sampling_defaults_that_came_with_the_model_are_refused(place: Path) -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "repetition_penalty": 1.0, "eos_token_id": 2}
+    Path("decoder/generation_config.json").write_text(json.dumps(defaults))
+    (found,) = problems("grpo.yaml")
+    assert "actor.model.path: decoder: generation_config.json asks for top_p 0.95, which would break" in found
+    assert "generation.model_sampling: ignore" in found
+    assert problems("grpo.yaml", "generation.model_sampling=ignore") == []
 
 
 def test_broken_files(place: Path) -> None:

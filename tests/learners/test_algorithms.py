@@ -285,6 +285,30 @@ def test_grpo_actor_loss_adds_k3_inside_each_sequence(samples):
     assert [float(x) for x in stats["kl"]] == pytest.approx([sum(k3), 4], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ({"kind": "token_truncate", "cap": 2.0}, [2.0, 0.5]),
+        ({"kind": "token_mask", "cap": 2.0}, [0.0, 0.5]),
+        ({"kind": "sequence_truncate", "cap": 1.25}, [1.25, 1.25]),
+        ({"kind": "sequence_mask", "cap": 1.25}, [0.0, 0.0]),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [PPO, GRPO])
+def test_the_policy_loss_is_weighed_and_its_denominator_stays(algorithm, correction, expected):
+    """One response of two tokens, ratio 1: the loss of a token is -advantage, here -1. Weights exp(old - rollout)."""
+    weighed = {"rollout_correction": correction, "loss_aggregation": "token_mean"}
+    made = PPO(PPOSettings(**weighed)) if algorithm is PPO else GRPO(GRPOSettings(**weighed), 2)
+    old = torch.tensor([[-1.0, -1.0]])
+    rollout = old - torch.tensor([[3.0, 0.5]]).log()  # the engine found token 0 three times less likely
+    batch = Experience.from_ids([[1]], [[2, 3]])
+    batch = replace(batch, old_logprobs=old, rollout_logprobs=rollout, advantages=torch.ones(1, 2))
+    loss, stats = made.actor_loss(old.clone().requires_grad_(), batch, denominator=2.0)
+    assert loss.item() == pytest.approx(-sum(expected) / 2, rel=1e-5)
+    assert stats["rollout_weight"][0].item() == pytest.approx(sum(expected), rel=1e-5)
+    assert stats["rollout_capped"][0].item() == (2 if correction["kind"].startswith("sequence") else 1)
+
+
 def test_grpo_without_kl_needs_no_reference(samples):
     batch = replace(samples, ref_logprobs=None, advantages=torch.ones(2, 3))
     loss, stats = grpo().actor_loss(batch.old_logprobs, batch, denominator=2.0)

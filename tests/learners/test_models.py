@@ -254,6 +254,20 @@ def test_response_logprobs_are_those_of_a_loop(checkpoint, batch):
         assert not result[row, len(response) :].any()
 
 
+def test_the_eos_is_trained_where_it_is_also_the_pad(checkpoint):
+    """Two answers of different lengths that end with EOS, which this checkpoint also pads with: each EOS counts."""
+    model, answers = load_causal_lm(checkpoint("qwen3")), [[7, 8, 9, EOS], [EOS]]
+    assert model.config.pad_token_id == EOS
+    batch = filled(Experience.from_ids([[5, 6], [7]], answers), EOS)
+    logprobs = response_logprobs(model, batch, 1.0)
+    assert batch.mask.sum() == 5 and batch.mask[0, 3] and batch.mask[1, 0] and not batch.mask[1, 1:].any()
+    for ids, prompt, row in (([5, 6, *answers[0]], 2, 0), ([7, *answers[1]], 1, 1)):
+        expected = model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[EOS]
+        close(logprobs[row, len(ids) - prompt - 1], expected)
+        (gradient,) = torch.autograd.grad(logprobs[row, len(ids) - prompt - 1], model.lm_head.weight, retain_graph=True)
+        assert gradient[EOS].abs().max() > 1e-3
+
+
 def test_masked_tokens_have_neither_logprob_nor_gradient(checkpoint, batch):
     model = load_causal_lm(checkpoint("qwen3"))
     valid = batch.mask.clone()

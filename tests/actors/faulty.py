@@ -1,0 +1,85 @@
+"""Actor ranks and engines whose next weight sync goes wrong in a chosen way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from actors import weight_sync
+from actors.engines import Engines
+from actors.generation import GenerationEngine
+from actors.groups import WorkerGroup
+from actors.synced_actor import SyncedActor
+from actors.weight_sync import Receipt, pack_group
+
+
+class FaultyActor(SyncedActor):
+    """One rank. `break_next` names the fault of the next `send_weights`; the one after is sound again."""
+
+    fault = ""
+
+    def connect(self, engines: Any, deadline_s: float, workers_per_engine: int = 1) -> None:
+        super().connect(engines, deadline_s, workers_per_engine)
+        groups = super().iter_groups()
+        self.first = {name: t for names, tensors in groups for name, t in zip(names, tensors, strict=True)}
+
+    def break_next(self, fault: str) -> None:
+        self.fault = fault
+
+    def send_weights(self, version: int) -> tuple[Receipt | None, list[Receipt], list[str]]:
+        pack = weight_sync.pack_group
+        if self.fault == "a corrupted bucket":
+            weight_sync.pack_group = corrupted
+        if self.fault == "an update cut off halfway" and self.place.rank == 0:
+            self.client.update_weights = self.half_of_it  # type: ignore[method-assign]
+        try:
+            return super().send_weights(version)
+        finally:
+            self.fault, weight_sync.pack_group = "", pack
+            self.client.__dict__.pop("update_weights", None)
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+        for names, tensors in super().iter_groups():
+            if self.fault == "a missing name" and "model.norm.weight" in names:
+                continue
+            if self.fault == "a head left stale" and names == ["lm_head.weight"]:
+                tensors = [self.first[names[0]]]
+            yield names, tensors
+
+    def half_of_it(self, update: dict[str, Any]) -> None:
+        groups = update["groups"]
+        type(self.client).update_weights(self.client, {"groups": groups[: len(groups) // 2]})
+        raise ConnectionError("the sender is gone")
+
+
+class FaultyEngine(GenerationEngine):
+    """After `forget_the_head`, the next update leaves a tied head with its old packed weights."""
+
+    forgetful = False
+
+    def forget_the_head(self) -> None:
+        self.forgetful = True
+
+    def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
+        from actors import weight_receiver
+
+        head = weight_receiver.ParallelLMHead
+        if self.forgetful:
+            weight_receiver.ParallelLMHead = type("NoLayerIsOne", (), {})
+        try:
+            return super().finish_weight_update(weight_version)
+        finally:
+            self.forgetful, weight_receiver.ParallelLMHead = False, head
+
+
+class FaultyEngines(Engines):
+    def __init__(self, options: Sequence[dict[str, Any]]) -> None:
+        WorkerGroup.__init__(self, "engine", f"{__name__}:FaultyEngine", options, concurrency=8)
+
+
+def corrupted(name: str, tensors: Any) -> Any:
+    meta, data = pack_group(name, tensors)
+    data[5] ^= 1  # after the digest was taken
+    return meta, data

@@ -1,0 +1,202 @@
+"""Every alarm, raised by the numbers it is about and by nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.alarms import Alarm, Watch, of_experience, of_metrics, of_recipe, of_training
+from actors.run_folder import RunFolder
+from actors.settings import GenerationSettings, GRPORecipe, RunSettings
+from learners.experience import Experience, Rollout
+from learners.settings import GRPOSettings
+
+NAN, INF = math.nan, math.inf
+Names = Callable[..., list[str]]
+PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+
+
+def rollouts(*finish_reasons: str) -> list[Rollout]:
+    return [Rollout(0, i, 0, [5], [7, 8][: i + 1], [-1.0] * (i + 1), r, (0, 0)) for i, r in enumerate(finish_reasons)]
+
+
+@pytest.fixture
+def batch() -> Experience:
+    """Two responses, of one and of two tokens; behind the shorter one there is garbage."""
+    known = torch.tensor([[0.5, NAN], [0.5, 0.25]])
+    batch = Experience.from_rollouts(rollouts("stop", "length"))
+    scored = replace(batch, scores=torch.tensor([1.0, 0.0]), valid=torch.ones(2, 2, dtype=torch.bool))
+    return replace(scored, **dict.fromkeys(PER_TOKEN, known))
+
+
+def make_recipe() -> GRPORecipe:
+    model = {"path": "m"}
+    judge, logged = ({"name": name, "kind": "model", "model": model} for name in ("judge", "logged"))
+    return GRPORecipe.model_validate(
+        {
+            "run": {"folder": "r"},
+            "step": {},
+            "actor": {"model": model},
+            "rewards": [judge, {**logged, "weight": 0.0}],
+            "prompts": {"path": "p"},
+        }
+    )
+
+
+@pytest.fixture
+def recipe() -> GRPORecipe:
+    return make_recipe()
+
+
+@pytest.fixture
+def names(recipe: GRPORecipe) -> Callable[..., list[str]]:
+    def found(
+        batch: Experience, *finish_reasons: str, source: list[float | None] | None = None, skips: bool | None = None
+    ) -> list[str]:
+        given = {"judge": [1.0, 0.0] if source is None else source, "logged": [0.0, 0.0]}
+        alarms = of_experience(batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe)
+        return [alarm.name for alarm in alarms if skips is None or alarm.skips == skips]
+
+    return found
+
+
+def test_a_sound_step_raises_nothing(batch: Experience, names: Names) -> None:
+    assert names(batch) == []
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", [*PER_TOKEN, "rollout_logprobs"])
+def test_a_token_that_is_not_finite_skips_the_step_and_names_its_source(
+    batch: Experience, names: Names, name: str, value: float
+) -> None:
+    broken = getattr(batch, name).clone()
+    broken[1, 1] = value
+    assert names(replace(batch, **{name: broken}), skips=True) == [f"{name}_not_finite"]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e25])
+def test_a_score_that_is_not_finite_skips_the_step(batch: Experience, names: Names, value: float) -> None:
+    """Nor may it be so large that the group's variance overflows in float32."""
+    assert names(batch, source=[1.0, value], skips=True) == ["score_not_finite"]
+
+
+def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(batch: Experience, recipe: GRPORecipe) -> None:
+    (alarm,) = of_experience(batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe)
+    assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skips
+
+
+def test_a_few_unscorable_responses_are_no_alarm_and_many_are(batch: Experience, recipe: GRPORecipe) -> None:
+    twenty = batch.select([0, 1] * 10)
+    assert twenty.scores is not None and twenty.valid is not None
+    for lost, expected in ((2, []), (3, ["unscorable"])):
+        scores = twenty.scores.clone()
+        scores[:lost] = NAN
+        found = of_experience(
+            replace(twenty, scores=scores), rollouts("stop"), {"judge": [None] * lost + [1.0]}, recipe
+        )
+        assert [(alarm.name, alarm.skips) for alarm in found] == [(name, False) for name in expected]
+
+
+@pytest.mark.parametrize("why", ["unscorable", "empty"])
+def test_a_step_with_nothing_to_learn_is_skipped(batch: Experience, names: Names, why: str) -> None:
+    if why == "unscorable":
+        batch = replace(batch, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 2, dtype=torch.bool))
+    else:
+        batch = replace(batch, response_lengths=torch.zeros(2, dtype=torch.long))
+    assert names(batch, skips=True) == ["nothing_to_learn"]
+
+
+def test_equal_scores_and_truncation_are_named_without_skipping(batch: Experience, names: Names) -> None:
+    equal = replace(batch, scores=torch.tensor([0.5, 0.5]))
+    assert names(equal, "length", "length", skips=False) == ["equal_scores", "all_truncated"]
+    assert names(equal, "length", "length", skips=True) == []
+
+
+SOUND = {
+    "actor/grad_norm": 0.5,
+    "actor/skipped_updates": 0.0,
+    "actor/loss": 0.1,
+    "actor/clip_fraction": 0.1,
+    "actor/entropy": 1.0,
+    "mismatch/max": 1e-6,
+    "group/with_spread": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, []),
+        ({"actor/skipped_updates": 2.0, "actor/loss": NAN}, ["actor_loss_not_finite"]),
+        ({"actor/skipped_updates": 2.0}, ["actor_gradient_not_finite"]),
+        ({"critic/skipped_updates": 1.0, "critic/loss": INF}, ["critic_loss_not_finite"]),
+        ({"actor/grad_norm": 0.0}, ["zero_gradient"]),
+        ({"group/with_spread": 0.0}, ["no_spread"]),
+        ({"actor/skipped_updates": 1.0, "actor/grad_norm": NAN}, ["actor_gradient_not_finite"]),
+        ({"mismatch/max": 2e-4}, ["mismatch"]),
+        ({"actor/clip_fraction": 0.6}, ["clip_fraction"]),
+        ({"actor/entropy": 1e-4}, ["entropy_low"]),
+        ({"actor/entropy": 9.5}, ["entropy_high"]),
+    ],
+)
+def test_metrics_out_of_their_band(recipe: GRPORecipe, changed: dict[str, float], expected: list[str]) -> None:
+    found = list(of_metrics(SOUND | changed, recipe))
+    assert [alarm.name for alarm in found] == expected
+    assert all(alarm.skips == alarm.name.endswith("not_finite") for alarm in found)
+
+
+def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPORecipe) -> None:
+    algorithm = GRPOSettings.model_validate({"rollout_correction": {"kind": "token_mask", "cap": 3}})
+    generation = GenerationSettings(top_p=0.9, repetition_penalty=1.2)
+    weighed = recipe.model_copy(update={"algorithm": algorithm, "generation": generation})
+    (said,) = of_recipe(weighed)
+    assert said.name == "distorted_sampling" and "top_p 0.9, repetition_penalty 1.2" in said.message
+    assert "token_mask, cap 3" in said.message and not said.skips
+    assert list(of_metrics(SOUND | {"mismatch/max": 2.0}, weighed)) == []
+    assert list(of_recipe(recipe)) == []
+
+
+def test_a_skipped_update_of_sft_or_a_reward_model_is_named() -> None:
+    assert [a.name for a in of_training({"loss": NAN, "skipped_updates": 1.0})] == ["learner_loss_not_finite"]
+    assert list(of_training({"loss": 1.0, "skipped_updates": 0.0})) == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False, progress=False)
+    with closing(RunFolder.create(settings, "")) as folder:
+        yield folder
+
+
+def test_the_watch_counts_skipped_steps_and_tells_where_to_look(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watch(folder, limit=2)
+    odd, bad = Alarm("clip_fraction", "odd"), Alarm("values_not_finite", "bad", skips=True)
+    assert watch.report(1, [odd]) == {"alarm/clip_fraction": 1.0} and not watch.full
+    assert watch.report(2, [odd])["alarm/clip_fraction"] == 1.0
+    assert watch.report(2, [bad])["alarm/skipped"] == 1.0 and not watch.full
+    assert watch.report(3, []) == {}
+    watch.report(4, [bad])
+    assert watch.full
+    assert "in 2 steps something was skipped (run.max_skipped_steps), the last time for values" in str(watch.stop(4))
+    rows = [json.loads(line) for line in (folder.path / "alarms.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["name"]) for r in rows] == [
+        (1, "clip_fraction"),
+        (2, "clip_fraction"),
+        (2, "values_not_finite"),
+        (4, "values_not_finite"),
+    ]
+    printed = capsys.readouterr().err.splitlines()  # what goes on is not said again
+    assert [line.split(": ")[1:3] for line in printed] == [
+        ["step 1", "clip_fraction"],
+        ["step 2", "values_not_finite"],
+        ["step 4", "values_not_finite"],
+    ]

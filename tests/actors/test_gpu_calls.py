@@ -1,0 +1,513 @@
+"""What only GPUs will run: every call is bound against the installed packages, and what CPUs can run of it is run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.groups import WorkerGroup
+from actors.placement import Turns
+from actors.settings import GenerationSettings
+from learners.experience import Experience, PromptRequest
+from learners.settings import LearnerSettings, ModelSettings, Place, UserError
+
+engines = pytest.mark.engines
+pytestmark = pytest.mark.timeout(400)
+
+
+def bound(function: Callable[..., Any], calls: list[Any], result: Any = None) -> Callable[..., Any]:
+    """Stands in for `function`: takes the arguments it would take, and no others, and notes them."""
+    signature = inspect.signature(function)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        return result
+
+    return stand_in
+
+
+# -- turns on shared GPUs ----------------------------------------------------------------------------------------------
+
+
+class Recorder(WorkerGroup):
+    """A group without processes; what it is told goes to a common list."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        class Method:
+            def remote(self, method: str, *args: Any) -> None:
+                told.append(" ".join([name, method, *(str(a) for a in args)]))
+
+            options = staticmethod(lambda **_: Method())
+
+        class Handle:
+            call = stream = Method()
+
+        super().__init__(name, "unused", [])
+        self.handles = [Handle()]
+
+    def gather(self, pending: Any, phase: str, deadline_s: float) -> list[Any]:
+        return [None] * len(pending)
+
+
+def told_by(act: Callable[[dict[str, Recorder], Turns], None], share: bool = True) -> list[str]:
+    """What all processes are told while `act` works with five groups that have all started."""
+    told: list[str] = []
+    groups = {name: Recorder(name, told) for name in ("engine", "actor", "critic", "reference", "reward judge")}
+    act(groups, Turns(groups if share else {}, 1))
+    return told
+
+
+def step(groups: dict[str, Recorder], turns: Turns) -> None:
+    """The calls of one step, as the driver makes them."""
+    groups["engine"].streams("generate", [1])
+    groups["reward judge"].scatter("scores", [1])
+    for role, method in (("actor", "infer"), ("reference", "logprobs"), ("critic", "infer")):
+        groups[role].scatter(method, [1])
+    turns.learn()
+    groups["actor"].scatter("train", [1])
+    groups["critic"].scatter("train", [1])
+    turns.sync()
+    groups["actor"].submit("send_weights")
+    groups["actor"].submit("probe")
+    groups["engine"].submit("probe_logprobs")
+    groups["engine"].submit("accept")
+
+
+def test_in_one_step_nobody_works_without_the_gpus_and_nobody_stays_in_the_way() -> None:
+    told = told_by(step)
+    gone = sorted(told[:4])
+    assert gone == ["actor offload", "critic offload", "reference offload", "reward judge offload"]
+    assert told[4:15] == [
+        "engine wake None", "engine generate 1", "engine sleep",
+        "reward judge reload", "reward judge scores 1", "actor reload", "actor infer 1",
+        "reference reload", "reference logprobs 1", "critic reload", "critic infer 1",
+    ]  # fmt: skip
+    assert sorted(told[15:17]) == ["reference offload", "reward judge offload"]
+    assert told[17:] == [
+        "actor train 1", "critic train 1", "critic offload",
+        "engine wake ['weights']", "actor send_weights", "actor probe", "actor offload",
+        "engine wake None", "engine probe_logprobs", "engine accept",
+    ]  # fmt: skip
+
+
+def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
+    def act(groups: dict[str, Recorder], turns: Turns) -> None:
+        groups["engine"].streams("generate", [1])
+        groups["engine"].streams("generate", [2])
+        groups["actor"].scatter("infer", [1])
+        groups["actor"].submit("save")
+
+    told = told_by(act)
+    assert told[4:] == [
+        "engine wake None", "engine generate 1", "engine generate 2", "engine sleep",
+        "actor reload", "actor infer 1", "actor save",
+    ]  # fmt: skip
+
+
+def test_with_gpus_of_their_own_nobody_is_told_to_leave() -> None:
+    moves = ("sleep", "wake", "offload", "reload")
+    told = told_by(step, share=False)
+    assert len(told) == 11 and not any(word in line for line in told for word in moves)
+
+
+# -- vLLM --------------------------------------------------------------------------------------------------------------
+
+
+@engines
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tensor_parallel", [1, 4])
+def test_the_gpu_engine_is_what_the_installed_vllm_takes(tensor_parallel: int, shared: bool) -> None:
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+
+    from actors.generation import engine_arguments
+
+    model = ModelSettings(path="m", dtype="bfloat16")
+    generation = GenerationSettings(tensor_parallel=tensor_parallel, gpu_memory_fraction=0.7)
+    arguments = engine_arguments(model, generation, "cuda", 512, shared)
+    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    taken = EngineArgs(**arguments, weight_transfer_config=transfer)
+    assert taken.distributed_executor_backend == ("uni" if tensor_parallel == 1 else "mp")
+    assert (taken.tensor_parallel_size, taken.gpu_memory_utilization, taken.dtype) == (tensor_parallel, 0.7, "bfloat16")
+    assert (taken.enable_sleep_mode, transfer.backend) == (shared, "ipc" if shared else "nccl")
+    assert taken.kv_cache_memory_bytes is None and not taken.enforce_eager  # what belongs to CPUs stays there
+
+
+@engines
+def test_gpu_workers_have_the_methods_the_loop_calls() -> None:
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inspect.signature(LLMEngine.sleep).bind(None, level=1)
+    inspect.signature(LLMEngine.wake_up).bind(None, ["weights"])
+    for method, *arguments in (
+        ["init_weight_transfer_engine", {}], ["start_weight_update"], ["update_weights", {}], ["finish_weight_update"],
+        ["sleep", 1], ["wake_up", ["weights"]],
+    ):  # fmt: skip
+        inspect.signature(getattr(Worker, method)).bind(None, *arguments)
+    assert "_weight_update_active" in inspect.getsource(Worker.__init__)  # what clear_interrupted_update looks at
+
+
+def sampled(served: Any) -> list[list[int]]:
+    requests = [PromptRequest(i, i, [1, 5 + i, 9], 2, 1.0, 12, (3, 4)) for i in range(3)]
+    return [s.response_ids for groups in served.engine.generate(requests) for g in groups for s in g]
+
+
+@engines
+def test_an_engine_that_slept_wakes_with_the_weights_it_had(served: Any) -> None:
+    before = sorted(sampled(served))
+    served.engine.sleep()
+    for wake in (lambda: None, lambda: served.engine.wake(["weights"])):
+        wake()
+        with pytest.raises(RuntimeError, match="asleep"):
+            sampled(served)
+        with pytest.raises(RuntimeError, match="asleep"):
+            served.engine.probe_logprobs([1, 5, 9])
+    served.engine.wake()
+    assert sorted(sampled(served)) == before
+    status = served.engine.status()
+    assert (status["version"], status["stale"], status["running"]) == (0, False, 0)
+
+
+@engines
+def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_accepted(served: Any) -> None:
+    from tests.actors.tiny_models import logprobs, make_model, transfer
+
+    new, probe = make_model(seed=1, tied=served.model.config.tie_word_embeddings), [1, *range(3, 40)]
+    served.engine.sleep()
+    served.engine.wake(["weights"])
+    transfer(served.engine, new, 1)
+    served.engine.wake()
+    with pytest.raises(RuntimeError, match="STALE"):
+        sampled(served)
+    torch.testing.assert_close(
+        torch.tensor(served.engine.probe_logprobs(probe)), logprobs(new, probe), atol=1e-4, rtol=0
+    )
+    served.engine.sleep()
+    served.engine.wake()
+    with pytest.raises(RuntimeError, match="STALE"):  # sleep does not make it trustworthy
+        sampled(served)
+    served.engine.accept(1)
+    assert sampled(served)
+
+
+@engines
+def test_an_engine_does_not_fall_asleep_over_its_work(served: Any) -> None:
+    long = [PromptRequest(0, 0, [1, 2], 1, 1.0, 1), PromptRequest(1, 1, [1, 9], 8, 1.0, 150)]
+    with closing(served.engine.generate(long)) as stream:
+        next(stream)
+        with pytest.raises(RuntimeError, match="requests under way"):
+            served.engine.sleep()
+    served.engine.start_weight_update()
+    with pytest.raises(RuntimeError, match="weights half replaced"):
+        served.engine.sleep()
+
+
+@engines
+def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from actors.weight_sync import PACKED_BYTES, EngineClient, gpu_trainer_engine
+
+    class Embedding:
+        rows = PACKED_BYTES // 4 + 1
+
+        def metadata(self) -> list[Any]:
+            return [("small", torch.bfloat16, (3,)), ("embedding", torch.bfloat16, (self.rows, 4))]
+
+        def iter_groups(self) -> Iterator[Any]:
+            yield from ()
+
+    calls: list[Any] = []
+    real = WeightTransferTrainerFactory.trainer_init
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", bound(real, calls))
+    gpu_trainer_engine("ipc", Embedding(), EngineClient([], 1), rank=1)
+    info = calls[0]["init_info"]
+    assert info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
+
+
+# -- DeepSpeed and torch -----------------------------------------------------------------------------------------------
+
+
+@engines
+def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+    import torch.distributed as dist
+
+    from learners.zero import start_process_group
+
+    calls: list[Any] = []
+    for owner, name in ((dist, "init_process_group"), (deepspeed, "init_distributed"), (torch.cuda, "set_device")):
+        monkeypatch.setattr(owner, name, bound(getattr(owner, name), calls))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    start_process_group(Place(2, 4, "node", 1234, "cuda", 60))
+    device, group, speed = calls
+    assert device == {"device": 0}
+    assert (group["backend"], group["init_method"], group["rank"]) == ("nccl", "tcp://node:1234", 2)
+    assert speed["dist_backend"] == "nccl"
+
+
+def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actors import synced_actor
+    from actors.weight_sync import gpu_trainer_engine, transfer_backend
+
+    calls: list[Any] = []
+    monkeypatch.setattr(synced_actor, "gpu_trainer_engine", bound(gpu_trainer_engine, calls))
+    actor = synced_actor.SyncedActor.__new__(synced_actor.SyncedActor)
+    actor.place = Place(1, 4, "node", 1234, "cuda")
+    for shared in (False, True):
+        actor.connect([], 5.0, 2, transfer_backend("cuda", shared), ("node", 4321))
+    assert [(c["backend"], c["rank"], c["address"], c["port"]) for c in calls] == [
+        ("nccl", 1, "node", 4321), ("ipc", 1, "node", 4321),
+    ]  # fmt: skip
+
+
+def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:
+    from learners.models import load_causal_lm
+
+    with pytest.raises(UserError) as error:  # the lock files leave the package out
+        load_causal_lm(ModelSettings(path=str(folder), attention="flash_attention_2"))
+    assert error.value.problems == [
+        f"{folder}: flash_attention_2 needs the package flash-attn; without it use sdpa"
+    ]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    from tests.learners.ranks import Ranks
+
+    with closing(Ranks(2)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.actors.tiny_models import save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, seed=0, tied=True)
+    return folder
+
+
+def batch_of(place: Place) -> Experience:
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 64, (n,), generator=draw).tolist() for n in (2, 9, 5, 12)]
+    batch = Experience.from_ids([i[:2] for i in ids], [[*i, 2] for i in ids])
+    return batch.select(batch.shard(place.world_size)[place.rank])
+
+
+def train(place: Place, settings: LearnerSettings, turns: tuple[int, ...]) -> tuple[list[Any], torch.Tensor]:
+    """A step for each of `turns`, after which the learner leaves the GPU and comes back so many times."""
+    from learners.sft import SFTLearner
+
+    learner, metrics = SFTLearner(settings, 10, place), []
+    for times in turns:
+        metrics.append(learner.train(batch_of(place)))
+        for _ in range(times):
+            learner.offload()
+            move_visibly(learner)
+            learner.reload()
+    return metrics, torch.cat([t.float().flatten() for _, tensors in learner.iter_groups() for t in tensors])
+
+
+def move_visibly(learner: Any) -> None:
+    """From CPU to CPU nothing shows what is moved; a change of dtype does, and is undone exactly."""
+    if learner.settings.offload_optimizer:
+        return
+    learner._move_optimizer(torch.float64)
+    moved = [x for state in learner.optimizer.state.values() for x in state.values() if x.ndim]
+    if learner.settings.zero_stage == 3:
+        moved += learner.engine.optimizer.fp32_partitioned_groups_flat
+    assert len(moved) >= 2 and {x.dtype for x in moved} == {torch.float64}
+    learner._move_optimizer(torch.float32)
+
+
+def settings_of(folder: Path, stage: int, dtype: str = "float32", **changes: Any) -> LearnerSettings:
+    values = {"ranks": 2, "zero_stage": stage, "micro_batch_tokens": 20, "optimizer": {"learning_rate": 1e-2}}
+    return LearnerSettings.model_validate({"model": {"path": str(folder), "dtype": dtype}, **values, **changes})
+
+
+@engines
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")],
+)
+def test_a_learner_that_leaves_and_comes_back_learns_the_same(ranks: Any, folder: Path, stage: int, dtype: str) -> None:
+    settings = settings_of(folder, stage, dtype)
+    stayed, left = (ranks.run(train, settings, turns) for turns in ((0, 0, 0), (2, 1, 0)))
+    for (metrics, weights), (expected, expected_weights) in zip(left, stayed, strict=True):
+        assert metrics == expected and torch.equal(weights, expected_weights)
+
+
+@engines
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_learner_learns_the_same(ranks: Any, folder: Path, stage: int, dtype: str) -> None:
+    changes = {"offload_optimizer": True, "offload_parameters": stage == 3}
+    turns = (1, 0) if (stage, dtype) != (1, "bfloat16") else (0, 0)
+    plain = ranks.run(train, settings_of(folder, stage, dtype), (0, 0))
+    offloaded = ranks.run(train, settings_of(folder, stage, dtype, **changes), turns)
+    rounding = 2**-7 if dtype == "bfloat16" else 1e-4
+    for (metrics, weights), (expected, expected_weights) in zip(offloaded, plain, strict=True):
+        assert metrics == [pytest.approx(one, rel=1e-4) for one in expected]
+        torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=rounding)
+
+
+def load_both_ways(place: Place, loader: str, settings: LearnerSettings) -> tuple[list[str], int]:
+    """What differs between a model loaded whole and one loaded into shards; and how many weights are sharded."""
+    import deepspeed
+
+    from learners import models
+    from learners.zero import load_sharded, start_process_group
+
+    def load() -> Any:
+        torch.manual_seed(7)  # a new head is drawn
+        return getattr(models, loader)(settings.model, *([0] if loader == "load_reward_model" else []))
+
+    start_process_group(place)
+    whole, sharded = load(), load_sharded(load, settings)
+    names = [name for name, _ in whole.named_parameters()]
+    assert names == [name for name, _ in sharded.named_parameters()] and not sharded.training
+    differs = []
+    for (name, one), (_, other) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
+        count = other.numel()
+        with deepspeed.zero.GatheredParameters([other]):
+            if count or one.dtype != other.dtype or not torch.equal(one, other):
+                differs.append(name)
+    for (name, one), (_, other) in zip(whole.named_buffers(), sharded.named_buffers(), strict=True):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            differs.append(name)
+    return differs, len(names)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from transformers import Qwen3ForSequenceClassification, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from tests.actors.tiny_models import make_model, save_model
+
+    top = tmp_path_factory.mktemp("checkpoints")
+    save_model(top / "untied", seed=0, tied=False)
+    shape = make_model(0, False).config.to_dict() | {"model_type": "qwen3_moe", "architectures": None}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)).save_pretrained(top / "experts")
+    scores = make_model(0, True).config
+    scores.num_labels = 1
+    Qwen3ForSequenceClassification(scores).save_pretrained(top / "scores")
+    return {"tied": folder, **{name: top / name for name in ("untied", "experts", "scores")}}
+
+
+@engines
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        ("tied", "load_causal_lm"), ("untied", "load_causal_lm"), ("experts", "load_causal_lm"),
+        ("tied", "load_critic"), ("scores", "load_critic"), ("tied", "load_reward_model"),
+    ],
+)  # fmt: skip
+def test_a_model_loaded_into_shards_is_the_whole_model_bit_by_bit(
+    ranks: Any, checkpoints: dict[str, Path], name: str, loader: str, dtype: str
+) -> None:
+    """Buffers too: in the weights' dtype, rotary frequencies would be rounded to bfloat16."""
+    for differs, weights in ranks.run(load_both_ways, loader, settings_of(checkpoints[name], 3, dtype)):
+        assert differs == [] and weights > 20
+
+
+@engines
+def test_weights_missing_in_a_checkpoint_are_found_when_it_is_loaded_into_shards(
+    ranks: Any, checkpoints: dict[str, Path]
+) -> None:
+    with pytest.raises(AssertionError, match="1 weights are missing in the checkpoint: lm_head.weight"):
+        ranks.run(load_sharded_alone, settings_of(without_head(checkpoints["untied"]), 3))
+
+
+def load_sharded_alone(place: Place, settings: LearnerSettings) -> None:
+    from learners.models import load_causal_lm
+    from learners.zero import load_sharded, start_process_group
+
+    start_process_group(place)
+    load_sharded(lambda: load_causal_lm(settings.model), settings)
+
+
+def without_head(folder: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    other = folder.with_name("headless")
+    other.mkdir()
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    return other
+
+
+# -- a whole run, rehearsed on CPUs ------------------------------------------------------------------------------------
+
+
+def tiny_run(folder: Path, name: str) -> Any:
+    """Two steps of PPO with all four models and an evaluation."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from actors.settings import PPORecipe
+    from launch.tasks import unique_digits as task
+
+    if not (folder / "base").exists():
+        task.make_tokenizer(folder / "base")
+        task.make_model(folder / "base", 0)
+        task.write_rows(folder / "prompts.jsonl", task.make_prompts(64, 0, "train"))
+        task.make_tokenizer(folder / "judge")
+        config = AutoConfig.from_pretrained(folder / "base", num_labels=1)
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "judge")
+    base, judge = {"path": str(folder / "base")}, {"path": str(folder / "judge")}
+    prompts = {"path": str(folder / "prompts.jsonl"), "answer_columns": ["answer"]}
+    return PPORecipe.model_validate(
+        {
+            "run": {"folder": str(folder / name), "progress": False, "tensorboard": False, "checkpoint_every_steps": 1},
+            "step": {"steps": 2, "prompts_per_step": 8, "mini_batch_size": 4},
+            "actor": {"model": base, "zero_stage": 3}, "critic": {"model": judge, "zero_stage": 2}, "prompts": prompts,
+            "rewards": [{"name": "judge", "kind": "model", "model": judge}],
+            "generation": {"max_new_tokens": 12, "threads": 1, "kv_cache_gib": 0.125},
+            "evaluation": {
+                "prompts": {**prompts, "limit": 8}, "function": "launch.tasks.unique_digits:exact_match",
+                "every_steps": 1, "greedy": False,
+            },
+        }
+    )  # fmt: skip
+
+
+def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
+    """Metrics of the run's steps; with `shared`, everything is done that shared GPUs would ask for."""
+    from actors.driver import Driver, demands
+    from actors.placement import Placement
+    from actors.roles import RunData, start_roles
+    from actors.run_folder import RunFolder
+
+    data = RunData.load(recipe)
+    with Placement(recipe.cluster, demands(recipe)) as placement:
+        placement.shared = shared
+        roles = start_roles(recipe, data, placement)
+        assert bool(roles.turns.groups) == shared
+        with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
+            Driver(recipe, run, data, roles).run(resume=False)
+    rows = [json.loads(line) for line in Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")} for row in rows]
+
+
+@engines
+def test_taking_turns_changes_no_number_of_a_run(cluster: None, tmp_path: Path) -> None:
+    """vLLM's CPU worker only pretends to sleep; learners and frozen models really leave and come back."""
+    separate, shared = (run_as(tiny_run(tmp_path, name), name == "shared") for name in ("separate", "shared"))
+    assert len(separate) > 4 and shared == separate

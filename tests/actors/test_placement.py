@@ -1,0 +1,270 @@
+"""Placement on real raylets with logical devices: who gets which GPU, what each process sees, and what cannot fit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.layout import Demand, layout, misfit, sharing_problems
+from actors.settings import ClusterSettings, PPORecipe
+from learners.settings import LearnerSettings, ModelSettings, Place, UserError, located
+
+engines = pytest.mark.engines
+SEPARATE, COLOCATED = (ClusterSettings(device="cuda", placement=p) for p in ("separate", "colocated"))
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def test_colocated_processes_share_the_gpus_from_the_first_on() -> None:
+    need = {"engine": Demand(2, 1, 2), "actor": Demand(4, 1), "reference": Demand(2, 3), "judge": Demand(1, 1, 0)}
+    plan = layout(COLOCATED, need)
+    assert plan.bundles == [{"CPU": 9.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 2.0}, {"CPU": 1.0}]
+    where = {role: [(s.bundle, s.gpus) for s in seats] for role, seats in plan.seats.items()}
+    assert where["engine"] == [(0, (0, 1)), (1, (0, 1))]
+    assert where["actor"] == [(0, (0,)), (0, (1,)), (1, (0,)), (1, (1,))]
+    assert where["reference"] == [(0, (0,)), (0, (1,))]
+    assert where["judge"] == [(2, ())]
+
+
+def test_on_cpus_both_placements_are_the_same() -> None:
+    need = {"engine": Demand(1, 2), "actor": Demand(2, 1)}
+    assert layout(ClusterSettings(placement="colocated"), need) == layout(ClusterSettings(), need)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "said"),
+    [
+        ([4, 4], [8], None),
+        ([5, 5, 3, 3], [8, 8], None),
+        ([1] * 9, [8], "9 GPUs are needed, Ray has 8"),
+        ([16], [8, 8], "1 x 16 GPUs on one node are needed, nodes with 8, 8 have room for 0"),
+        ([5, 5, 5], [8, 8], "3 x 5 GPUs on one node are needed, nodes with 8, 8 have room for 2"),
+        ([1], [0], "1 GPUs are needed, Ray has 0"),
+    ],
+)
+def test_what_can_never_fit_is_told_by_arithmetic(gpus: list[int], nodes: list[int], said: str | None) -> None:
+    bundles = [{"CPU": 1.0, "GPU": float(g)} for g in gpus]
+    assert misfit(bundles, [{"CPU": 64.0, "GPU": float(n), "memory": 1e9} for n in nodes]) == said
+
+
+def test_nodes_with_too_few_cpus_are_told_too() -> None:
+    assert misfit([{"CPU": 8.0}] * 2, [{"CPU": 12.0}, {"CPU": 4.0}]) == (
+        "2 x 8 CPUs on one node are needed, nodes with 12, 4 have room for 1"
+    )
+
+
+def ppo(**changes: Any) -> PPORecipe:
+    model = {"path": "m"}
+    recipe: dict[str, Any] = {
+        "run": {"folder": "r"}, "step": {}, "actor": {"model": model}, "critic": {"model": model},
+        "rewards": [{"name": "exact", "kind": "function", "function": "a:b"}], "prompts": {"path": "p"},
+        "cluster": {"device": "cuda", "placement": "colocated"},
+    }  # fmt: skip
+    return PPORecipe.model_validate(recipe | changes)
+
+
+def test_recipes_whose_roles_cannot_share_are_refused() -> None:
+    assert not list(sharing_problems(ppo()))
+    bfloat16 = {"model": {"path": "m", "dtype": "bfloat16"}, "zero_stage": 1}
+    offloaded = {"model": {"path": "m"}, "zero_stage": 3, "offload_parameters": True}
+    broken = {"actor": bfloat16, "critic": offloaded, "generation": {"tensor_parallel": 2}}
+    (first, what), (second, _), (third, _) = sharing_problems(ppo(**broken))
+    assert first[0] == "actor.ranks" and "an Actor rank on each of the engines' 2 GPUs, not 1" in what
+    assert (second[0], third[0]) == ("actor.zero_stage", "critic.offload_optimizer")
+    assert not list(sharing_problems(ppo(**broken, cluster={"device": "cuda"})))
+
+
+def test_local_model_folders_become_absolute_and_hub_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert located(ModelSettings(path="models/mine")).path == str(tmp_path / "models" / "mine")
+    assert located(ModelSettings(path="Qwen/Qwen3-8B")).path == "Qwen/Qwen3-8B"
+    learner = located(LearnerSettings(model=ModelSettings(path="models/mine"), ranks=3))
+    assert learner.model.path == str(tmp_path / "models" / "mine") and learner.ranks == 3
+
+
+# -- real raylets ------------------------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Says where it is and what it sees."""
+
+    def __init__(self, place: Place | None = None, model: ModelSettings | None = None) -> None:
+        self.place, self.model = place, model
+
+    def look(self) -> dict[str, Any]:
+        import ray
+
+        return {
+            "node": ray.get_runtime_context().get_node_id(),
+            "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "threads": os.environ["OMP_NUM_THREADS"],
+            "model": self.model and self.model.path,
+        }
+
+    def add_up(self) -> float:
+        """The sum of all ranks, through gloo."""
+        import torch
+        import torch.distributed as dist
+
+        place = self.place
+        assert place is not None
+        where = f"tcp://{place.address}:{place.port}"
+        dist.init_process_group("gloo", init_method=where, rank=place.rank, world_size=place.world_size)
+        total = torch.tensor([float(place.rank + 1)])
+        dist.all_reduce(total)
+        return float(total)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Callable[..., Any]]:
+    """Runs functions in a process of its own, joined to a Ray cluster of two raylets with four logical GPUs each."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_cluster) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=150)
+        pool.submit(_stop_cluster).result(timeout=60)
+
+
+def _start_cluster() -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    global nodes
+    nodes = Cluster()
+    for _ in range(2):
+        nodes.add_node(num_cpus=16, num_gpus=4, include_dashboard=False)
+    ray.init(nodes.address, log_to_driver=False)
+
+
+def _stop_cluster() -> None:
+    import ray
+
+    ray.shutdown()
+    nodes.shutdown()  # type: ignore[name-defined]
+
+
+def look_around(cluster: ClusterSettings, need: dict[str, Demand], ranks: bool = False, **arguments: Any) -> Any:
+    """What every process of every role sees; with `ranks`, also what they make together."""
+    from actors.groups import WorkerGroup
+    from actors.placement import Placement
+
+    with Placement(cluster, need) as placement:
+        groups = {role: WorkerGroup(role, f"{__name__}:Witness", placement.options(role)) for role in need}
+        distributed = ("cpu", 60.0) if ranks else None
+        starting = {role: group.start(arguments, 60, distributed=distributed) for role, group in groups.items()}
+        for role, pending in starting.items():
+            groups[role].gather(pending, "start", 60)
+        seen = {role: group.call("look", phase="test", deadline_s=60) for role, group in groups.items()}
+        if ranks:
+            return seen, {r: g.call("add_up", phase="test", deadline_s=60) for r, g in groups.items()}
+        return seen
+
+
+@engines
+@pytest.mark.timeout(200)
+def test_separate_every_process_has_gpus_of_its_own(two_nodes: Callable[..., Any]) -> None:
+    need = {"engine": Demand(2, 2, 2), "actor": Demand(3, 1), "reward": Demand(1, 1), "function": Demand(1, 1, 0)}
+    seen = two_nodes(look_around, SEPARATE, need)
+    taken = [(p["node"], d) for role in need for p in seen[role] for d in p["devices"].split(",") if d]
+    assert len(taken) == len(set(taken)) == 8 and len({node for node, _ in taken}) == 2
+    assert [len(p["devices"].split(",")) for p in seen["engine"]] == [2, 2]
+    assert seen["function"][0]["devices"] == ""
+    assert [p["threads"] for p in seen["engine"] + seen["actor"]] == ["2", "2", "1", "1", "1"]
+
+
+@engines
+@pytest.mark.timeout(200)
+def test_colocated_all_roles_see_the_same_gpus(two_nodes: Callable[..., Any]) -> None:
+    need = {"engine": Demand(2, 1, 3), "actor": Demand(6, 1), "reference": Demand(2, 1), "judge": Demand(1, 1, 0)}
+    seen = two_nodes(look_around, COLOCATED, need)
+    assert len({p["node"] for p in seen["engine"]}) == 2  # a node has four GPUs: two engines of three need two nodes
+    for i, actor in enumerate(seen["actor"]):
+        engine = seen["engine"][i // 3]
+        assert (actor["node"], actor["devices"]) == (engine["node"], engine["devices"].split(",")[i % 3])
+    assert seen["reference"] == seen["actor"][:2]
+    assert seen["judge"][0]["devices"] == ""
+
+
+def refused(cluster: ClusterSettings, need: dict[str, Demand], patience_s: float = 30.0) -> tuple[str, float]:
+    """The one line that refuses it, and after how many seconds."""
+    from actors import placement
+
+    placement.PATIENCE_S = patience_s
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        placement.Placement(cluster, need).__enter__()
+    (line,) = error.value.problems
+    return line, time.monotonic() - began
+
+
+@engines
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("placement", "engine", "said"),
+    [
+        (SEPARATE, Demand(9, 1), "cluster: 9 GPUs are needed, Ray has 8 (engine 9): add nodes"),
+        (SEPARATE, Demand(1, 1, 8), "cluster: 1 x 8 GPUs on one node are needed, nodes with 4, 4 have room for 0"),
+        (COLOCATED, Demand(4, 1, 2), None),
+        (COLOCATED, Demand(2, 1, 4), None),
+        (COLOCATED, Demand(3, 1, 3), "cluster: 9 GPUs are needed, Ray has 8"),
+        (SEPARATE, Demand(5, 8, 0), "cluster: 40 CPUs are needed, Ray has 32"),
+        (SEPARATE, Demand(1, 17, 0), "cluster: 1 x 17 CPUs on one node are needed, nodes with 16, 16 have room for 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_within_seconds(
+    two_nodes: Callable[..., Any], placement: ClusterSettings, engine: Demand, said: str | None
+) -> None:
+    if said is None:
+        assert len(two_nodes(look_around, placement, {"engine": engine})["engine"]) == engine.processes
+        return
+    line, seconds = two_nodes(refused, placement, {"engine": engine})
+    assert line.startswith(said) and seconds < 5
+
+
+def refused_while_in_use(need: dict[str, Demand]) -> tuple[str, float]:
+    from actors.placement import Placement
+
+    with Placement(SEPARATE, need):
+        return refused(SEPARATE, need, patience_s=2)
+
+
+@engines
+@pytest.mark.timeout(200)
+def test_a_cluster_in_use_is_told_from_one_that_is_too_small(two_nodes: Callable[..., Any]) -> None:
+    line, seconds = two_nodes(refused_while_in_use, {"engine": Demand(5, 1)})
+    assert line == (
+        "cluster: no room within 2 s for 5 CPUs of 27 free, 5 GPUs of 3 free (engine 5); is the cluster in use?"
+    )
+    assert seconds < 10
+
+
+def look_from(folder: str, need: dict[str, Demand], model: ModelSettings) -> Any:
+    """As a user who stands in `folder`, with the code elsewhere."""
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    two = ClusterSettings(nodes=2)  # one would have room for all: it is the recipe that says two
+    return look_around(two, need, ranks=True, model=model)
+
+
+@engines
+@pytest.mark.timeout(200)
+def test_ranks_on_two_nodes_find_each_other_the_code_and_the_model(
+    two_nodes: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    need = {"actor": Demand(4, 1)}
+    seen, sums = two_nodes(look_from, str(tmp_path), need, ModelSettings(path="model"))
+    assert len({p["node"] for p in seen["actor"]}) == 2
+    assert sums["actor"] == [10.0] * 4
+    assert {p["model"] for p in seen["actor"]} == {str(tmp_path / "model")}
+    assert {p["devices"] for p in seen["actor"]} == {None}  # CPUs: nothing is said about GPUs
+

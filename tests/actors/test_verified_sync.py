@@ -1,0 +1,182 @@
+"""Verified sync with everything real: Actor ranks under every ZeRO stage, one engine and two, tied and untied heads.
+
+Processes start once per kind of model; a rank is given another Actor by starting it anew in the same process.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from actors.engines import Engines
+from actors.gate import GateError, pass_gate
+from actors.groups import WorkerError, WorkerGroup
+from actors.placement import environment
+from actors.rows import gather_rows, scatter_rows
+from actors.settings import GenerationSettings, GRPORecipe
+from actors.weight_sync import SyncError
+from learners.data import Prompt
+from learners.experience import Experience, PromptRequest, Rollout
+from learners.grpo import GRPO
+from learners.settings import GRPOSettings, LearnerSettings, ModelSettings, OptimizerSettings
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
+
+GATE, DEADLINE = 1e-4, 120.0
+PROBE = [1, *range(3, 34)]
+TEMPERATURE = 0.8
+
+
+@dataclass
+class Stage:
+    """Two engines and two Actor ranks, all serving the same files."""
+
+    engines: Engines
+    actor: WorkerGroup
+    path: str
+    tied: bool
+
+    def connect(self, zero_stage: int, engines: int, learning_rate: float = 0.1) -> Engines:
+        """A new Actor under `zero_stage`, and the engines it sends to."""
+        settings = LearnerSettings(
+            model=ModelSettings(path=self.path),
+            zero_stage=zero_stage,  # type: ignore[arg-type]
+            micro_batch_tokens=40,
+            optimizer=OptimizerSettings(kind="sgd", learning_rate=learning_rate),
+        )
+        arguments = {
+            "settings": settings, "algorithm": GRPO(GRPOSettings(), 2), "temperature": TEMPERATURE,
+            "max_response_tokens": 16, "total_steps": 100,
+        }  # fmt: skip
+        self.actor.gather(self.actor.start(arguments, DEADLINE, distributed=("cpu", DEADLINE)), "start", DEADLINE)
+        chosen = copy.copy(self.engines)
+        chosen.handles, chosen.nodes = self.engines.handles[:engines], self.engines.nodes[:engines]
+        self.actor.call("connect", chosen.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
+        return chosen
+
+    def learn(self) -> None:
+        """One step that moves every weight."""
+        draw = torch.Generator().manual_seed(0)
+        ids = [torch.randint(3, 64, (n,), generator=draw).tolist() for n in (2, 9, 5, 12)]
+        batch = Experience.from_ids([i[:2] for i in ids], [[*i, 2] for i in ids])
+        old = gather_rows(scatter_rows(self.actor, "infer", batch), batch, "score", DEADLINE)
+        batch = replace(batch, old_logprobs=old, advantages=torch.randn(old.shape, generator=draw))
+        self.actor.gather(scatter_rows(self.actor, "train", batch).refs, "learn", DEADLINE)
+
+    def mismatch(self, rollouts: list[Rollout]) -> float:
+        """Largest difference between the engines' log-probs and those of the Actor."""
+        batch = Experience.from_rollouts(rollouts)
+        ours = gather_rows(scatter_rows(self.actor, "infer", batch), batch, "score", DEADLINE)
+        assert batch.rollout_logprobs is not None
+        return float((ours - batch.rollout_logprobs)[batch.mask].abs().max())
+
+
+def generate(engines: Engines, seed: int = 0) -> list[Rollout]:
+    seeds = tuple(range(seed, seed + 2))
+    requests = [PromptRequest(i, i, [1, 5 + i, 9], 2, TEMPERATURE, 12, seeds) for i in range(4)]
+    return engines.generate(requests, DEADLINE)
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def stage(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    import ray
+
+    from tests.actors.faulty import FaultyEngines
+    from tests.actors.tiny_models import EOS, MAX_TOKENS, save_model
+
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, seed=0, tied=request.param == "tied")
+    options = [{"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}] * 2
+    engines, actor = FaultyEngines(options), WorkerGroup("actor", "tests.actors.faulty:FaultyActor", options)
+    generation = GenerationSettings(threads=1, kv_cache_gib=0.125, max_concurrent=64)
+    arguments = {
+        "model": ModelSettings(path=str(path)), "generation": generation, "device": "cpu",
+        "max_model_tokens": MAX_TOKENS, "eos_token_id": EOS,
+    }  # fmt: skip
+    engines.gather(engines.start(arguments, DEADLINE), "start", DEADLINE)
+    yield Stage(engines, actor, str(path), request.param == "tied")
+    for handle in (*engines.handles, *actor.handles):
+        ray.kill(handle)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one-engine", "two-engines"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_after_a_sync_every_engine_serves_the_actor(stage: Stage, zero_stage: int, count: int) -> None:
+    engines = stage.connect(zero_stage, count)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)  # engines may still serve what a test before this one sent
+    stage.learn()
+    assert stage.mismatch(generate(engines)) > 0.01, "the Actor has not moved: a sync could not be told from none"
+    assert engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE) <= GATE
+    rollouts = generate(engines)
+    assert {r.weight_versions for r in rollouts} == {(2, 2)} and len(rollouts) == 8
+    assert stage.mismatch(rollouts) <= GATE
+
+
+def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None:
+    model = {"path": stage.path}
+    recipe = GRPORecipe.model_validate(
+        {
+            "run": {"folder": "unused"},
+            "step": {},
+            "actor": {"model": model},
+            "rewards": [{"name": "unused", "kind": "model", "model": model}],
+            "prompts": {"path": "unused"},
+            "generation": {"temperature": TEMPERATURE, "max_new_tokens": 12},
+        }
+    )
+    prompts = [Prompt(i, [1, 5 + i, 9], "", {}) for i in range(3)]
+    engines = stage.connect(2, 2)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)
+    assert 0 < pass_gate(engines, stage.actor, prompts, recipe) <= GATE
+    stage.learn()
+    with pytest.raises(GateError) as refused:
+        pass_gate(engines, stage.actor, prompts, recipe)
+    what, where, causes = refused.value.problems
+    assert "0.0001 (sync.gate)" in what and "engine[" in where and "the engine serves other weights" in causes
+    hotter = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"temperature": 2.0})})
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)  # sound again, but the Actor reads at another temperature
+    with pytest.raises(GateError, match="its sampler changes the distribution"):
+        pass_gate(engines, stage.actor, prompts, hotter)
+
+
+def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -> None:
+    engines = stage.connect(2, 2, learning_rate=0.0)
+    seen = []
+    for version in range(1, 21):
+        stage.learn()
+        probe = engines.sync(stage.actor, version, PROBE, DEADLINE, GATE)
+        rollouts = generate(engines)
+        assert {r.weight_versions for r in rollouts} == {(version, version)}
+        seen.append((probe, stage.mismatch(rollouts), [r.response_ids for r in rollouts]))
+    assert seen == [seen[0]] * 20
+    assert seen[0][0] <= GATE and seen[0][1] <= GATE
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("a missing name", r"parameters arrived, \d+ expected; missing \['model.norm.weight'\]"),
+        ("a corrupted bucket", "group 0 arrived with digest"),
+        ("a head left stale", "differ by .* nats on the probe, the gate is 1e-04"),
+        ("an update cut off halfway", "the sender is gone"),
+    ],
+)
+def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(stage: Stage, fault: str, said: str) -> None:
+    engines = stage.connect(2, 2)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)
+    stage.learn()
+    if fault == "a head left stale" and stage.tied:  # then no head is sent: it is the engine that must see to it
+        engines.call("forget_the_head", phase="test", deadline_s=DEADLINE)
+    else:
+        stage.actor.call("break_next", fault, phase="test", deadline_s=DEADLINE)
+    with pytest.raises((SyncError, WorkerError), match=said):
+        engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)
+    assert [one["stale"] for one in engines.call("status", phase="test", deadline_s=DEADLINE)] == [True, True]
+    with pytest.raises(WorkerError, match="engine is STALE"):
+        generate(engines)
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)
+    assert stage.mismatch(generate(engines)) <= GATE

@@ -1,0 +1,310 @@
+"""`quatuor plan`: batches, places, memory and advice, against figures worked out by hand and figures others publish."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.settings import GRPORecipe
+from launch import cli
+from launch.changes import enough
+from launch.checks import Recipe
+from launch.config import load_recipe
+from launch.memory import GIB, model_states, total
+from launch.plan import Plan, kv_room, make_plan, ranges
+from launch.plan_table import print_plan
+from launch.shapes import Shape, find_shape
+from learners.settings import LearnerSettings
+from tests.launch.test_cli import quatuor
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
+
+
+def recipe(name: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml", overrides)
+
+
+def plan(name: str, *overrides: str) -> Plan:
+    return make_plan(recipe(name, *overrides))
+
+
+# --- the recipes that come with it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe_fits(path: Path) -> None:
+    """On nodes with usual CPU memory: 16 GB for the demo, 64 for one GPU, 1 TB for eight."""
+    made = make_plan(load_recipe(path))
+    memory = 16 if made.recipe.cluster.device == "cpu" else 64 if made.recipe.cluster.gpus_per_node == 1 else 1000
+    made = make_plan(load_recipe(path, [f"cluster.node_memory_gib={memory}"]))
+    assert made.fits, made.problems
+    assert all(m.headroom is not None and m.headroom > 0 for m in made.memories)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "gpus", "memory"),
+    [
+        ("grpo_qwen3_0.6b", 1, 1, 24), ("ppo_qwen3_0.6b", 1, 1, 24),
+        ("grpo_qwen3_8b", 1, 8, 80), ("ppo_qwen3_8b", 1, 8, 80),
+        ("grpo_qwen3_32b", 4, 8, 80), ("ppo_qwen3_14b", 4, 8, 80),
+    ],
+)  # fmt: skip
+def test_recipes_to_start_from_use_the_cluster_they_name(name: str, nodes: int, gpus: int, memory: int) -> None:
+    made = plan(name)
+    assert made.recipe.cluster.gpu_memory_gib == memory
+    used = {(p.node, gpu) for p in made.processes for gpu in p.gpus}
+    assert used == {(node, gpu) for node in range(nodes) for gpu in range(gpus)}
+
+
+# --- batches and places -----------------------------------------------------------------------------------------------
+
+
+def test_batch_arithmetic() -> None:
+    """128 prompts x 8 in mini-batches of 256: 4 optimizer steps; a rank's 64 sequences of 5120, 3 in 16384 tokens."""
+    batch = plan("grpo_qwen3_8b").batch
+    assert (batch["sequences"], batch["mini_batches"], batch["optimizer_steps_per_step"]) == (1024, 4, 4)
+    assert (batch["optimizer_steps"], batch["longest_sequence_tokens"]) == (800, 5120)
+    assert batch["ranks"]["actor"]["sequences_per_rank"] == 64
+    assert batch["ranks"]["actor"]["micro_batches_at_most"] == 22
+
+
+def test_pairs_stay_together_and_positions_bound_lengths() -> None:
+    """64 pairs are 128 sequences; a model of 64 positions has no longer ones, so 16 fit 1024 tokens."""
+    batch = plan("demo_rm", "data.max_tokens=2048", "held_out.max_tokens=2048").batch
+    assert (batch["sequences"], batch["longest_sequence_tokens"]) == (128, 64)
+    assert batch["ranks"]["rm"] == {
+        "ranks": 2, "sequences_per_rank": 64, "micro_batch_tokens": 1024, "micro_batches_at_most": 4,
+    }  # fmt: skip
+    assert plan("demo_ppo").batch["optimizer_steps_per_step"] == 4  # two mini-batches, two epochs
+
+
+def test_separate_roles_fill_nodes_in_order() -> None:
+    made = plan("grpo_qwen3_32b")
+    places = {p.name: (p.node, p.gpus) for p in made.processes if p.gpus}
+    assert places["engine[0]"] == (0, (0, 1)) and places["engine[7]"] == (1, (6, 7))
+    assert places["actor[0]"] == (2, (0,)) and places["actor[15]"] == (3, (7,))
+
+
+def test_an_engine_never_straddles_two_nodes() -> None:
+    made = plan("grpo_qwen3_32b", "cluster.gpus_per_node=7", "cluster.nodes=5")
+    assert all(len({p.node}) == 1 and max(p.gpus, default=0) < 7 for p in made.processes)
+    assert {p.name: p.gpus for p in made.processes}["engine[3]"] == (0, 1)  # on the next node: one GPU was left
+
+
+def test_cpu_nodes_are_spread_over() -> None:
+    assert {p.node for p in plan("demo_ppo", "cluster.nodes=2").processes} == {0, 1}
+    assert {p.node for p in plan("demo_ppo").processes} == {0}
+
+
+def test_shared_gpus_are_taken_in_turns() -> None:
+    """Engines alone while generating; learners alone while learning; who is away waits in CPU memory."""
+    made = plan("ppo_qwen3_0.6b")
+    gpu, host = made.memories
+    weights = {phase: {name for name, use in uses.items() if use.get("weights")} for phase, uses in gpu.uses.items()}
+    assert weights["generate"] == {"engine"}
+    assert weights["score"] == {"actor", "critic", "reference", "reward reward_model"}
+    assert weights["learn"] == {"actor", "critic"}
+    assert weights["sync"] == {"actor", "engine"}
+    assert host.uses["generate"]["actor"]["optimizer"] == gpu.uses["learn"]["actor"]["optimizer"]
+    assert "optimizer" not in gpu.uses["learn"]["critic"]  # offloaded: always in CPU memory
+    assert host.uses["learn"]["critic"]["optimizer"] == host.uses["generate"]["critic"]["optimizer"]
+
+
+def test_ranges_of_numbers() -> None:
+    assert ranges([5, 0, 1, 2, 3]) == "0-3,5"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def states(parameters: int, stage: int, ranks: int) -> dict[str, int]:
+    """GB of a bfloat16 model that is one large matrix."""
+    shape = Shape("llama", 1, 1, 1, 1, 1, 1, 1, 1, True, (parameters,), (), ())
+    settings = {"model": {"path": "x", "dtype": "bfloat16"}, "zero_stage": stage, "ranks": ranks}
+    return {k: v / 1e9 for k, v in model_states(shape, "lm", LearnerSettings.model_validate(settings)).items()}
+
+
+@pytest.mark.parametrize(("stage", "published"), [(1, 31.4), (2, 16.6), (3, 1.9)])
+def test_the_zero_papers_figure(stage: int, published: float) -> None:
+    """Rajbhandari et al., arXiv:1910.02054, figure 1: 7.5 billion parameters on 64 GPUs.
+
+    The paper keeps gradients in 16 bits: 2 bytes each, of all parameters in stage 1 and of a rank's share in 2 and 3.
+    """
+    ours = states(7_500_000_000, stage, 64)
+    gradients = 2 * 7.5 / (1 if stage == 1 else 64)
+    assert ours["weights"] + ours["optimizer"] + gradients == pytest.approx(published, abs=0.06)
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 32, 64])
+@pytest.mark.parametrize("model", ["Llama-2-7b", "Llama-2-13b", "Llama-2-70b"])
+def test_deepspeeds_own_estimates(model: str, gpus: int) -> None:
+    """estimate_zero2_ and estimate_zero3_model_states_mem_needs of DeepSpeed 0.19.8 (deepspeed.readthedocs.io, memory):
+    2P + 18P/N and 18P/N bytes beside ZeRO-3's largest layer. Its ZeRO-2 counts 16-bit gradients too, which lie in the
+    bucket here."""
+    whole = find_shape("actor.model", f"meta-llama/{model}").parameters("lm")
+    two, three = (sum(states(whole, stage, gpus).values()) for stage in (2, 3))
+    assert two + 2 * whole / gpus / 1e9 == pytest.approx((2 * whole + 18 * whole / gpus) / 1e9, rel=0.001)
+    assert three == pytest.approx(18 * whole / gpus / 1e9, rel=0.001)
+
+
+def test_the_example_in_deepspeeds_documentation() -> None:
+    """deepspeed.readthedocs.io/en/latest/memory.html: 2851 M parameters, 8 GPUs: ZeRO-3 takes 6.09 GiB a GPU, of which
+    0.12 is the largest layer (ZeRO-2 takes 5.31 of weights, with all the rest offloaded)."""
+    assert sum(states(2_851_000_000, 3, 8).values()) * 1e9 / GIB == pytest.approx(6.09 - 0.12, abs=0.01)
+    assert states(2_851_000_000, 2, 8)["weights"] * 1e9 / GIB == pytest.approx(5.31, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "gpus", "parallel", "offload"),
+    [("Qwen2.5-7B", 1, 2, 2, True), ("Qwen2.5-14B", 1, 4, 2, True), ("Qwen2.5-72B", 4, 8, 8, True)],
+)
+def test_what_verl_runs_on_80_gb_fits(model: str, nodes: int, gpus: int, parallel: int, offload: bool) -> None:
+    """verl, docs/perf/device_tuning.rst, GRPO on H800 (80 GB) with engines on the same GPUs: Qwen2-7B on 2, 14B on 4,
+    70B on 32. As there: states offloaded between phases, gradient checkpointing, prompts and responses of 1024."""
+    made = plan(
+        "grpo_qwen3_8b", f"actor.model.path=Qwen/{model}", f"cluster.nodes={nodes}", f"cluster.gpus_per_node={gpus}",
+        "cluster.placement=colocated", f"actor.ranks={nodes * gpus}", f"generation.tensor_parallel={parallel}",
+        f"generation.engines={nodes * gpus // parallel}", "actor.micro_batch_tokens=4096",
+        f"actor.offload_optimizer={str(offload).lower()}", "generation.max_new_tokens=1024",
+        "generation.gpu_memory_fraction=0.6", "cluster.node_memory_gib=2000",
+    )  # fmt: skip
+    assert made.fits, made.problems
+
+
+def test_70b_does_not_fit_where_nobody_claims_it() -> None:
+    """18 bytes of 70.6 billion parameters are 1183 GiB: more than 8 x 80 GB."""
+    made = plan(
+        "grpo_qwen3_8b", "actor.model.path=meta-llama/Llama-3.1-70B", "actor.ranks=8", "cluster.placement=colocated",
+        "generation.engines=1", "generation.tensor_parallel=8",
+    )  # fmt: skip
+    assert not made.fits and "node 0 GPU 0-7: learn needs" in made.problems[0]
+
+
+def test_sync_and_kv_cache() -> None:
+    """8.19 billion parameters in bfloat16; 144 KiB of cache a token."""
+    made = plan("grpo_qwen3_8b")
+    assert made.sync == {"bytes": 2 * 8_190_735_360, "engines": 4, "devices": 4}
+    engine = made.memories[0].uses["generate"]["engine[0]"]
+    assert isinstance(made.recipe, GRPORecipe)
+    assert kv_room(made.recipe, made.models) == engine["kv_cache"] / (144 * 1024) / 5120
+    assert total(engine) == pytest.approx(0.85 * 80 * GIB, rel=1e-6)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_phase_takes_time_and_no_size_is_negative(path: Path) -> None:
+    made = make_plan(load_recipe(path))
+    assert all(seconds > 0 for seconds in made.seconds.values())
+    sizes = [n for m in made.memories for uses in m.uses.values() for use in uses.values() for n in use.values()]
+    assert min(sizes) > 0
+
+
+# --- what does not fit, and what would --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "problem", "change"),
+    [
+        ("grpo_qwen3_8b", ["actor.model.gradient_checkpointing=false"], "learn needs", "gradient_checkpointing=true"),
+        ("grpo_qwen3_8b", ["actor.micro_batch_tokens=65536"], "learn needs", "actor.micro_batch_tokens"),
+        ("grpo_qwen3_8b", ["actor.zero_stage=1"], "learn needs", "actor.zero_stage=2"),
+        ("grpo_qwen3_8b", ["cluster.gpu_memory_gib=48"], "learn needs", "actor.offload_optimizer"),
+        ("grpo_qwen3_8b", ["generation.gpu_memory_fraction=1.0"], "sync needs", "generation.gpu_memory_fraction"),
+        ("grpo_qwen3_8b", ["generation.gpu_memory_fraction=0.2"], "no KV cache", "generation.gpu_memory_fraction"),
+        ("grpo_qwen3_32b", ["cluster.nodes=2"], "32 GPUs are needed, the cluster has 2 x 8", "cluster.placement"),
+        ("ppo_qwen3_0.6b", ["critic.offload_optimizer=false"], "learn needs", "critic.offload_optimizer"),
+        ("demo_grpo", ["generation.kv_cache_gib=20", "cluster.node_memory_gib=16"], "CPU memory", "kv_cache_gib"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_with_a_change_that_is_enough(
+    name: str, overrides: list[str], problem: str, change: str
+) -> None:
+    broken = recipe(name, *overrides)
+    made = make_plan(broken)
+    assert not made.fits and problem in made.problems[0]
+    changes = enough(broken)
+    assert change in " ".join(map(str, changes))
+    for one in changes:  # each is enough by itself, or it would not be offered
+        assert plan(name, *overrides, *str(one).split()).fits
+
+
+def test_smaller_changes_than_the_one_offered_are_not_enough() -> None:
+    (one,) = [c for c in enough(recipe("grpo_qwen3_8b", "actor.micro_batch_tokens=65536")) if len(c.values) == 1][:1]
+    tokens = one.values["actor.micro_batch_tokens"]
+    assert plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={tokens}").fits
+    assert not plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={2 * tokens}").fits
+
+
+def test_where_one_change_is_not_enough_several_are_offered_and_none_too_many() -> None:
+    overrides = ["cluster.gpu_memory_gib=24"]
+    (change,) = enough(recipe("ppo_qwen3_8b", *overrides))
+    parts = str(change).split()
+    assert len(parts) > 1 and plan("ppo_qwen3_8b", *overrides, *parts).fits
+    for part in parts:
+        assert not plan("ppo_qwen3_8b", *overrides, *(p for p in parts if p != part)).fits
+
+
+def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = recipe("demo_sft", "cluster.node_memory_gib=0.5")
+    assert enough(broken) == []
+    print_plan(make_plan(broken), [])
+    assert "No change that was tried is enough" in capsys.readouterr().out
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: nothing heavy is imported, and it takes less than a second."""
+    return quatuor("plan", *arguments)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_plan_answers_at_once(path: Path) -> None:
+    done = at_once(str(path))
+    assert done.returncode == 0, done
+    assert "It fits." in done.stdout and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 120
+
+
+def test_what_does_not_fit_exits_with_1_at_once() -> None:
+    done = at_once(str(RECIPES / "ppo_qwen3_8b.yaml"), "cluster.gpu_memory_gib=24")
+    assert done.returncode == 1
+    assert "node 0 GPU 1-3: learn needs" in done.stdout and "Together these are enough: " in done.stdout
+
+
+def test_an_unknown_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    written = yaml.safe_load((RECIPES / "demo_sft.yaml").read_text())
+    written["learner"]["model"]["path"] = "nobody/knows-it"
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(written))
+    done = at_once(str(tmp_path / "sft.yaml"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: learner.model.path: nobody/knows-it: its shape is not known here")
+
+
+def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert cli.main(["plan", str(RECIPES / "grpo_qwen3_8b.yaml"), "actor.zero_stage=1", "--json", str(file)]) == 1
+    told: dict[str, Any] = json.loads(file.read_text())
+    assert list(told) == [
+        "kind", "fits", "problems", "changes", "models", "batch", "placement", "memory", "sync", "estimated_phases",
+    ]  # fmt: skip
+    assert told["fits"] is False and told["problems"] and {"actor.zero_stage": 2} in told["changes"]
+    assert told["models"]["actor"] == {"path": "Qwen/Qwen3-8B", "dtype": "bfloat16", "parameters": 8_190_735_360}
+    first = told["memory"][0]
+    assert first["phases"]["learn"]["engine[0]"]["weights"] == 2 * 8_190_735_360
+    assert first["headroom_bytes"] == first["limit_bytes"] - first["peak_bytes"]
+    assert told["placement"][0] == {"process": "engine[0]", "role": "engine", "node": 0, "gpus": [0]}
+    assert sum(p["share"] for p in told["estimated_phases"].values()) == pytest.approx(1)
+    capsys.readouterr()
+
+
+def test_json_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(RECIPES / "demo_sft.yaml"), "--json", str(tmp_path / "no" / "plan.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
