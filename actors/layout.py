@@ -69,9 +69,14 @@ def shares_gpus(cluster: ClusterSettings) -> bool:
 
 
 def layout(cluster: ClusterSettings, need: Mapping[str, Demand]) -> Layout:
-    """Separate: every process has a bundle, and its GPUs, to itself. Colocated: all roles share the same GPUs, process
+    """Separate: every process has a bundle, and its GPUs, to itself; several CPU nodes have one bundle each, and the
+    processes take the nodes in turn. Colocated: all roles share the same GPUs, process
     i of each role on the i-th, and an engine on as many neighbours as it has tensor-parallel ranks."""
-    return _colocated(need) if shares_gpus(cluster) else _separate(need, gpus=cluster.device == "cuda")
+    if shares_gpus(cluster):
+        return _colocated(need)
+    if cluster.device == "cpu" and cluster.nodes > 1:
+        return _spread(need, cluster.nodes)
+    return _separate(need, gpus=cluster.device == "cuda")
 
 
 def misfit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str | None:
@@ -99,6 +104,17 @@ def _separate(need: Mapping[str, Demand], gpus: bool) -> Layout:
         for _ in range(demand.processes):
             seats.setdefault(role, []).append(Seat(len(bundles), tuple(range(wanted))))
             bundles.append({"CPU": float(demand.threads)} | ({"GPU": float(wanted)} if wanted else {}))
+    return Layout(bundles, seats)
+
+
+def _spread(need: Mapping[str, Demand], nodes: int) -> Layout:
+    order = [role for role, demand in need.items() for _ in range(demand.processes)]
+    bundles = [{"CPU": 0.0} for _ in range(min(nodes, len(order)))]
+    seats: dict[str, list[Seat]] = {}
+    for i, role in enumerate(order):
+        bundle = i % len(bundles)
+        bundles[bundle]["CPU"] += need[role].threads
+        seats.setdefault(role, []).append(Seat(bundle, ()))
     return Layout(bundles, seats)
 
 

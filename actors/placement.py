@@ -182,8 +182,8 @@ class Turns:
 
 def strategy(cluster: ClusterSettings) -> str:
     """PACK keeps neighbours on one node, where GPUs talk fastest. CPU nodes are there for their cores and memory, of
-    which Ray's logical CPUs say little: several of them are SPREAD over."""
-    return "SPREAD" if cluster.device == "cpu" and cluster.nodes > 1 else "PACK"
+    which Ray's logical CPUs say little: each of several gets one bundle, and no node gets two."""
+    return "STRICT_SPREAD" if cluster.device == "cpu" and cluster.nodes > 1 else "PACK"
 
 
 def connect(address: str | None, cpus: int) -> None:

@@ -237,6 +237,7 @@ async def follow(client: Any, job: str) -> Any:
             heard = time.monotonic()
             if info.status.is_terminal():
                 await asyncio.wait({tail}, timeout=LAST_LINES_S)
+                await asyncio.to_thread(log.print_rest)
                 return info
             if tail.done():  # the connection was lost, not the job
                 await asyncio.sleep(POLL_S)
@@ -260,6 +261,14 @@ class Log:
                 seen += len(text)
                 self.printed = max(self.printed, seen)
                 print(new, end="", flush=True)
+
+
+    def print_rest(self) -> None:
+        """What the connection has not brought when the job has ended: the last lines are the ones that matter."""
+        try:
+            print(self.client.get_job_logs(self.job)[self.printed :], end="", flush=True)
+        except (OSError, RuntimeError) as error:
+            say(f"{self.job}: its last lines could not be read ({first_line(error)}); ray job logs {self.job}")
 
 
 def stop(client: Any, job: str) -> None:

@@ -39,6 +39,15 @@ def test_on_cpus_both_placements_are_the_same() -> None:
     assert layout(ClusterSettings(placement="colocated"), need) == layout(ClusterSettings(), need)
 
 
+def test_several_cpu_nodes_have_one_bundle_each_and_processes_take_them_in_turn() -> None:
+    need = {"engine": Demand(1, 2), "actor": Demand(2, 1), "judge": Demand(1, 1, 0)}
+    plan = layout(ClusterSettings(nodes=2), need)
+    assert plan.bundles == [{"CPU": 3.0}, {"CPU": 2.0}]
+    assert {role: [s.bundle for s in seats] for role, seats in plan.seats.items()} == {
+        "engine": [0], "actor": [1, 0], "judge": [1]
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("gpus", "nodes", "said"),
     [

@@ -148,9 +148,19 @@ class BrokenLog:
             yield piece
         raise RuntimeError("connection lost")
 
+    def get_job_logs(self, job: str) -> str:
+        return "".join(self.pieces)
+
 
 def test_a_log_is_printed_once_however_often_the_connection_breaks(capsys: pytest.CaptureFixture[str]) -> None:
     log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
     for _ in range(4):
         asyncio.run(log.print())
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_last_lines_that_the_connection_did_not_bring_are_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
+    asyncio.run(log.print())
+    log.print_rest()
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
