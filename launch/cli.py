@@ -161,6 +161,7 @@ def train(kind: str, path: Path, overrides: list[str], resume: bool, check: bool
         return
     summary = guarded(Path(recipe.run.folder), debug, _runner(recipe), "run", recipe, resume=resume)
     _print_summary(summary, recipe.run.folder)
+    print(f"the trained model is in {recipe.run.folder}/model")
 
 
 def guarded(folder: Path, debug: bool, module: str, function: str, *args: Any, **kwargs: Any) -> Any:

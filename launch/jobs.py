@@ -262,7 +262,6 @@ class Log:
                 self.printed = max(self.printed, seen)
                 print(new, end="", flush=True)
 
-
     def print_rest(self) -> None:
         """What the connection has not brought when the job has ended: the last lines are the ones that matter."""
         try:

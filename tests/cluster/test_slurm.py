@@ -129,7 +129,7 @@ def test_the_loss_of_a_node_ends_the_job(jobs: Jobs) -> None:
 
 
 def test_out_of_time_it_is_queued_again_and_completes(jobs: Jobs) -> None:
-    steps, arguments = 150, jobs.sft("long", 150)
+    steps, arguments = 150, [*jobs.sft("long", 150), "train.batch_size=384"]  # cannot be done within a minute
     number = jobs.submit(arguments, "1")
     wait_until(lambda: jobs.slurm.job(number)["Restarts"] == "1", 120, "was not queued again")
     reached = jobs.steps("long")[-1]
