@@ -172,7 +172,7 @@ def test_ppo_runs_as_a_job(head: Head, desk: Desk) -> None:
     assert [row["step"] for row in steps(desk.models / "two steps")] == [1, 2]
     assert (desk.models / "two steps" / "model" / "config.json").is_file()
     assert "Running entrypoint" in out
-    assert out.splitlines()[-1] == f"the trained model is in {desk.models / 'two steps'}/model"  # the driver's last word
+    assert out.splitlines()[-1] == f"the trained model is in {desk.models / 'two steps'}/model"
     origins = (desk.models / "origin").read_text().splitlines()
     assert all(str(head.folder) in origin for origin in origins), "the job ran what is installed, not what was shipped"
     assert "shipped; Ctrl-C stops it" in err and "succeeded, exit code 0" in err
