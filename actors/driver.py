@@ -30,13 +30,16 @@ from learners.experience import Experience, Rollout, mini_batches
 from learners.settings import GRPOSettings, PPOSettings
 
 
-def run(recipe: PPORecipe | GRPORecipe, resume: bool = False) -> dict[str, Any]:
-    """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts."""
+def run(recipe: PPORecipe | GRPORecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
+    """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts.
+
+    `config_yaml`: the recipe as it is saved with the run, when it has comments to keep.
+    """
     RunFolder.check(recipe.run, resume)
     data = RunData.load(recipe)
     with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
         roles = start_roles(recipe, data, placement)
-        with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
+        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
             (folder.path / "placement.json").write_text(json.dumps(roles.nodes(), indent=2))
             try:
                 summary = Driver(recipe, folder, data, roles).run(resume)

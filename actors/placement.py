@@ -91,8 +91,10 @@ class Placement:
 
     def _reserve(self) -> None:
         """One placement group for all. It would wait for ever for what can never be, so that is refused before."""
-        bundles = self.layout.bundles
-        if problem := misfit(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]]):
+        bundles, nodes = self.layout.bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if strategy(self.cluster) == "STRICT_SPREAD" and len(bundles) > len(nodes):
+            raise UserError(f"cluster.nodes: {self.cluster.nodes} are asked for, Ray has {len(nodes)}")
+        if problem := misfit(bundles, nodes):
             raise UserError(f"cluster: {problem} ({self._roles()}): add nodes, or ask for fewer processes or threads")
         self.group = placement_group(bundles, strategy=strategy(self.cluster))
         if not self.group.wait(min(PATIENCE_S, self.cluster.start_deadline_s)):

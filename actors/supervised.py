@@ -31,13 +31,13 @@ from learners.models import (
 from learners.settings import UserError
 
 
-def run(recipe: SFTRecipe | RMRecipe, resume: bool = False) -> dict[str, Any]:
+def run(recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     RunFolder.check(recipe.run, resume)
     training = Supervised(recipe)
     with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
         training.start(placement)
-        with closing(RunFolder.open(recipe.run, recipe.to_yaml(), resume)) as folder:
+        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
             summary = training.run(folder, resume)
             folder.finish(summary)
     return summary

@@ -156,10 +156,12 @@ def train(kind: str, path: Path, overrides: list[str], resume: bool, check: bool
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
     if problems := list(function_problems(recipe)):
         raise RecipeError([located(p, document) for p in problems])
+    resolved = annotated(recipe, document)
     if check:
-        print(annotated(recipe, document))
+        print(resolved)
         return
-    summary = guarded(Path(recipe.run.folder), debug, _runner(recipe), "run", recipe, resume=resume)
+    folder = Path(recipe.run.folder)
+    summary = guarded(folder, debug, _runner(recipe), "run", recipe, resume=resume, config_yaml=resolved)
     _print_summary(summary, recipe.run.folder)
     print(f"the trained model is in {recipe.run.folder}/model")
 

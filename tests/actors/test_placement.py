@@ -226,6 +226,7 @@ def refused(cluster: ClusterSettings, need: dict[str, Demand], patience_s: float
         (COLOCATED, Demand(2, 1, 4), None),
         (COLOCATED, Demand(3, 1, 3), "cluster: 9 GPUs are needed, Ray has 8"),
         (SEPARATE, Demand(5, 8, 0), "cluster: 40 CPUs are needed, Ray has 32"),
+        (ClusterSettings(nodes=3), Demand(4, 1, 0), "cluster.nodes: 3 are asked for, Ray has 2"),
         (SEPARATE, Demand(1, 17, 0), "cluster: 1 x 17 CPUs on one node are needed, nodes with 16, 16 have room for 0"),
     ],
 )

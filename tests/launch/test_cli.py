@@ -101,14 +101,17 @@ def test_a_run_gets_its_recipe_and_its_summary_is_shown(
 ) -> None:
     seen = []
 
-    def run(recipe: object, resume: bool) -> dict[str, object]:
-        seen.append((recipe, resume))
+    def run(recipe: object, resume: bool, config_yaml: str) -> dict[str, object]:
+        seen.append((resume, config_yaml))
         return {"before": {"test/accuracy": 0.4401}, "after": {"test/accuracy": 0.95}, "steps": 2}
 
     fake_runner(monkeypatch, run)
-    assert cli.main(["grpo", "grpo.yaml"]) == 0
+    assert cli.main(["grpo", "grpo.yaml", "run.seed=7"]) == 0
     out = capsys.readouterr().out
-    assert seen[0][1] is False and "0.4401" in out and "0.95" in out and "steps" in out
+    assert "0.4401" in out and "0.95" in out and "steps" in out
+    assert out.splitlines()[-1] == "the trained model is in runs/new/model"
+    ((resume, saved),) = seen
+    assert not resume and "folder: runs/new  # grpo.yaml:" in saved and "seed: 7  # command line" in saved
 
 
 def test_failures_inside_a_run(
@@ -117,7 +120,7 @@ def test_failures_inside_a_run(
     """A user's mistake: its lines, 2. Ours: one line, the traceback in the run folder, 1. Ctrl-C: 130."""
 
     def fail_with(error: BaseException) -> tuple[int, str]:
-        def run(recipe: object, resume: bool) -> None:
+        def run(recipe: object, resume: bool, config_yaml: str) -> None:
             Path("runs/new").mkdir(parents=True, exist_ok=True)
             raise error
 
@@ -137,7 +140,7 @@ def test_failures_inside_a_run(
 
 
 def test_debug_lets_the_traceback_through(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(recipe: object, resume: bool) -> None:
+    def run(recipe: object, resume: bool, config_yaml: str) -> None:
         raise RuntimeError("boom")
 
     fake_runner(monkeypatch, run)
