@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 BIN = Path(sys.executable).parent
 TOKEN = secrets.token_hex(16)  # a job server runs whatever it is sent: ours asks for a token
 MINE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-MINE |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+SECRETS = {"RAY_AUTH_TOKEN": TOKEN, "HF_TOKEN": "hf_" + secrets.token_hex(16), "WANDB_API_KEY": secrets.token_hex(20)}
+MINE |= {"RAY_AUTH_MODE": "token", **SECRETS}
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,17 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["phase"] == "train"]
 
 
+def told_secrets(output: str, *folders: Path) -> list[tuple[str, str]]:
+    """Names of secrets whose values were printed, or lie in a file under one of the folders, and where."""
+    texts = {"output": output.encode()}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():  # not a socket
+                with contextlib.suppress(FileNotFoundError):  # the cluster is alive
+                    texts[str(path)] = path.read_bytes()
+    return [(name, place) for name, value in SECRETS.items() for place, text in texts.items() if value.encode() in text]
+
+
 def test_ppo_runs_as_a_job(head: Head, desk: Desk) -> None:
     process = desk.submit(head.address, "two steps")
     out, err = process.communicate(timeout=200)
@@ -176,6 +188,7 @@ def test_ppo_runs_as_a_job(head: Head, desk: Desk) -> None:
     origins = (desk.models / "origin").read_text().splitlines()
     assert all(str(head.folder) in origin for origin in origins), "the job ran what is installed, not what was shipped"
     assert "shipped; Ctrl-C stops it" in err and "succeeded, exit code 0" in err
+    assert not told_secrets(out + err, desk.models / "two steps", head.folder), "a secret was printed or saved"
     wait_until(lambda: not head.job_processes(), 30, "the job's processes have ended")
 
 
