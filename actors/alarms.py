@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from actors.groups import WorkerError
+from actors.rewards import Score
 from actors.run_folder import RunFolder
-from actors.settings import GRPORecipe, PPORecipe, RLRecipe
+from actors.settings import GRPORecipe, PPORecipe, RLRecipe, asked_by_model
 from learners.experience import Experience, Rollout
 
 LARGEST_SCORE = 1e15  # squares of larger ones overflow in the statistics
@@ -68,14 +70,16 @@ class Watch:
 def of_experience(
     batch: Experience,
     rollouts: Sequence[Rollout],
-    by_source: Mapping[str, Sequence[float | None]],
+    by_source: Mapping[str, Sequence[Score]],
     recipe: RLRecipe,
 ) -> Iterator[Alarm]:
     """What is wrong with a step before anything is learned from it. `by_source`: scores as the sources gave them."""
     assert batch.scores is not None
     bound, weights = recipe.alarms, {reward.name: reward.weight for reward in recipe.rewards}
     for source, given in by_source.items():
-        if bad := sum(score is not None and not abs(score) <= LARGEST_SCORE for score in given):
+        if failures := [score for score in given if isinstance(score, str)]:
+            yield Alarm("reward_error", f"{source} failed for {len(failures)} of {len(given)}, first: {failures[0]}")
+        if bad := sum(isinstance(score, float) and not abs(score) <= LARGEST_SCORE for score in given):
             message = f"{bad} of {len(given)} scores of {source} are NaN, infinite or beyond {LARGEST_SCORE:g}"
             yield Alarm("score_not_finite", message, skips=weights.get(source) != 0)
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
@@ -95,8 +99,10 @@ def of_experience(
         yield Alarm("all_truncated", "no response ended with EOS: raise generation.max_new_tokens, or check the EOS id")
 
 
-def of_recipe(recipe: PPORecipe | GRPORecipe) -> Iterator[Alarm]:
-    """What the reader of the curves should know from the start."""
+def of_recipe(recipe: PPORecipe | GRPORecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
+    """What the reader of the curves should know from the start. `defaults`: the Actor's generation_config.json."""
+    if asked := asked_by_model(defaults, recipe.generation):  # else such a model was refused
+        yield Alarm("ignored_sampling", f"the Actor's generation_config.json asks for {asked}: not applied")
     correction, distortions = recipe.algorithm.rollout_correction, recipe.generation.distortions
     if correction is not None and distortions:
         listed = ", ".join(f"{name} {value:g}" for name, value in distortions.items())
@@ -114,11 +120,15 @@ def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm
     if metrics.get("actor/grad_norm") == 0:
         yield Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch")
     # Truncated or penalised sampling differs from the policy by design: then only an explicit bound counts.
-    allowed = bound.mismatch or (math.inf if recipe.generation.distortions else recipe.gate)
-    largest = metrics.get("mismatch/max", 0.0)
-    if largest > allowed:
-        message = f"engine and Actor log-probs differ by {largest:.2e} nats, above {allowed:.0e} (alarms.mismatch)"
-        yield Alarm("mismatch", message)
+    unbounded = math.inf if recipe.generation.distortions else None
+    for name, key, allowed in (
+        ("mismatch/max", "mismatch", bound.mismatch or unbounded or recipe.gate),
+        ("mismatch/mean", "mean_mismatch", bound.mean_mismatch or unbounded or recipe.mean_gate),
+    ):
+        if (found := metrics.get(name, 0.0)) > allowed:
+            how = "on average " if name.endswith("mean") else ""
+            message = f"engine and Actor log-probs differ {how}by {found:.2e} nats, above {allowed:.0e} (alarms.{key})"
+            yield Alarm(key, message)
     held = metrics.get("actor/clip_fraction", 0.0)
     if held > bound.clip_fraction:
         yield Alarm("clip_fraction", f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)")

@@ -19,7 +19,7 @@ from actors.gate import GateError, pass_gate
 from actors.interrupt import Interrupted, asked, listening
 from actors.layout import demands
 from actors.placement import Placement
-from actors.rewards import Candidate
+from actors.rewards import Candidate, Score
 from actors.roles import Roles, RunData, start_roles
 from actors.rows import gather_rows, scatter_rows
 from actors.run_folder import RunFolder
@@ -27,6 +27,7 @@ from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
 from learners.advantages import kl_estimate
 from learners.experience import Experience, Rollout, mini_batches
+from learners.models import sampling_defaults
 from learners.settings import GRPOSettings, PPOSettings
 
 
@@ -71,7 +72,7 @@ class Driver:
         gap = pass_gate(self.roles.engines, self.roles.actor, self.data.prompts, recipe)
         folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
         if first == 1:
-            self.watch.report(0, of_recipe(recipe))
+            self.watch.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
         summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
         for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
@@ -130,6 +131,7 @@ class Driver:
             with folder.phase("learn", step):
                 roles.turns.learn()
                 metrics |= self.learn(batch, step)
+                self.algorithm.learned(batch)
             with folder.phase("sync", step):
                 metrics["sync/probe_difference"] = roles.sync(step)
                 self.version = step
@@ -205,7 +207,7 @@ def with_scores(
 
 
 def rollout_metrics(
-    batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[float | None]]
+    batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[Score]]
 ) -> dict[str, float]:
     """What was sampled and how it was judged; and how far the engine's log-probs are from the Actor's."""
     assert batch.scores is not None
@@ -218,8 +220,7 @@ def rollout_metrics(
         "score/unscorable": 1 - len(scored) / len(rollouts),
     }
     for name, scores in by_source.items():
-        known = [s for s in scores if s is not None]
-        metrics[f"score/{name}"] = mean(known)
+        metrics[f"score/{name}"] = mean([s for s in scores if isinstance(s, float)])
     return metrics | mismatch(batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import ray
 from actors.groups import WorkerError, WorkerGroup
 from actors.weight_sync import check_probe, verify
 from learners.experience import PromptRequest, Rollout
+
+FAILURE_S = 10.0  # for an engine to say what an update failed with
 
 
 class Engines(WorkerGroup):
@@ -42,19 +45,36 @@ class Engines(WorkerGroup):
             raise WorkerError(f"generate: {len(requests) - len(finished)} of {len(requests)} groups never came back")
         return [rollout for request in requests for rollout in finished[request.slot]]
 
-    def sync(self, actor: WorkerGroup, version: int, probe: list[int], deadline_s: float, gate: float) -> float:
+    def sync(
+        self,
+        actor: WorkerGroup,
+        version: int,
+        probe: list[int],
+        deadline_s: float,
+        gate: float,
+        mean_gate: float = math.inf,
+    ) -> float:
         """Give every engine the Actor's weights and prove it; until then they are STALE and serve nothing.
 
         Proof: digests and names of the received bytes agree with what was sent, and log-probs of `probe` agree within
-        `gate`. Returns the largest probe difference (nats). Raises SyncError or WorkerError.
+        `gate`, and on average within `mean_gate`. Returns the largest probe difference (nats). Raises SyncError or
+        WorkerError.
         """
-        results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
+        try:
+            results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
+        except WorkerError as error:
+            raise WorkerError("; ".join([str(error), *self._failures()])) from error
         sent, received, names = results[0]
         for i, receipt in enumerate(received):
             verify(sent, receipt, names, self._who(i))
         waiting = actor.submit("probe", probe)
         theirs = self.call("probe_logprobs", probe, phase="sync", deadline_s=deadline_s)
         ours = actor.gather(waiting, "sync", deadline_s)[0]
-        worst = max(check_probe(ours, one, gate, self._who(i)) for i, one in enumerate(theirs))
+        worst = max(check_probe(ours, one, gate, mean_gate, self._who(i)) for i, one in enumerate(theirs))
         self.call("accept", version, phase="sync", deadline_s=deadline_s)
         return worst
+
+    def _failures(self) -> list[str]:
+        """What went wrong in the engines: a rank that waits in a transfer never hears of it."""
+        told = self.gather(self.order("failure"), "sync", FAILURE_S)
+        return [f"{self._who(i)}: {failure}" for i, failure in enumerate(told) if failure]

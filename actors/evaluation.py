@@ -68,7 +68,8 @@ def evaluate(
 ) -> dict[str, float]:
     """One response per prompt, judged by the evaluation's function, with the same seeds every time.
 
-    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy` and the mean lengths in tokens.
+    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens and, where there are any, the
+    share of responses without a score, which count in no mean.
     """
     deadline = recipe.cluster.call_deadline_s
     metrics: dict[str, float] = {}
@@ -77,6 +78,9 @@ def evaluate(
         rollouts = engines.generate(requests, deadline)
         candidates = candidates_for(rollouts, prompts, 1, tokenizer)
         (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
-        metrics[f"{name}/accuracy_{kind}"] = mean([s for s in scores if s is not None])
+        judged = [s for s in scores if isinstance(s, float)]
+        metrics[f"{name}/accuracy_{kind}"] = mean(judged)
+        if len(judged) < len(scores):
+            metrics[f"{name}/unscorable_{kind}"] = 1 - len(judged) / len(scores)
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
     return metrics

@@ -67,7 +67,8 @@ def check(
     raise GateError(
         [
             f"gate: engine and Actor log-probs differ by {worst:.2e} nats before step 1, {mean:.2e} on average; "
-            f"{over} of {tokens} tokens are above the gate of {gate:g} (sync.gate)",
+            f"{over} of {tokens} tokens are above the gate of {gate:g} (sync.gate), "
+            f"the average may be {mean_gate:g} (sync.mean_gate)",
             f"gate: largest at response token {t} (id {rollout.response_ids[t]}) of prompt {rollout.prompt_index}: "
             f"engine[{rollout.slot % engines}] {rollout.logprobs[t]:.4f}, Actor {float(logprobs[i, t]):.4f}",
             f"gate: likely causes: {likely_causes(worst, firsts, gate)}",
@@ -80,7 +81,10 @@ def likely_causes(worst: float, firsts: float, gate: float) -> str:
     if math.isinf(worst):
         return "NaN or infinite logits: a broken checkpoint, or a dtype too narrow for this model"
     if worst <= min(100 * gate, PRECISION):
-        return "another dtype or attention kernel in the engine than in the Actor; if that is meant, raise sync.gate"
+        return (
+            "another dtype or attention kernel in the engine than in the Actor; "
+            "if that is meant, raise sync.gate and sync.mean_gate"
+        )
     if firsts > gate:
         return (
             "the engine serves other weights than the Actor (a model folder that changed, a head left stale), "

@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
 from actors.weight_sync import Receipt, transfer_backend
 from learners.experience import PromptRequest, Rollout
@@ -70,17 +71,20 @@ class GenerationEngine:
         max_model_tokens: int,
         eos_token_id: int | None,
         shared: bool = False,
+        seed: int = 0,
     ) -> None:
         """Returns when the engine is ready; raises what vLLM raised if it cannot start.
 
-        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only by its length).
-        On `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
+        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only by its length), or
+        with another EOS that the model's generation_config.json names.
+        On `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU. Requests without
+        seeds draw from `seed` and the version of the weights.
         """
+        self.seed, self.version = seed, 0
         self.device, self.max_model_tokens, self.eos_token_id = device, max_model_tokens, eos_token_id
-        self.version = 0
         self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
-        self._declared: list[str] = []  # names a GPU backend said it would send
+        self._failure = ""  # of the last update
         self._running: dict[str, tuple[_Group, int]] = {}
         self._probes: dict[str, Future[list[float]]] = {}
         self._requests = 0
@@ -135,28 +139,30 @@ class GenerationEngine:
 
         Requests still running from before a refused update are failed: what they sampled can no longer be trusted.
         """
-        from actors.weight_receiver import clear_interrupted_update
+        from actors.weight_receiver import clear_interrupted_update, note_what_is_loaded
 
         if self._stale:
             self._fail_running(RuntimeError("the weights under these requests were replaced and never accepted"))
         if self._update_open:
             self._worker(clear_interrupted_update)
         self._stale = self._update_open = True
-        self._declared = []
+        self._failure = ""
         self._worker("start_weight_update")
+        if self.device == "cuda":
+            self._worker(note_what_is_loaded)
 
     @in_loop
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive weights; `update_info` belongs to the transfer backend."""
-        self._worker("update_weights", update_info)
-        self._declared += update_info.get("names", [])
+        try:
+            self._worker("update_weights", update_info)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     @in_loop
     def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
-        """End the update and say what arrived. Tokens are sampled under `weight_version` from here on.
-
-        GPU backends give no digests: there the names and the probe are the proof.
-        """
+        """End the update and say what arrived. Tokens are sampled under `weight_version` from here on."""
         from actors.weight_receiver import take_receipt
 
         self._worker("finish_weight_update")
@@ -165,7 +171,10 @@ class GenerationEngine:
             self._engine.set_weight_version(weight_version)
         if not self._running and not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
-        return self._worker(take_receipt) if self.device == "cpu" else [("all", None, self._declared)]
+        first, *others = self._engine.collective_rpc(take_receipt)
+        if any(other != first for other in others):
+            raise RuntimeError("the workers of a tensor-parallel engine were given different weights")
+        return first
 
     @in_loop
     def accept(self, version: int) -> None:
@@ -174,6 +183,11 @@ class GenerationEngine:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
         self.version, self._stale = version, False
+        self._draw_anew()
+
+    def failure(self) -> str:
+        """What the last update failed with, or nothing. Answers also while the loop waits in a transfer."""
+        return self._failure
 
     @in_loop
     def sleep(self) -> None:
@@ -249,6 +263,13 @@ class GenerationEngine:
     def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
         arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
         self._engine = _build_engine(arguments, self.device, generation.threads)
+        self._draw_anew()
+
+    def _draw_anew(self) -> None:
+        """What unseeded requests draw is a function of engine and version, so that a resumed run repeats no draws."""
+        from actors.weight_receiver import draw_from
+
+        self._engine.collective_rpc(draw_from, args=(derive_seed(self.seed, "version", self.version),))
 
     @in_loop
     def _admit(self, groups: list[_Group]) -> None:

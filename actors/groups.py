@@ -70,21 +70,28 @@ class WorkerGroup:
         return len(self.handles)
 
     def start(
-        self, arguments: dict[str, Any], deadline_s: float, *, distributed: tuple[Device, float] | None = None
+        self,
+        arguments: dict[str, Any],
+        deadline_s: float,
+        *,
+        distributed: tuple[Device, float] | None = None,
+        each: Sequence[dict[str, Any]] = (),
     ) -> list[Any]:
         """Begin building the plain object in every process; returns pending results for `gather`.
 
-        The processes themselves were begun by the constructor, and are waited for here. With `distributed` (device,
-        collective time-out in seconds) each worker also gets its `place` among the ranks.
+        The processes themselves were begun by the constructor, and are waited for here. `each` has the arguments that
+        are not the same for all workers. With `distributed` (device, collective time-out in seconds) each worker also
+        gets its `place` among the ranks.
         """
         arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
         self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
-        if distributed is None:
-            return [h.start.remote(arguments) for h in self.handles]
-        device, timeout_s = distributed
-        address, port = self.free_address(deadline_s)
-        places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
-        return [h.start.remote({**arguments, "place": p}) for h, p in zip(self.handles, places, strict=True)]
+        own = list(each) or [{} for _ in self.handles]
+        if distributed is not None:
+            device, timeout_s = distributed
+            address, port = self.free_address(deadline_s)
+            places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
+            own = [{**one, "place": place} for one, place in zip(own, places, strict=True)]
+        return [h.start.remote(arguments | one) for h, one in zip(self.handles, own, strict=True)]
 
     def free_address(self, deadline_s: float) -> tuple[str, int]:
         """Where the first worker's node can be reached, with a port that was free a moment ago."""
@@ -142,6 +149,10 @@ class WorkerGroup:
             raise WorkerError(f"{phase}: {who} died: {error}") from error
         except GetTimeoutError as error:
             raise WorkerError(f"{phase}: the answer of {who} could not be fetched within 60 s") from error
+
+    def names(self) -> list[str]:
+        """What errors call the workers."""
+        return [self._who(i) for i in range(len(self))]
 
     def _who(self, index: int) -> str:
         return f"{self.name}[{index}] on node {self.nodes[index]}"

@@ -12,6 +12,8 @@ from actors.functions import load_function
 from actors.groups import WorkerGroup
 from actors.settings import RewardSettings
 
+Score = float | None | str  # None: could not be judged; words: what went wrong
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -29,7 +31,8 @@ class FunctionReward:
     """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process of its own.
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
-    None marks a response that could not be judged; a number that is not finite raises an alarm.
+    None marks a response that could not be judged; a number that is not finite raises an alarm. When the function
+    raises, it is asked again, for one response at a time, so that those that are to blame do not take others along.
     """
 
     def __init__(self, function: str) -> None:
@@ -38,21 +41,29 @@ class FunctionReward:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
-    def scores(self, candidates: Sequence[Candidate]) -> list[float | None]:
-        """One score per candidate; None where the function could not judge."""
+    def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
+        """One score per candidate; None where the function could not judge, in words what it raised."""
         if not candidates:
             return []
+        try:
+            scores = self._call(candidates)
+        except Exception as error:
+            if len(candidates) == 1:
+                return [f"{type(error).__name__}: {error}"]
+            return [score for one in candidates for score in self.scores([one])]
+        if len(scores) != len(candidates):
+            raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
+        return [None if s is None else float(s) for s in scores]
+
+    def _call(self, candidates: Sequence[Candidate]) -> Sequence[float | None]:
         names = {name for c in candidates for name in c.columns}
         columns = {name: [c.columns.get(name) for c in candidates] for name in names}
         columns["finish_reasons"] = [c.finish_reason for c in candidates]
-        scores = self.function(
+        return self.function(
             [c.prompt for c in candidates],
             [c.response for c in candidates],
             **{k: v for k, v in columns.items() if self.takes_all or k in self.accepted},
         )
-        if len(scores) != len(candidates):
-            raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
-        return [None if s is None else float(s) for s in scores]
 
 
 class Rewards:
@@ -67,13 +78,11 @@ class Rewards:
             group.scatter("scores", [candidates[i :: len(group)] for i in range(len(group))]) for group in self.groups
         ]
 
-    def gather(
-        self, pending: Sequence[Sequence[Any]], count: int
-    ) -> tuple[list[float], dict[str, list[float | None]]]:
+    def gather(self, pending: Sequence[Sequence[Any]], count: int) -> tuple[list[float], dict[str, list[Score]]]:
         """Weighted sums of all candidates in order (NaN where a source could not judge), and scores per source."""
-        sources: dict[str, list[float | None]] = {}
+        sources: dict[str, list[Score]] = {}
         for one, group, refs in zip(self.settings, self.groups, pending, strict=True):
-            scores: list[float | None] = [None] * count
+            scores: list[Score] = [None] * count
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             sources[one.name] = scores
@@ -81,5 +90,6 @@ class Rewards:
         return [_sum([(one.weight, sources[one.name][i]) for one in counted]) for i in range(count)], sources
 
 
-def _sum(weighted: Sequence[tuple[float, float | None]]) -> float:
-    return math.nan if any(s is None for _, s in weighted) else sum(w * s for w, s in weighted if s is not None)
+def _sum(weighted: Sequence[tuple[float, Score]]) -> float:
+    judged = [weight * score for weight, score in weighted if isinstance(score, float)]
+    return sum(judged) if len(judged) == len(weighted) else math.nan

@@ -14,12 +14,18 @@ from actors.groups import WorkerError, WorkerGroup
 from actors.layout import demands, needs_reference, shares_gpus, sharing_problems
 from actors.placement import Placement, Turns
 from actors.rewards import Rewards
-from actors.seeds import rows_of_step
+from actors.seeds import derive_seed, rows_of_step
 from actors.settings import GRPORecipe, PPORecipe, model_sampling_problem
 from actors.weight_sync import transfer_backend
 from learners.data import Prompt, Rows, load_prompts, tokenizer_digest
 from learners.grpo import GRPO
-from learners.models import length_problems, load_config, load_tokenizer, sampling_defaults
+from learners.models import (
+    length_problems,
+    load_config,
+    load_tokenizer,
+    sampling_defaults,
+    vocabulary_problems,
+)
 from learners.ppo import PPO
 from learners.settings import UserError, located
 
@@ -67,10 +73,14 @@ class RunData:
         if isinstance(recipe, PPORecipe):
             models["critic.model"] = recipe.critic.model
         problems = [p for key, model in models.items() if model for p in length_problems(key, model.path, needed)]
-        for key in ("reference.model", "critic.model"):
-            model = models.get(key)
-            if not problems and model and load_tokenizer(model.path).get_vocab() != self.tokenizer.get_vocab():
+        vocabulary = self.tokenizer.get_vocab()
+        for key in ("actor.model", "reference.model", "critic.model"):
+            if problems or not (model := models.get(key)):
+                continue
+            if model.path != recipe.actor.model.path and load_tokenizer(model.path).get_vocab() != vocabulary:
                 problems.append(f"{key}: {model.path} has another vocabulary than the Actor, whose ids it reads")
+            else:
+                problems += vocabulary_problems(key, model.path, self.tokenizer)
         for i, reward in enumerate(recipe.rewards):
             if reward.model and not problems and not judges_as_trained(reward.model.path):
                 message = "was trained with another tokenizer than lies beside it, so its scores would mean nothing"
@@ -116,7 +126,8 @@ class Roles:
         """Open the way from Actor to engines. At version 0 both loaded the same files; later the engines are behind."""
         cluster, deadline = self.recipe.cluster, self.recipe.sync.deadline_s
         backend = transfer_backend(cluster.device, shares_gpus(cluster))
-        where = (deadline, self.recipe.generation.tensor_parallel, backend, self.actor.free_address(deadline))
+        rendezvous, names = self.actor.free_address(deadline), self.engines.names()
+        where = (deadline, self.recipe.generation.tensor_parallel, backend, rendezvous, names)
         self.actor.call("connect", self.engines.handles, *where, phase="sync", deadline_s=deadline)
         if version:
             self.sync(version)
@@ -124,7 +135,9 @@ class Roles:
     def sync(self, version: int) -> float:
         """The Actor's weights into every engine, proved; returns the largest probe difference in nats."""
         self.turns.sync()
-        return self.engines.sync(self.actor, version, self.probe, self.recipe.sync.deadline_s, self.recipe.gate)
+        recipe = self.recipe
+        gates = recipe.gate, recipe.mean_gate
+        return self.engines.sync(self.actor, version, self.probe, recipe.sync.deadline_s, *gates)
 
     def fingerprints(self) -> list[str]:
         """Digests of all frozen models."""
@@ -159,15 +172,17 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
     assert isinstance(engines, Engines)
     starting: dict[str, list[Any]] = {}
 
-    def begin(role: str, ranks: bool = False, **arguments: Any) -> None:
+    def begin(role: str, ranks: bool = False, each: Sequence[dict[str, Any]] = (), **arguments: Any) -> None:
         distributed = (device, deadline) if ranks else None
-        starting[role] = groups[role].start(arguments, recipe.cluster.start_deadline_s, distributed=distributed)
+        patience = recipe.cluster.start_deadline_s
+        starting[role] = groups[role].start(arguments, patience, distributed=distributed, each=each)
 
     longest = generation.max_model_tokens or data.longest_prompt() + generation.max_new_tokens
     eos = data.tokenizer.eos_token_id
     begin(
         "engine", model=model, generation=generation, device=device, max_model_tokens=longest, eos_token_id=eos,
         shared=placement.shared,
+        each=[{"seed": derive_seed(recipe.run.seed, "engine", i)} for i in range(len(engines))],
     )  # fmt: skip
     if placement.shared:  # vLLM takes its share of what is free when it starts: it starts alone, and makes room
         engines.gather(starting.pop("engine"), "start", recipe.cluster.start_deadline_s)

@@ -32,7 +32,7 @@ class RunFolder:
     def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
         """Open an existing folder, to log from `first_step` on."""
         self.settings, self.path = settings, Path(settings.folder).resolve()  # workers may stand elsewhere
-        (self.path / "config.yaml").write_text(config_yaml)
+        (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
         self._timeline = Timeline(self.path / "timeline.json")

@@ -5,14 +5,15 @@ Pydantic only: imports in milliseconds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from learners.settings import (
+    Count,
     Device,
+    DiskPath,
     Fraction,
     GRPOSettings,
     LearnerSettings,
@@ -33,18 +34,20 @@ class ClusterSettings(Settings):
     placement: Literal["separate", "colocated"] = Field(
         "separate", description="on GPUs: every process its own, or all roles share them (engines sleep meanwhile)"
     )
-    nodes: PositiveInt = Field(1, description="machines, for plan and slurm; on CPU, above 1 spreads processes")
-    gpus_per_node: PositiveInt = Field(8, description="GPUs of a machine, for plan and slurm")
-    gpu_memory_gib: float = Field(80, gt=0, description="memory of one GPU, GiB, for plan")
-    node_memory_gib: float | None = Field(None, gt=0, description="CPU memory of a machine, GiB; null: unknown")
+    nodes: Count = Field(1, description="machines, for plan and slurm; on CPU, above 1 spreads processes")
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of a machine, for plan, slurm and runs without an address")
+    gpu_memory_gib: float = Field(80, gt=0, le=1e6, description="memory of one GPU, GiB, for plan")
+    node_memory_gib: float | None = Field(
+        None, gt=0, le=1e6, description="CPU memory of a machine, GiB; null: unknown"
+    )
     address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one here")
     start_deadline_s: float = Field(600, gt=0, description="seconds for all processes to load and answer")
     call_deadline_s: float = Field(1800, gt=0, description="seconds any single call to a worker may take")
 
 
 class GenerationSettings(Settings):
-    engines: PositiveInt = Field(1, description="vLLM engines")
-    tensor_parallel: PositiveInt = Field(1, description="devices per engine")
+    engines: Count = Field(1, description="vLLM engines")
+    tensor_parallel: Count = Field(1, description="devices per engine")
     threads: PositiveInt = Field(2, description="CPU threads of each engine")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; divides Actor and Reference logits alike")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.rollout_correction")
@@ -59,7 +62,7 @@ class GenerationSettings(Settings):
     max_new_tokens: PositiveInt = Field(256, description="longest response, tokens")
     max_model_tokens: PositiveInt | None = Field(None, description="longest prompt + response; null: what data allows")
     max_concurrent: PositiveInt = Field(256, description="sequences one engine decodes at once")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of an engine on CPU, GiB")
+    kv_cache_gib: float = Field(1.0, gt=0, le=1e6, description="KV cache of an engine on CPU, GiB")
     gpu_memory_fraction: Fraction = Field(0.85, description="share of a GPU one engine takes, weights included")
     seeded: bool = Field(True, description="seed each request from run, step, prompt and sample: reproducible")
 
@@ -78,15 +81,19 @@ class GenerationSettings(Settings):
 DISTORTIONS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-def model_sampling_problem(defaults: Mapping[str, Any], generation: GenerationSettings) -> str | None:
-    """What a model's generation_config.json asks for that would break the ratio, unless the recipe ignores it."""
+def asked_by_model(defaults: Mapping[str, Any], generation: GenerationSettings) -> str:
+    """What a model's generation_config.json asks for that would break the ratio, in words; empty when nothing."""
     off = {name: (None, getattr(generation.plain, name)) for name in DISTORTIONS} | {"top_k": (None, 0, -1)}
-    asked = {name: defaults[name] for name in DISTORTIONS if defaults.get(name) not in off[name]}
+    return ", ".join(f"{name} {defaults[name]}" for name in DISTORTIONS if defaults.get(name) not in off[name])
+
+
+def model_sampling_problem(defaults: Mapping[str, Any], generation: GenerationSettings) -> str | None:
+    """Why a model's generation_config.json cannot be left unmentioned, unless the recipe ignores it."""
+    asked = asked_by_model(defaults, generation)
     if not asked or generation.model_sampling == "ignore":
         return None
-    listed = ", ".join(f"{name} {value}" for name, value in asked.items())
     return (
-        f"generation_config.json asks for {listed}, which would break the ratio; "
+        f"generation_config.json asks for {asked}, which would break the ratio; "
         "set generation.model_sampling: ignore to sample from the plain policy"
     )
 
@@ -99,7 +106,10 @@ class SyncSettings(Settings):
         None,
         gt=0,
         description="largest difference of engine and Actor log-probs, nats, on the probe of every sync and on sampled "
-        "responses before step 1; null: 1e-4 in float32; in bfloat16 1.0, and 0.05 on average",
+        "responses before step 1; null: 1e-4 in float32, 1.0 in bfloat16",
+    )
+    mean_gate: float | None = Field(
+        None, gt=0, description="the same on average; null: what gate is in float32, 0.05 in bfloat16"
     )
     gate_prompts: PositiveInt = Field(8, description="prompts sampled for the comparison before step 1")
     deadline_s: float = Field(600, gt=0, description="seconds one sync may take")
@@ -113,24 +123,14 @@ class RewardSettings(Settings):
     model: ModelSettings | None = Field(None, description="the reward model (kind: model)")
     function: str | None = Field(None, description="the function, as module:function (kind: function)")
     weight: float = Field(1.0, description="factor of this source in the sum")
-    workers: PositiveInt = Field(1, description="processes that score")
+    workers: Count = Field(1, description="processes that score")
     threads: PositiveInt = Field(1, description="CPU threads of each process")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward (kind: model)")
-
-    @model_validator(mode="after")
-    def _kind_has_its_source(self) -> RewardSettings:
-        if self.kind == "model" and (self.model is None or self.function is not None):
-            raise ValueError("kind: model needs the key model (and no function)")
-        if self.kind == "function" and (self.function is None or self.model is not None):
-            raise ValueError("kind: function needs the key function, as module:function (and no model)")
-        if self.function is not None and self.function.count(":") != 1:
-            raise ValueError(f"function must read module:function, not {self.function!r}")
-        return self
 
 
 class ReferenceSettings(Settings):
     model: ModelSettings | None = Field(None, description="the frozen reference; null: the Actor's starting model")
-    workers: PositiveInt = Field(1, description="processes that score")
+    workers: Count = Field(1, description="processes that score")
     threads: PositiveInt = Field(1, description="CPU threads of each process")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward")
 
@@ -151,6 +151,7 @@ class AlarmSettings(Settings):
     mismatch: float | None = Field(
         None, gt=0, description="largest engine-Actor log-prob difference of a step, nats; null: sync.gate"
     )
+    mean_mismatch: float | None = Field(None, gt=0, description="the same on average; null: sync.mean_gate")
     unscorable: Fraction = Field(0.1, description="largest share of responses without a score")
     clip_fraction: Fraction = Field(0.5, description="largest share of tokens held by the ratio clip")
     least_entropy: float = Field(1e-3, ge=0, description="smallest estimated entropy per token, nats")
@@ -166,7 +167,7 @@ class EvaluationSettings(Settings):
 
 
 class RunSettings(Settings):
-    folder: str = Field(description="the run folder; must not exist unless the run resumes")
+    folder: DiskPath = Field(description="the run folder; must not exist unless the run resumes")
     seed: int = Field(0, ge=0, description="every source of randomness derives from it")
     checkpoint_every_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: none")
     max_skipped_steps: PositiveInt = Field(3, description="stop, with a checkpoint, at this many steps skipped for NaN")
@@ -222,8 +223,8 @@ class RLRecipe(Settings):
 
     @property
     def mean_gate(self) -> float:
-        """The same on average: rounding moves single tokens of bfloat16 models far, so there the mean decides too."""
-        return 0.05 if self.actor.model.dtype == "bfloat16" and self.sync.gate is None else math.inf
+        """The same on average: rounding moves single tokens of bfloat16 models far, so there the mean decides."""
+        return self.sync.mean_gate or (self.gate if self.actor.model.dtype == "float32" else 0.05)
 
 
 class PPORecipe(RLRecipe):

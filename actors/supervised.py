@@ -27,6 +27,7 @@ from learners.models import (
     length_problems,
     load_config,
     load_tokenizer,
+    vocabulary_problems,
 )
 from learners.settings import UserError
 
@@ -67,7 +68,11 @@ class Supervised:
                 load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
             )
         longest = max(row.tokens for row in [*self.rows, *self.held_out])
-        if problems := length_problems("learner.model", path, longest):
+        problems = [
+            *length_problems("learner.model", path, longest),
+            *vocabulary_problems("learner.model", path, self.tokenizer),
+        ]
+        if problems:
             raise UserError(problems)
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from actors.weight_sync import OBJECT_STORE, EngineClient, ObjectStoreSender, Receipt, gpu_trainer_engine
+from actors.weight_sync import CLIENT_SHARE, OBJECT_STORE, EngineClient, GpuSender, ObjectStoreSender, Receipt
 from learners.actor import ActorLearner
 
 
@@ -19,16 +19,20 @@ class SyncedActor(ActorLearner):
         workers_per_engine: int = 1,
         backend: str = OBJECT_STORE,
         rendezvous: tuple[str, int] = ("", 0),
+        names: Sequence[str] = (),
     ) -> None:
-        """Open the way to the engines (Ray actor handles). At `rendezvous`, on rank 0's node, nccl's ranks meet."""
-        self.client = EngineClient(engines, deadline_s, workers_per_engine)
+        """Open the way to the engines (Ray actor handles, with `names` for errors). `deadline_s` is the whole sync's.
+
+        At `rendezvous`, on rank 0's node, nccl's ranks meet.
+        """
+        self.client = EngineClient(engines, CLIENT_SHARE * deadline_s, workers_per_engine, names)
         if backend == OBJECT_STORE:
             self.sender: Any = ObjectStoreSender(self, self.client, self.place.rank)
         else:
-            self.sender = gpu_trainer_engine(backend, self, self.client, self.place.rank, *rendezvous)
+            self.sender = GpuSender(backend, self, self.client, self.place.rank, *rendezvous)
 
-    def send_weights(self, version: int) -> tuple[Receipt | None, list[Receipt], list[str]]:
+    def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
         """Returns, on rank 0: what was sent, what each engine received, and the names of all parameters."""
-        self.client.version = version
+        self.client.begin(version)
         sent = self.sender.send_weights()
         return sent, self.client.received, [name for name, _, _ in self.metadata()]

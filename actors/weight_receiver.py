@@ -8,6 +8,7 @@ was interrupted continues where it stood, unless it is cleared away; and a tied 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.weight_sync import OBJECT_STORE, Receipt, SyncError, digest, unpack_group
+from actors.weight_sync import OBJECT_STORE, Receipt, SyncError, checksum, digest, unpack_group
 
 
 @dataclass
@@ -91,6 +92,28 @@ def clear_interrupted_update(worker: Any) -> None:
     if not worker._weight_update_active:  # vLLM ended the session when it failed, but left the layers as they were
         worker.start_weight_update()
     worker.finish_weight_update()
+
+
+def draw_from(worker: Any, seed: int) -> None:
+    """Set the generators that vLLM's sampler uses for requests without a seed, on every device."""
+    torch.manual_seed(seed)
+
+
+def note_what_is_loaded(worker: Any) -> None:
+    """Keep a receipt of every tensor that the model is given from here on, as it arrived.
+
+    For vLLM's own receivers: they keep none, and the names of an update are only what its sender announced.
+    """
+    engine = worker.weight_transfer_engine
+    load, receipt = type(engine.model).load_weights, []
+
+    def noted(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            receipt.append((name, checksum(tensor), [name]))
+            yield name, tensor
+
+    engine.model.load_weights = lambda weights: load(engine.model, noted(weights))
+    engine.receipt = receipt
 
 
 def take_receipt(worker: Any) -> Receipt:

@@ -2,7 +2,7 @@
 
 A *source* has `metadata()`, the (name, dtype, shape) of every parameter in order, and `iter_groups()`, which yields
 (names, tensors) of one layer after the other, gathered by all ranks in lockstep. A *receipt* lists, per group, what was
-sent or received: (group name, digest of its bytes, parameter names).
+sent or received: (group name, digest of its bytes, parameter names). On GPUs every tensor is a group of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ ALIGNMENT = 16  # bytes; every tensor of a packed group starts at a multiple, so
 
 PACKED_BYTES = 2**30  # of the buffer that weights pass through on shared GPUs, unless one tensor is larger
 
-Receipt = list[tuple[str, str | None, list[str]]]
+CLIENT_SHARE = 0.9  # of the time a sync may take, so that a late engine is named before the rank that waits for it
+
+Receipt = list[tuple[str, str, list[str]]]
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
@@ -76,17 +78,37 @@ def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data.data)
 
 
+def checksum(tensor: Tensor) -> str:
+    """Digest of a tensor's bits, computed where it lies: the sum of all, and of the rows by their place."""
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    rows = bits.reshape(*bits.shape[:1] or (1,), math.prod(bits.shape[1:])).sum(1, dtype=torch.int64)
+    places = torch.arange(1, len(rows) + 1, device=rows.device)
+    total, by_place = torch.stack([rows.sum(), (rows * places).sum()]).tolist()
+    return f"{total & 2**64 - 1:016x}{by_place & 2**64 - 1:016x}"
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class EngineClient:
     """vLLM's weight-sync client protocol for independent engines, each a Ray actor (`actors.groups.Host`).
 
-    Every call goes to all engines at once and ends within `deadline_s`, or SyncError names who is late. `version` is
-    what the next update will be called; `received` are the engines' receipts of the last one.
+    Every call goes to all engines at once. All calls of one update end within `deadline_s`, or SyncError says which of
+    the engines, by their `names`, is late. `version` is what the update will be called; `received` are the engines'
+    receipts of the last one.
     """
 
-    def __init__(self, handles: Sequence[Any], deadline_s: float, workers_per_engine: int = 1) -> None:
+    def __init__(
+        self, handles: Sequence[Any], deadline_s: float, workers_per_engine: int = 1, names: Sequence[str] = ()
+    ) -> None:
         self.handles, self.deadline_s, self.workers_per_engine = list(handles), deadline_s, workers_per_engine
-        self.version = 0
+        self.names = list(names) or [f"engine[{i}]" for i in range(len(self.handles))]
         self.received: list[Receipt] = []
+        self.begin(0)
+
+    def begin(self, version: int) -> None:
+        """An update begins, and with it the time it may take."""
+        self.version, self.until = version, time.monotonic() + self.deadline_s
 
     @property
     def world_size(self) -> int:
@@ -115,17 +137,17 @@ class EngineClient:
 
         each = [()] * len(self.handles) if arguments is None else [(a,) for a in arguments]
         pending = [h.call.remote(method, *a) for h, a in zip(self.handles, each, strict=True)]
-        until, waiting = time.monotonic() + self.deadline_s, list(pending)
+        waiting = list(pending)
         while waiting:  # the first failure ends the wait, whichever engine it comes from
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, self.until - time.monotonic()))
             if not done:
-                late = ", ".join(f"engine[{i}]" for i, ref in enumerate(pending) if ref in waiting)
+                late = ", ".join(name for name, ref in zip(self.names, pending, strict=True) if ref in waiting)
                 raise SyncError(f"sync: {method}: {late} did not answer within {self.deadline_s:.0f} s")
             try:
                 ray.get(done[0], timeout=60)
             except RayError as error:
                 cause = getattr(error, "cause", None) or error
-                raise SyncError(f"sync: {method}: engine[{pending.index(done[0])}] failed: {cause}") from error
+                raise SyncError(f"sync: {method}: {self.names[pending.index(done[0])]} failed: {cause}") from error
         return ray.get(pending, timeout=60)
 
 
@@ -162,33 +184,49 @@ def transfer_backend(device: Device, shared: bool) -> str:
     return OBJECT_STORE if device == "cpu" else "ipc" if shared else "nccl"
 
 
-def gpu_trainer_engine(
-    backend: str, source: Source, client: EngineClient, rank: int, address: str = "", port: int = 0
-) -> Any:
+class GpuSender:
     """vLLM's own trainer engine over our source: "nccl" (separate GPUs; rendezvous at `address`, `port` of rank 0) or
-    "ipc" (shared GPUs). Call on every rank; then `send_weights()` on every rank.
+    "ipc" (shared GPUs). One per rank, rank 0 sends.
 
     "ipc" packs: one buffer beside the model and a call for every buffer of weights, instead of a whole second copy.
     """
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    class Gathered(WeightSource):
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(*entry) for entry in source.metadata()]
+    def __init__(
+        self, backend: str, source: Source, client: EngineClient, rank: int, address: str = "", port: int = 0
+    ) -> None:
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for names, tensors in source.iter_groups():
-                yield from zip(names, tensors, strict=True)
+        self.sent: Receipt = []
+        sent = self.sent
 
-    info = (
-        NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=client.world_size, rank=rank)
-        if backend == "nccl"
-        else IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=_buffer_bytes(source))
-    )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Gathered())
+        class Gathered(WeightSource):
+            def metadata(self) -> list[ParamMeta]:
+                return [ParamMeta(*entry) for entry in source.metadata()]
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                for names, tensors in source.iter_groups():
+                    if rank == 0:  # a checksum waits for its copy: vLLM reads the copies on streams of its own
+                        sent.extend((n, checksum(t), [n]) for n, t in zip(names, tensors, strict=True))
+                    for name, tensor in zip(names, tensors, strict=True):
+                        if tensor.is_cuda:  # their memory must outlive that reading
+                            tensor.record_stream(torch.cuda.current_stream())
+                        yield name, tensor
+
+        info = (
+            NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=client.world_size, rank=rank)
+            if backend == "nccl"
+            else IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=_buffer_bytes(source))
+        )
+        self.engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=Gathered())
+
+    def send_weights(self) -> Receipt:
+        """Call on every rank. Returns what was sent (on rank 0; elsewhere nothing); raises SyncError."""
+        self.sent.clear()
+        self.engine.send_weights()
+        return list(self.sent)
 
 
 def _buffer_bytes(source: Source) -> int:
@@ -196,14 +234,11 @@ def _buffer_bytes(source: Source) -> int:
     return max([PACKED_BYTES, *(math.prod(shape) * dtype.itemsize for _, dtype, shape in source.metadata())])
 
 
-def verify(sent: Receipt | None, received: Receipt, names: Sequence[str], who: str = "engine") -> None:
-    """Raise SyncError unless `who` received the very bytes that were sent, and exactly the parameters `names`.
-
-    `sent` is None for vLLM's own GPU senders, which count no bytes: there the names are compared alone.
-    """
-    digests = {group: value for group, value, _ in sent or []}
+def verify(sent: Receipt, received: Receipt, names: Sequence[str], who: str = "engine") -> None:
+    """Raise SyncError unless `who` received the very bytes that were sent, and exactly the parameters `names`."""
+    digests = {group: value for group, value, _ in sent}
     for group, value, _ in received:
-        if sent is not None and digests.get(group) != value:
+        if digests.get(group) != value:
             raise SyncError(f"sync: {who}: {group} arrived with digest {value}, sent was {digests.get(group)}")
     arrived = [name for _, _, group_names in received for name in group_names]
     missing, extra = sorted(set(names) - set(arrived)), sorted(set(arrived) - set(names))
@@ -215,12 +250,22 @@ def verify(sent: Receipt | None, received: Receipt, names: Sequence[str], who: s
 
 
 def check_probe(
-    actor_logprobs: Sequence[float], engine_logprobs: Sequence[float], gate: float, who: str = "engine"
+    actor_logprobs: Sequence[float],
+    engine_logprobs: Sequence[float],
+    gate: float,
+    mean_gate: float = math.inf,
+    who: str = "engine",
 ) -> float:
-    """Largest difference of the probe's log-probs in nats; SyncError if it is above `gate` or not a number."""
-    pairs = zip(actor_logprobs, engine_logprobs, strict=True)
-    differences = [abs(a - b) for a, b in pairs]
+    """Largest difference of the probe's log-probs in nats.
+
+    SyncError if it is above `gate`, the mean of all differences above `mean_gate`, or one of them not a number.
+    """
+    differences = [abs(a - b) for a, b in zip(actor_logprobs, engine_logprobs, strict=True)]
     worst = max(differences, default=math.nan) if not any(map(math.isnan, differences)) else math.nan
-    if not worst <= gate:
-        raise SyncError(f"sync: {who} and Actor differ by {worst:.2e} nats on the probe, the gate is {gate:.0e}")
+    average = sum(differences) / max(1, len(differences))
+    if not (worst <= gate and average <= mean_gate):
+        raise SyncError(
+            f"sync: {who} and Actor differ by {worst:.2e} nats on the probe, {average:.2e} on average; "
+            f"the gate is {gate:.0e}, {mean_gate:.0e} on average (sync.gate, sync.mean_gate)"
+        )
     return worst

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from actors.layout import demands, shares_gpus
 from actors.settings import RLRecipe
 from launch.checks import Recipe, combination_problems
-from launch.document import Document
-from launch.plan import Change, excess
+from launch.plan import NEVER, Change, arranged, excess, learners_of, read_shapes
 from learners.settings import LearnerSettings
 
 Step = dict[str, Any]
@@ -18,106 +19,219 @@ Step = dict[str, Any]
 
 SHOWN = 4  # changes are a hint, not a catalogue
 LEAST_TOKENS = 1024  # smaller micro-batches leave a GPU idle
+MOST_RANKS = 1024
+
+
+class Ladder(NamedTuple):
+    """Changes of the same keys, the smallest first. `rising`: where one is enough, so are all after it."""
+
+    steps: list[Step]
+    rising: bool = False
+
+
+class Trials:
+    """Tries changes of one recipe on the whole plan. While it `grows`, nodes that a change needs are part of it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.shapes, self.grows = recipe, read_shapes(recipe), True
+
+    def changed(self, step: Step) -> Recipe | None:
+        """The recipe with other values, and nodes enough; None when the values make no sense."""
+        values = self.recipe.model_dump(mode="json")
+        for key, value in step.items():
+            *path, last = key.split(".")
+            place: Any = values
+            for part in path:
+                place = place[int(part) if isinstance(place, list) else part]
+            place[last] = value
+        try:
+            recipe = type(self.recipe).model_validate(values)
+        except ValidationError:
+            return None
+        if any(combination_problems(recipe)):
+            return None
+        nodes = arranged(recipe).nodes or 0
+        if nodes <= recipe.cluster.nodes:
+            return recipe
+        more = recipe.cluster.model_copy(update={"nodes": nodes})
+        return recipe.model_copy(update={"cluster": more}) if self.grows else None
+
+    def excess(self, step: Step) -> tuple[int, int]:
+        recipe = self.changed(step)
+        return (NEVER, 0) if recipe is None else excess(recipe, self.shapes)
+
+    def enough(self, step: Step) -> bool:
+        return self.excess(step) == (0, 0)
+
+    def same_nodes(self, step: Step) -> bool:
+        recipe = self.changed(step)
+        return recipe is not None and recipe.cluster.nodes == self.recipe.cluster.nodes
+
+    def least(self, ladder: Ladder) -> Step | None:
+        """The first step that is enough."""
+        if not ladder.rising:
+            return next(filter(self.enough, ladder.steps), None)
+        first = bisect_left(ladder.steps, True, key=self.enough)
+        return ladder.steps[first] if first < len(ladder.steps) else None
+
+    def change(self, step: Step) -> Change:
+        recipe = self.changed(step)
+        if recipe is not None and recipe.cluster.nodes != self.recipe.cluster.nodes:
+            step = step | {"cluster.nodes": recipe.cluster.nodes}
+        return Change(step)
 
 
 def enough(recipe: Recipe) -> list[Change]:
     """Changes that are enough by themselves, the cheapest first; if there are none, one of several keys together."""
-    found = []
-    for ladder in _ladders(recipe):
-        change = next((Change(step) for step in ladder if _excess(recipe, step) == 0), None)
-        if change is not None:
-            found.append(change)
-        if len(found) == SHOWN:
-            return found
-    return found or _together(recipe)
+    trials, found = Trials(recipe), list[Change]()
+    ladders = [ladder for ladder in _ladders(trials) if ladder.steps]
+    nodes = [trials.change({})] if trials.enough({}) else []
+    for trials.grows in (False,) if nodes else (False, True):
+        found += [trials.change(step) for ladder in ladders if (step := trials.least(ladder)) is not None]
+    found = list({str(change): change for change in [*found, *nodes]}.values())
+    needed = [c for c in found if not any(other.values.keys() < c.values.keys() for other in found)]
+    return needed[:SHOWN] or _together(trials, ladders)
 
 
-def _together(recipe: Recipe) -> list[Change]:
+def _together(trials: Trials, ladders: list[Ladder]) -> list[Change]:
     """Take the step that helps most, again and again; then leave out, or weaken, what was not needed."""
-    ladders = list(_ladders(recipe))
     pile: Step = {}
-    left = excess(recipe)
-    while left:
-        tried = [(_excess(recipe, pile | step), pile | step) for ladder in ladders for step in ladder]
+    left = trials.excess(pile)
+    while left > (0, 0):
+        steps = [step for ladder in ladders for step in (ladder.steps[-1:] if ladder.rising else ladder.steps)]
+        tried = [(trials.excess(pile | step), pile | step) for step in steps]
         best, better = min(tried, key=lambda one: one[0])
         if best >= left:
             return []
         pile, left = better, best
     for key in list(pile):
         rest = {k: v for k, v in pile.items() if k != key}
-        weaker = [rest, *(rest | step for ladder in ladders for step in ladder if list(step) == [key])]
-        pile = next(one for one in [*weaker, pile] if _excess(recipe, one) == 0)
-    return [Change(pile)]
+        same = (ladder for ladder in ladders if list(ladder.steps[0]) == [key])
+        weaker = [Ladder([rest]), *(Ladder([rest | step for step in one.steps], one.rising) for one in same)]
+        pile = next((step for one in weaker if (step := trials.least(one)) is not None), pile)
+    return [trials.change(pile)]
 
 
-def _ladders(recipe: Recipe) -> Iterator[list[Step]]:
-    """Ladders of changes, each from its smallest step to its largest; those that cost least speed come first."""
-    learners = {k: getattr(recipe, k) for k in ("learner", "actor", "critic") if hasattr(recipe, k)}
-    rl = recipe if isinstance(recipe, RLRecipe) else None
-    for key, learner in learners.items():
-        yield [{f"{key}.model.gradient_checkpointing": True}]
-        yield [{f"{key}.micro_batch_tokens": n} for n in _halves(learner.micro_batch_tokens)]
-    if rl is not None:
-        yield from _generation(rl)
-        yield [{"reference.micro_batch_tokens": n} for n in _halves(rl.reference.micro_batch_tokens)]
-        for i, reward in enumerate(rl.rewards):
-            yield [{f"rewards.{i}.micro_batch_tokens": n} for n in _halves(reward.micro_batch_tokens)]
-    for key, learner in learners.items():
+# --- what is tried ----------------------------------------------------------------------------------------------------
+
+
+def _ladders(trials: Trials) -> Iterator[Ladder]:
+    """Those that cost least speed come first."""
+    recipe, learners = trials.recipe, learners_of(trials.recipe)
+    keys = {"learner" if role == recipe.kind else role: learner for role, learner in learners.items()}
+    for key, learner in keys.items():
+        yield from _activations(key, learner)
+    if isinstance(recipe, RLRecipe):
+        yield from _lengths(trials, recipe)
+        yield from _generation(recipe)
+        yield from _frozen(recipe)
+    for key, learner in keys.items():
         yield from _states(key, learner)
-    if rl is not None and recipe.cluster.device == "cuda":
-        yield [{"cluster.placement": "colocated"}]
-    for key, learner in learners.items():
-        more: list[Step] = [{f"{key}.ranks": learner.ranks * n} for n in (2, 4, 8)]
-        yield [*more, *(step | {"cluster.nodes": recipe.cluster.nodes * n} for n in (2, 4) for step in more)]
-    yield [{"cluster.nodes": recipe.cluster.nodes * n} for n in (2, 4, 8)]
+    yield from _places(trials, keys)
 
 
-def _generation(recipe: RLRecipe) -> Iterator[list[Step]]:
+def _activations(key: str, learner: LearnerSettings) -> Iterator[Ladder]:
+    if not learner.model.gradient_checkpointing:
+        yield Ladder([{f"{key}.model.gradient_checkpointing": True}])
+    if learner.model.attention == "eager":
+        yield Ladder([{f"{key}.model.attention": "sdpa"}])
+    yield _halves(f"{key}.micro_batch_tokens", learner.micro_batch_tokens)
+
+
+def _lengths(trials: Trials, recipe: RLRecipe) -> Iterator[Ladder]:
+    """Only where a sequence would be longer than the model's positions: lengths decide what is learned."""
+    settings, positions = recipe.generation, trials.shapes[recipe.actor.model.path].positions
+    if (settings.max_model_tokens or 0) > positions:
+        yield Ladder([{"generation.max_model_tokens": positions}])
+    if settings.max_new_tokens >= positions:
+        left = positions - recipe.prompts.max_prompt_tokens
+        yield Ladder([{"generation.max_new_tokens": n} for n in (left, positions // 2) if n > 0])
+
+
+def _generation(recipe: RLRecipe) -> Iterator[Ladder]:
     settings = recipe.generation
     if recipe.cluster.device == "cpu":
-        yield [{"generation.kv_cache_gib": settings.kv_cache_gib / n} for n in (2, 4, 8)]
+        cache = settings.kv_cache_gib
+        yield Ladder([{"generation.kv_cache_gib": round(cache * n / 8, 3)} for n in range(7, 0, -1)])
+        more = (*(n / 4 for n in range(1, 17)), 8, 16, 32)
+        yield Ladder([{"generation.kv_cache_gib": round(cache + n, 3)} for n in more])
         return
-    less = [round(settings.gpu_memory_fraction - 0.05 * n, 2) for n in range(1, 20)]
-    yield [{"generation.gpu_memory_fraction": share} for share in less if share >= 0.1]
-    more = [round(settings.gpu_memory_fraction + 0.05 * n, 2) for n in range(1, 20)]
-    yield [{"generation.gpu_memory_fraction": share} for share in more if share <= 0.95]
-    yield [{"generation.tensor_parallel": settings.tensor_parallel * n} for n in (2, 4, 8)]
+    share, parallel, engines = settings.gpu_memory_fraction, settings.tensor_parallel, settings.engines
+    for sign in (-1, 1):
+        shares = [round(share + sign * 0.05 * n, 2) for n in range(1, 20)]
+        yield Ladder([{"generation.gpu_memory_fraction": share} for share in shares if 0.1 <= share <= 0.95])
+    for sizes in (range(parallel - 1, 0, -1), range(parallel + 1, recipe.cluster.gpus_per_node + 1)):
+        steps: list[Step] = [{"generation.tensor_parallel": n} for n in sizes]
+        yield Ladder(steps)
+        fewer = [max(1, engines * parallel // n) for n in sizes]
+        yield Ladder([step | {"generation.engines": n} for step, n in zip(steps, fewer, strict=True) if n != engines])
 
 
-def _states(key: str, learner: LearnerSettings) -> Iterator[list[Step]]:
-    """Cut model states over ranks, halve the weights, or move states to CPU memory."""
-    stages: list[int] = [stage for stage in (1, 2, 3) if stage > learner.zero_stage]
-    if learner.ranks > 1:
-        yield [{f"{key}.zero_stage": stage} for stage in stages]
+def _frozen(recipe: RLRecipe) -> Iterator[Ladder]:
+    workers = {"reference": recipe.reference} | {f"rewards.{i}": reward for i, reward in enumerate(recipe.rewards)}
+    for key, worker in workers.items():
+        yield _halves(f"{key}.micro_batch_tokens", worker.micro_batch_tokens)
+        if worker.model is not None and worker.model.dtype == "float32":
+            yield Ladder([{f"{key}.model.dtype": "bfloat16"}])
+
+
+def _states(key: str, learner: LearnerSettings) -> Iterator[Ladder]:
+    """Cut model states over ranks, halve the weights, or move states to CPU memory or back."""
+    stage = learner.zero_stage
+    yield Ladder([{f"{key}.zero_stage": n} for n in range(stage + 1, 4)])
+    yield Ladder([{f"{key}.zero_stage": n} for n in range(stage - 1, -1, -1)])
     if learner.model.dtype == "float32":
-        stage: Step = {} if learner.zero_stage else {f"{key}.zero_stage": 2}
-        yield [{f"{key}.model.dtype": "bfloat16", **stage}]
-    if not learner.offload_optimizer:
-        yield [{f"{key}.offload_optimizer": True}]
-    if learner.zero_stage == 3 and not learner.offload_parameters:
-        yield [{f"{key}.offload_parameters": True}]
+        yield Ladder([{f"{key}.model.dtype": "bfloat16", **({} if stage else {f"{key}.zero_stage": 2})}])
+    yield Ladder([{f"{key}.offload_optimizer": not learner.offload_optimizer}])
+    if stage == 3:
+        yield Ladder([{f"{key}.offload_parameters": not learner.offload_parameters}])
 
 
-def _halves(tokens: int) -> list[int]:
-    found = []
+def _places(trials: Trials, learners: dict[str, LearnerSettings]) -> Iterator[Ladder]:
+    """Other GPUs: shared or not, fewer processes, more ranks."""
+    recipe, cluster = trials.recipe, trials.recipe.cluster
+    if cluster.device == "cuda" and isinstance(recipe, RLRecipe):
+        yield Ladder([{"cluster.placement": "separate" if shares_gpus(cluster) else "colocated"}])
+    yield from _fewer(trials)
+    if cluster.device == "cpu":
+        yield Ladder([{"cluster.nodes": n} for n in range(cluster.nodes + 1, cluster.nodes + 17)])
+    for key, learner in learners.items():
+        most = min(8 * learner.ranks, MOST_RANKS)
+        yield Ladder([{f"{key}.ranks": n} for n in range(learner.ranks + 1, most + 1)], rising=True)
+
+
+def _fewer(trials: Trials) -> Iterator[Ladder]:
+    """On CPUs any process less; on GPUs as many less as there are too many, of one role or of all that share them."""
+    recipe, on_gpus = trials.recipe, trials.recipe.cluster.device == "cuda"
+    if on_gpus and trials.same_nodes({}):
+        return
+    counts = {_count_key(recipe, role): demand for role, demand in demands(recipe).items() if role != "judge"}
+    taken = {key: d.processes * d.gpus for key, d in counts.items()}
+    if shares_gpus(recipe.cluster):
+        sizes = range(max(taken.values()) - 1, 0, -1)
+        ladders = [[{key: n // counts[key].gpus for key in taken if taken[key] > n} for n in sizes]]
+    else:
+        fewer = {key: range(d.processes - 1, 0, -1) for key, d in counts.items() if d.gpus or not on_gpus}
+        ladders = [[{key: n} for n in numbers] for key, numbers in fewer.items()]
+    for steps in ladders:
+        first = bisect_left(steps, True, key=trials.same_nodes) if on_gpus else 0
+        yield Ladder(steps[first : first + 1] if on_gpus else steps, rising=True)
+
+
+def _count_key(recipe: Recipe, role: str) -> str:
+    """The key that says how many processes a role has."""
+    if role == "engine":
+        return "generation.engines"
+    if role == "reference":
+        return "reference.workers"
+    if isinstance(recipe, RLRecipe) and role.startswith("reward "):
+        return f"rewards.{[f'reward {r.name}' for r in recipe.rewards].index(role)}.workers"
+    return "learner.ranks" if role == recipe.kind else f"{role}.ranks"
+
+
+def _halves(key: str, tokens: int) -> Ladder:
+    steps: list[Step] = []
     while tokens // 2 >= LEAST_TOKENS:
         tokens //= 2
-        found.append(tokens)
-    return found
-
-
-def _excess(recipe: Recipe, values: Step) -> int:
-    changed = _changed(recipe, values)
-    return excess(recipe) if changed is None else excess(changed)
-
-
-def _changed(recipe: Recipe, values: Step) -> Recipe | None:
-    """The recipe with other values; None when they make no sense together or change nothing."""
-    document = Document("", recipe.model_dump(mode="json"))
-    for key, value in values.items():
-        document.override(f"{key}={value}")
-    try:
-        changed = type(recipe).model_validate(document.values)
-    except ValidationError:
-        return None
-    return None if changed == recipe or any(combination_problems(changed)) else changed
+        steps.append({key: tokens})
+    return Ladder(steps, rising=True)

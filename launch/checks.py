@@ -17,17 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from actors.layout import sharing_problems
-from actors.settings import GRPORecipe, PPORecipe, RLRecipe, RMRecipe, SFTRecipe, model_sampling_problem
-from launch.document import in_words
+from actors.layout import demands, layout, nodes_needed, sharing_problems
+from actors.settings import (
+    GRPORecipe,
+    PPORecipe,
+    RewardSettings,
+    RLRecipe,
+    RMRecipe,
+    SFTRecipe,
+    model_sampling_problem,
+)
+from launch.document import Document, in_words
+from learners.data import check_path
 from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData, UserError
 
 Recipe = SFTRecipe | RMRecipe | PPORecipe | GRPORecipe
 Data = PromptData | SFTData | PairData
 
 LEAST_GRPO_TEMPERATURE = 0.7
+USUAL_GROUP = 8
 # What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when it complains.
 MAY_CHANGE = (
     "run.checkpoint", "run.keep", "run.samples", "run.tensorboard", "run.wandb", "run.progress", "run.max_skipped",
@@ -94,24 +102,26 @@ def _offload(key: str, learner: LearnerSettings, device: str) -> Iterator[Proble
             yield Problem((f"{key}.{name}", "cluster.device"), "needs cluster.device cuda: on cpu all is in CPU memory")
     if learner.offload_optimizer and learner.zero_stage == 0:
         yield Problem((f"{key}.offload_optimizer", f"{key}.zero_stage"), "needs zero_stage 1, 2 or 3, not 0")
+    if learner.offload_parameters and learner.zero_stage != 3:
+        keys = (f"{key}.offload_parameters", f"{key}.zero_stage")
+        yield Problem(keys, f"needs zero_stage 3, not {learner.zero_stage}")
 
 
 def _batches(recipe: RLRecipe) -> Iterator[Problem]:
     step = recipe.step
     prompts, group, mini = step.prompts_per_step, step.group_size, step.mini_batch_size
-    sequences = prompts * group
     if isinstance(recipe, GRPORecipe) and group < 2:
-        message = "1 leaves nothing to compare a response with; GRPO needs 2 or more (8 is usual)"
+        message = f"1 leaves nothing to compare a response with; GRPO needs 2 or more ({USUAL_GROUP} is usual)"
         yield Problem(("step.group_size",), message)
-    elif sequences % mini:
+        group = USUAL_GROUP  # what follows is judged as if this were put right
+    sequences = prompts * group
+    if sequences % mini:
         around = (n for d in range(mini) for n in (mini - d, mini + d))
         nearest = sequences if mini > sequences else next(n for n in around if sequences % n == 0)
         yield Problem(
             ("step.mini_batch_size", "step.prompts_per_step", "step.group_size"),
             f"{mini} does not divide prompts_per_step {prompts} * group_size {group} = {sequences}; nearest: {nearest}",
         )
-
-
     if isinstance(recipe, PPORecipe) and recipe.algorithm.kl_target and recipe.algorithm.kl_horizon < sequences:
         message = f"{recipe.algorithm.kl_horizon} is less than one step of {sequences} sequences; take several steps"
         yield Problem(("algorithm.kl_horizon",), message)
@@ -127,6 +137,24 @@ def _rewards(recipe: RLRecipe) -> Iterator[Problem]:
         if count > 1:
             keys = tuple(f"rewards.{i}.name" for i, r in enumerate(recipe.rewards) if r.name == name)
             yield Problem(keys[::-1], f"{name!r} names {count} sources; each needs a name of its own")
+    for i, reward in enumerate(recipe.rewards):
+        yield from _source(f"rewards.{i}", reward)
+
+
+def _source(key: str, reward: RewardSettings) -> Iterator[Problem]:
+    """A source of scores has the key that is named like its kind, and not the other."""
+    hint = {"model": f"set {key}.model.path", "function": "set it to module:function"}
+    for name in hint:
+        given = getattr(reward, name) is not None
+        if given != (name == reward.kind):
+            what = f"is for kind {name}, not {reward.kind}" if given else f"missing: kind {name} needs it: {hint[name]}"
+            yield Problem((f"{key}.{name}", f"{key}.kind"), what)
+    yield from _function_name(f"{key}.function", reward.function)
+
+
+def _function_name(key: str, name: str | None) -> Iterator[Problem]:
+    if name is not None and name.count(":") != 1:
+        yield Problem((key,), f"must read module:function, not {name!r}")
 
 
 def _evaluation(recipe: RLRecipe) -> Iterator[Problem]:
@@ -138,8 +166,7 @@ def _evaluation(recipe: RLRecipe) -> Iterator[Problem]:
     if prompts and settings.function is None:
         named = (f"evaluation.{prompts[0]}", "evaluation.function")
         yield Problem(named, "needs the true score of a response: set evaluation.function to module:function")
-    if settings.function is not None and settings.function.count(":") != 1:
-        yield Problem(("evaluation.function",), f"must read module:function, not {settings.function!r}")
+    yield from _function_name("evaluation.function", settings.function)
     if settings.function is not None and not prompts:
         unset = ("evaluation.function", "evaluation.prompts", "evaluation.test_prompts")
         yield Problem(unset, "has nothing to judge: set evaluation.prompts.path or evaluation.test_prompts.path")
@@ -191,11 +218,28 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, ModelSettings]]:
                 yield f"rewards.{i}.model", reward.model
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+def lacking_gpus(recipe: Recipe) -> str | None:
+    """Why the recipe's nodes have too few GPUs for its processes, and what would be enough; None when they have."""
+    cluster, bundles = recipe.cluster, layout(recipe.cluster, demands(recipe)).bundles
+    enough, sizes = nodes_needed(bundles, cluster.gpus_per_node), [int(bundle.get("GPU", 0)) for bundle in bundles]
+    if enough is not None and enough <= cluster.nodes:
+        return None
+    one = f"{max(sizes)} of them must be on one node: raise cluster.gpus_per_node"
+    has = f"the cluster has {cluster.nodes} x {cluster.gpus_per_node}"
+    return f"{sum(sizes)} GPUs are needed, {has}: {f'ask for {enough} nodes' if enough else one}"
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
 
 
 def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
-    """The run folder, models' JSON files and data columns, as far as they are on this machine."""
+    """GPUs, the run folder, models' JSON files and data columns, as far as they are on this machine.
+
+    A cluster that is joined is asked for its GPUs once it answers.
+    """
+    if not recipe.cluster.address and (lacking := lacking_gpus(recipe)):
+        keys = ("cluster.nodes", "cluster.gpus_per_node", "cluster.device", "cluster.placement")
+        yield Problem(keys, f"{lacking}, or join a cluster that has them with cluster.address")
     yield from _run_folder(recipe.run.folder, resume)
     if resume:
         yield from _changed(recipe)
@@ -209,9 +253,9 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
 
 def is_local(path: str) -> bool:
     """Whether a path means this machine's disk: it exists, or cannot be a hub's `organisation/name`."""
-    if Path(path).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         return True
-    return Path(path).parent.is_dir()
+    return os.path.isdir(os.path.dirname(path))
 
 
 def is_encoder(config: dict[str, Any]) -> bool:
@@ -221,32 +265,38 @@ def is_encoder(config: dict[str, Any]) -> bool:
 
 
 def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
-    path = Path(folder)
+    path = Path(os.path.abspath(folder))
     if resume:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             yield Problem(("run.folder",), f"{folder} does not exist: nothing to resume")
         elif all(checkpoint.suffix == ".tmp" for checkpoint in path.glob("checkpoints/step-*")):
             yield Problem(("run.folder",), f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)")
         return
-    if path.exists():
+    if os.path.exists(path):
         yield Problem(("run.folder",), f"{folder} exists; choose another folder, or --resume to go on with that run")
         return
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = next(parent for parent in path.parents if os.path.exists(parent))
     if not above.is_dir():
         yield Problem(("run.folder",), f"{folder} cannot be made: {above} is a file")
         return
-    try:  # permissions alone do not tell: the disk may be read-only, or the user root
-        os.rmdir(tempfile.mkdtemp(dir=above))
-    except OSError as error:
-        yield Problem(("run.folder",), f"{folder} cannot be made: {above}: {error.strerror}")
+    try:  # permissions alone do not tell: the disk may be read-only, the user root, or the name too long
+        with tempfile.TemporaryDirectory(dir=above) as trial:
+            Path(trial, path.relative_to(above)).mkdir(parents=True)
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        yield Problem(("run.folder",), f"{folder} cannot be made: {above}: {what}")
 
 
 def _changed(recipe: Recipe) -> Iterator[Problem]:
     """A resumed run goes on as if it had never stopped: what decides its numbers must be what it was."""
     before = Path(recipe.run.folder) / "config.yaml"
-    if not before.is_file():
+    if not os.path.isfile(before):
         return
-    old, new = flat(yaml.safe_load(before.read_text())), flat(yaml.safe_load(recipe.to_yaml()))
+    try:
+        old, new = flat(Document.read(before).values), flat(recipe.model_dump(mode="json"))
+    except UserError as error:
+        yield Problem(("run.folder",), f"{error.problems[0]}; the run to resume must say what it was")
+        return
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
             message = f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}; "
@@ -264,8 +314,8 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
     named = (f"{key}.path",)
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file, not a model folder" if folder.exists() else "no such model folder (and no hub name)"
+    if not os.path.isdir(path):
+        what = "is a file, not a model folder" if os.path.exists(path) else "no such model folder (and no hub name)"
         yield Problem(named, f"{path}: {what}")
         return
     config = read_json(folder / "config.json")
@@ -275,6 +325,9 @@ def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
         return
     if not key.startswith(("critic", "reference")) and not any((folder / f).exists() for f in TOKENIZER_FILES):
         yield Problem(named, f"{path}: has no tokenizer ({TOKENIZER_FILES[0]} and the like)")
+    if malformed := list(_malformed(config)):
+        yield from (Problem(named, f"{path}: config.json: {message}") for message in malformed)
+        return
     message = _wrong_architecture(key, config, recipe)
     if message is None and isinstance(recipe, RMRecipe) and not is_encoder(config):
         message = pad_problem(folder, config)
@@ -285,9 +338,23 @@ def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
         yield from _model_sampling(folder, recipe)
 
 
+def _malformed(config: dict[str, Any]) -> Iterator[str]:
+    """What is read here and is not what Transformers writes."""
+    written = (
+        ("architectures", list, "a list"),
+        ("model_type", str, "text"),
+        ("id2label", dict, "a section"),
+        ("max_position_embeddings", int, "a whole number"),
+    )
+    for name, kind, what in written:
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            yield f"{name} must be {what}, not {in_words(value)}"
+
+
 def _room_for_a_prompt(config: dict[str, Any], recipe: RLRecipe) -> Iterator[Problem]:
     longest, wanted = config.get("max_position_embeddings"), recipe.generation.max_new_tokens
-    if isinstance(longest, int) and wanted >= longest:
+    if longest is not None and wanted >= longest:
         keys = ("generation.max_new_tokens", "actor.model.path")
         yield Problem(keys, f"{wanted} leaves no room for a prompt in the model's {longest} positions")
 
@@ -311,7 +378,8 @@ def _wrong_architecture(key: str, config: dict[str, Any], recipe: Recipe) -> str
             return f"has no score head: {name or 'it'} is not a ...ForSequenceClassification; train one with quatuor rm"
         return None if labels == 1 else f"has {labels} labels; a reward model gives one score"
     if key == "critic.model" and is_encoder(config):
-        return f"is an encoder ({config['model_type']}); a critic reads the Actor's tokens one by one: use a decoder"
+        kind = config.get("model_type") or name
+        return f"is an encoder ({kind}); a critic reads the Actor's tokens one by one: use a decoder"
     if key == "critic.model":
         fits = causal or scorer or name.endswith("ForTokenClassification")
         return None if fits or not name else f"{name} cannot become a critic; start from a reward model or an SFT model"
@@ -364,10 +432,15 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:
 
 
 def _data_file(key: str, data: Data) -> Iterator[Problem]:
-    """The file is there and, when it holds JSON lines, its first row has the columns."""
+    """The file is there, in a format we read and, when it holds JSON lines, its first row has the columns."""
     named, path = (f"{key}.path",), Path(data.path)
-    if not path.exists():
+    if not os.path.exists(path):
         yield Problem(named, f"{data.path}: no such data file or folder (and no hub name)")
+        return
+    try:
+        check_path(data.path)
+    except UserError as error:
+        yield Problem(named, error.problems[0])
         return
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))[:1]
     if not files or files[0].suffix not in (".jsonl", ".json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 import traceback
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the keys below")]
+AnyRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; quatuor ppo --help lists a kind's keys")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="replace keys of the recipe")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in run.folder from its newest checkpoint")]
 Check = Annotated[bool, typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing")]
@@ -77,24 +79,24 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores, in minutes."""
-    ours = folder == Path("runs/demo") or (folder / ".quatuor-demo").exists()
-    if folder.exists() and (not ours or Path.cwd().is_relative_to(folder.resolve())):
+    ours = folder == Path("runs/demo") or os.path.exists(folder / ".quatuor-demo")
+    if os.path.exists(folder) and (not ours or Path.cwd().is_relative_to(folder.resolve())):
         raise UserError(f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another")
     guarded(folder, debug, "launch.demo", "run_demo", folder, seed)
 
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
+    recipe: AnyRecipe,
     overrides: Overrides = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plan here")] = None,
 ) -> None:
     """What a recipe will do and need, before anything starts: batches, devices, memory, transfers. Exit code 1 when it
     does not fit."""
-    parsed, _ = read_recipe(recipe, overrides or [])
+    parsed, document = read_recipe(recipe, overrides or [])
     from launch.plan import show_plan
 
-    if not show_plan(parsed, json_file):
+    if not show_plan(parsed, json_file, document):
         raise typer.Exit(FAILED)
 
 
@@ -112,7 +114,7 @@ def doctor(
 
 @app.command()
 def submit(
-    recipe: RecipeFile,
+    recipe: AnyRecipe,
     address: Annotated[str, typer.Option(help="the cluster's job server, such as http://head:8265")],
     overrides: Overrides = None,
     resume: Resume = False,
@@ -126,7 +128,7 @@ def submit(
 
 @app.command()
 def slurm(
-    recipe: RecipeFile,
+    recipe: AnyRecipe,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="machines; default: the recipe's cluster.nodes")] = None,
     time_limit: Annotated[str, typer.Option("--time", help="Slurm's time limit")] = "24:00:00",
@@ -176,7 +178,7 @@ def guarded(folder: Path, debug: bool, module: str, function: str, *args: Any, *
         if debug:
             raise
         told = "--debug shows the traceback"
-        if folder.is_dir():
+        if os.path.isdir(folder):
             log = folder / "error.log"
             log.write_text(traceback.format_exc())
             told = f"traceback in {log}"
@@ -192,6 +194,8 @@ def fail(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 75 left with a checkpoint, 130 interrupted."""
     show_ray_token()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter; stderr never fails
     try:
         code = app(arguments, prog_name="quatuor", standalone_mode=False)
     except TyperException as error:  # a command line that cannot be read

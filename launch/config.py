@@ -123,35 +123,36 @@ def _related(one: str, other: str) -> bool:
 
 def _repair(values: dict[str, Any], error: dict[str, Any], keys: dict[str, Any]) -> None:
     """Make one reported key harmless: rename it, fill it in, or leave it out."""
-    *path, last = error["loc"] or (None,)
+    *path, last = error["loc"]
     place: Any = values
     for depth, part in enumerate(path):
         if isinstance(place[part], list) and (depth == len(path) - 1):
             path, last = path[:depth], part  # a bad entry takes its whole list out
             break
         place = place[part]
-    if not isinstance(place, dict) or error["type"] == "value_error":
+    if not isinstance(place, dict):
         return
     name = ".".join(map(str, (*path, last)))
     if error["type"] == "missing" and (entry := lookup(name, keys)) and last not in place:
         place[last] = entry.stand_in
         return
     value = place.pop(last, None)
-    if error["type"] == "extra_forbidden" and (meant := renamed(name, keys)):
+    if error["type"] == "extra_forbidden" and "." not in str(last) and (meant := renamed(name, keys)):
         place.setdefault(meant, value)
 
 
 def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
     """One validation error as a person would say it."""
     kind, got, limits = error["type"], in_words(error.get("input")), error.get("ctx", {})
+    if kind == "extra_forbidden" and "." in (name := str(error["loc"][-1])):
+        nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+        return f"a key with dots is for the command line; here write {nested}"
     if kind == "extra_forbidden":
         return f"unknown key; {suggest(key, keys)}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
         return "missing: the list is too short"
     if kind == "missing":
         return f"missing: {required(key, keys)}"
-    if kind == "value_error":
-        return str(limits["error"])
     if kind == "literal_error":
         return f"must be {limits['expected']}, not {got}"
     bounds = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge"),
@@ -166,6 +167,14 @@ def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
               "string": "text", "model": section, "dict": section, "tuple": "a list"}  # fmt: skip
     for prefix, what in wanted.items():
         if kind.startswith(prefix):
-            hint = "; leave the key out for its defaults" if got == "nothing" and what == section else ""
+            hint = _left_empty(key, keys) if got == "nothing" and what == section else ""
             return f"must be {what}, not {got}{hint}"
     return str(error["msg"])
+
+
+def _left_empty(key: str, keys: dict[str, Any]) -> str:
+    """What to do about a section that was given nothing."""
+    entry = lookup(key, keys)
+    if entry is None:
+        return ""
+    return f": {required(key, keys)}" if entry.default == "required" else "; leave the key out for its defaults"

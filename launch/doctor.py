@@ -71,7 +71,7 @@ def looks_at(device: str) -> Iterator[Callable[[], Finding]]:
     yield lambda: memory_size(memory)
     yield lambda: disk("disk", Path.cwd(), *disk_of(Path.cwd()))
     yield lambda: disk("ray's disk", ray_folder(), *disk_of(ray_folder()))
-    yield lambda: shared_memory(disk_of(Path("/dev/shm"))[0], memory)
+    yield lambda: shared_memory(shutil.disk_usage("/dev/shm").total / GIB, memory)
     yield lambda: ports(bindable_ports(LEAST_PORTS), [p for p in HEAD_PORTS if not is_free(p)])
     yield lambda: network(own_address(), interfaces(), named_interface(device))
     if ":" in (address := os.environ.get("RAY_ADDRESS", "")):
@@ -130,13 +130,16 @@ def disk(name: str, folder: Path, free_gib: float, used: float) -> Finding:
     return Finding(name, found)
 
 
-def shared_memory(free_gib: float, memory_gib: float) -> Finding:
-    """Ray's object store lies in /dev/shm, or, much slower, on a disk when it does not fit there."""
+def shared_memory(gib: float, memory_gib: float) -> Finding:
+    """Ray's object store lies in /dev/shm, or, much slower, on a disk when it does not fit there.
+
+    What counts is how large that is, not what is free of it: a run that is going on has its objects there already.
+    """
     need = min(RAY_STORE_SHARE * memory_gib, RAY_STORE_GIB)
-    found = f"{free_gib:.1f} GiB free in /dev/shm, Ray's object store takes {need:.1f}"
+    found = f"{gib:.1f} GiB in /dev/shm, Ray's object store takes {need:.1f}"
     size = f"{math.ceil(need)}g"
     remedy = f"in Docker: --shm-size={size}; elsewhere as root: mount -o remount,size={size} /dev/shm"
-    return Finding("shared memory", found, "" if free_gib >= need else remedy)
+    return Finding("shared memory", found, "" if gib >= need else remedy)
 
 
 def ports(free: int, taken: Sequence[int]) -> Finding:

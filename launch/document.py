@@ -13,6 +13,7 @@ import yaml
 from learners.settings import UserError
 
 COMMAND_LINE = "command line"
+_DEEPEST = 50  # recipes are 5 deep; parsers of YAML and JSON give up at some hundreds
 _MERGE = "tag:yaml.org,2002:merge"
 
 # YAML 1.2 scalars. PyYAML's own (1.1) read 1e-6 as text, `on` as true, 010 as eight and 2026-01-01 as a date.
@@ -33,6 +34,17 @@ _RESOLVERS = {
 
 class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value that is not what its tag says is an error with a place, as all others."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(node, yaml.ScalarNode):
+                str(value).encode()  # half a surrogate pair is no text, and JSON has no numbers without bounds
+            return value
+        except (ValueError, KeyError, AttributeError):
+            problem = f"{in_words(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 @dataclass
@@ -61,7 +73,7 @@ class Document:
         document = cls(name)
         try:
             values = document._parse(text, "", lambda node: f"{name}:{node.start_mark.line + 1}")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise UserError(_malformed(error, name)) from None
         if not isinstance(values, dict):
             raise UserError(f"{name}: a recipe is a list of keys and values, not {in_words(values)}")
@@ -78,12 +90,13 @@ class Document:
         origins, self.origins = self.origins, {}
         try:
             value = self._parse(written, key, lambda node: COMMAND_LINE)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             self.problems.append(_malformed(error, f"{COMMAND_LINE}: {key}", line=False))
             self.origins = origins
             return
         kept = {k: v for k, v in origins.items() if k != key and not k.startswith(f"{key}.")}
-        self.origins = {**kept, key: COMMAND_LINE, **self.origins}
+        made = {".".join(parts[:depth]): COMMAND_LINE for depth in range(1, len(parts))}
+        self.origins = {**made, **kept, key: COMMAND_LINE, **self.origins}
         problem = _put(self.values, parts, value)
         if problem:
             self.problems.append(f"{COMMAND_LINE}: {key}: {problem}")
@@ -111,6 +124,8 @@ class Document:
         """Remember the origin of every key below a node; report keys that are written twice."""
         if any(node is outer for outer in above):
             raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
+        if len(above) > _DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", node.start_mark)
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
@@ -186,9 +201,10 @@ def _put(values: dict[str, Any], parts: list[str], value: Any) -> str | None:
     return None
 
 
-def _malformed(error: yaml.YAMLError, name: str, line: bool = True) -> str:
+def _malformed(error: yaml.YAMLError | RecursionError, name: str, line: bool = True) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    what = "nested too deeply" if isinstance(error, RecursionError) else what
     context = getattr(error, "context", None)
     where = f"{name}:{mark.line + 1}" if line and mark else name
     return f"{where}: not valid YAML: {f'{context}, ' if context else ''}{what}"

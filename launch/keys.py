@@ -67,8 +67,8 @@ def required(key: str, keys: dict[str, Key]) -> str:
         return "a required key"
     inside = [k.name for k in keys.values() if k.name.startswith(f"{name}.") and k.default == "required"]
     leaves = [k for k in inside if not any(other.startswith(f"{k}.") for other in inside)]
-    if keys[name].kind == "section" and leaves:
-        return f"set {' and '.join(leaves)}"
+    if keys[name].kind == "section":
+        return f"set {' and '.join(leaves)}" if leaves else f"write {name}: {{}} for its defaults"
     return keys[name].description or keys[name].kind
 
 
@@ -138,7 +138,8 @@ def _plural(shape: dict[str, Any], definitions: dict[str, Any]) -> str:
 def _bounds(shape: dict[str, Any]) -> str:
     low = f">{shape['exclusiveMinimum']:g}" if "exclusiveMinimum" in shape else ""
     low = f">={shape['minimum']:g}" if "minimum" in shape else low
-    high = f"<={shape['maximum']:g}" if "maximum" in shape else ""
+    high = f"<{shape['exclusiveMaximum']:g}" if "exclusiveMaximum" in shape else ""
+    high = f"<={shape['maximum']:g}" if "maximum" in shape else high
     return "".join(f" {bound}" for bound in (low, high) if bound)
 
 
@@ -149,4 +150,4 @@ def _stand_in(shape: dict[str, Any]) -> Any:
         return shape["enum"][0]
     if "properties" in shape:
         return {}
-    return {"array": [], "string": "", "boolean": False}.get(shape["type"], 1)
+    return {"array": [], "string": "-", "boolean": False}.get(shape["type"], 1)

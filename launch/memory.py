@@ -16,13 +16,14 @@ from learners.settings import LearnerSettings, ModelSettings
 
 GIB = 2**30
 PHASES = ("start", "generate", "score", "learn", "sync")
-COMPONENTS = ("weights", "gradients", "optimizer", "activations", "kv_cache", "buffers", "sync", "runtime")
 BYTES = {"float32": 4, "bfloat16": 2}
 
 # DeepSpeed's defaults, in elements.
 BUCKET = 500_000_000  # gradients reduced at once
 LIVE = 1_000_000_000  # ZeRO-3: parameters gathered at once, and optimizer states stepped at once
 PERSISTENT = 100_000  # ZeRO-3: smaller parameters are never cut
+
+KV_BLOCK = {"cpu": 128, "cuda": 16}  # vLLM's, in tokens
 
 # Estimates, in bytes.
 PACKED = 2 * GIB  # vLLM's transfer sends through two buffers of 1 GiB
@@ -32,7 +33,7 @@ HOST_PROCESS = {"cpu": {"engine": 2 * GIB}, "cuda": {"engine": 4 * GIB}}
 HOST_OTHERS = {"cpu": int(0.6 * GIB), "cuda": 2 * GIB}
 
 Use = dict[str, int]
-"""Bytes by component."""
+"""Bytes by component: weights, gradients, optimizer, activations, kv_cache, buffers, sync, runtime."""
 
 
 @dataclass
@@ -51,9 +52,9 @@ class Load:
     longest: int
 
     @classmethod
-    def of(cls, budget: int, longest: int, together: int = 1) -> Load:
-        """Micro-batches are cut to the budget, but never below one row (or `together` rows)."""
-        return cls(max(budget, longest * together), longest)
+    def of(cls, budget: int, longest: int, rows: int, together: int) -> Load:
+        """A process's `rows` are cut to the budget, but never below one row (or `together` rows)."""
+        return cls(min(max(budget, longest * together), longest * rows), longest)
 
 
 # --- what is exact ----------------------------------------------------------------------------------------------------
@@ -65,14 +66,14 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
     ZeRO 1-3 keep float32 master weights besides the weights even of a float32 model, and gradients in float32;
     bfloat16 under ZeRO-1 keeps both kinds of gradients whole.
     """
-    tensors, stage, ranks = shape.tensors(head), settings.zero_stage, settings.ranks
-    whole, width = sum(tensors), BYTES[settings.model.dtype]
+    stage, ranks = settings.zero_stage, settings.ranks
+    whole, width = shape.parameters(head), BYTES[settings.model.dtype]
     share = whole / ranks
     moments = 8 if settings.optimizer.kind == "adamw" else 0
     if stage == 0:
         return {"weights": width * whole, "gradients": width * whole, "optimizer": moments * whole}
     both = (6 if width == 2 else 4) * whole
-    small = sum(n for n in tensors if n <= PERSISTENT) if ranks > 1 else 0
+    small = sum(n * count for n, count in shape.tensors(head).items() if n <= PERSISTENT) if ranks > 1 else 0
     return {
         "weights": int(width * (share + small)) if stage == 3 else width * whole,
         "gradients": both if stage == 1 else int(4 * share),
@@ -122,7 +123,13 @@ def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) ->
 
 
 def learner(
-    role: str, shape: Shape, head: Head, settings: LearnerSettings, load: Load, cluster: ClusterSettings
+    role: str,
+    shape: Shape,
+    head: Head,
+    settings: LearnerSettings,
+    to_read: Load,
+    to_learn: Load,
+    cluster: ClusterSettings,
 ) -> Footprint:
     """One rank of a trained role. On shared GPUs it waits in CPU memory while engines generate, the Critic also during
     a sync."""
@@ -139,11 +146,13 @@ def learner(
     if settings.offload_parameters:
         host["weights"] = device.pop("weights")
     gathered = width * min(whole, LIVE) if stage == 3 else 0
-    reading = {"activations": reading_activations(shape, head, settings.model, load), "buffers": gathered}
+    reading = {"activations": reading_activations(shape, head, settings.model, to_read), "buffers": gathered}
+    # With the optimizer offloaded, ZeRO-2 in bfloat16 still sums gradients in float32 on the GPU.
+    elsewhere = settings.offload_optimizer and (stage == 3 or (stage == 2 and width == 4))
     learning = {
-        "gradients": 0 if settings.offload_optimizer and stage > 1 else states["gradients"],
-        "activations": training_activations(shape, head, settings.model, load),
-        "buffers": gathered + _bucket(whole, settings, cluster),
+        "gradients": 0 if elsewhere else states["gradients"],
+        "activations": training_activations(shape, head, settings.model, to_learn),
+        "buffers": gathered + _bucket(shape, head, settings, cluster),
     }
     if not settings.offload_optimizer:
         last = states["gradients"] if stage in (0, 3) else 4 * whole // settings.ranks
@@ -173,12 +182,15 @@ def _step(whole: int, settings: LearnerSettings) -> int:
     return 4 * part * (int(settings.optimizer.kind == "adamw") + int(copied))
 
 
-def _bucket(whole: int, settings: LearnerSettings, cluster: ClusterSettings) -> int:
-    """Bytes of the buffer gradients are reduced in. On CPU, pages of it that are never touched take no memory."""
-    width = BYTES[settings.model.dtype]
+def _bucket(shape: Shape, head: Head, settings: LearnerSettings, cluster: ClusterSettings) -> int:
+    """Bytes of the buffer gradients are reduced in, and of single gradients larger than it, which ZeRO-2 in bfloat16
+    keeps. On CPU, pages of it that are never touched take no memory."""
+    whole, width = shape.parameters(head), BYTES[settings.model.dtype]
     if settings.zero_stage == 0 or (settings.zero_stage == 1 and width == 2):
         return 4 * min(whole, BUCKET) if settings.ranks > 1 else 0
-    return width * (BUCKET if cluster.device == "cuda" else min(whole, BUCKET))
+    kept = settings.zero_stage == 2 and width == 2
+    larger = sum(n * count for n, count in shape.tensors(head).items() if n > BUCKET) if kept else 0
+    return width * (larger + (BUCKET if cluster.device == "cuda" else min(whole, BUCKET)))
 
 
 def frozen(shape: Shape, head: Head, model: ModelSettings, load: Load, cluster: ClusterSettings) -> Footprint:
@@ -219,11 +231,9 @@ def sending(footprint: Footprint, shape: Shape, model: ModelSettings, cluster: C
     whole, part = width * shape.parameters("lm"), width * shape.largest_group("lm")
     if cluster.device == "cpu":
         packed = {"sync": 2 * whole}  # packed, and in the object store
-        footprint.host["sync"] = sum_of(footprint.host["sync"], packed)
-    else:
-        packed = {"sync": min(PACKED, whole) + 2 * part}
-        footprint.device["sync"] = sum_of(footprint.device["sync"], packed)
-    return footprint
+        return Footprint({}, footprint.host | {"sync": sum_of(footprint.host["sync"], packed)})
+    packed = {"sync": min(PACKED, whole) + 2 * part}
+    return Footprint(footprint.device | {"sync": sum_of(footprint.device["sync"], packed)}, footprint.host)
 
 
 def function() -> Footprint:
@@ -247,7 +257,12 @@ def _placed(
 
 def sum_of(*uses: Use) -> Use:
     """Component by component; what is 0 is left out."""
-    return {c: total for c in COMPONENTS if (total := sum(use.get(c, 0) for use in uses))}
+    found: Use = {}
+    for use in uses:
+        for component, size in use.items():
+            if size:
+                found[component] = found.get(component, 0) + size
+    return found
 
 
 def _larger(one: Use, other: Use) -> Use:
@@ -259,6 +274,6 @@ def total(use: Use) -> int:
 
 
 def longest_sequence(recipe: RLRecipe, shape: Shape) -> int:
-    """The longest prompt + response that may come, tokens."""
+    """The longest prompt + response that may come, tokens. Prompts are as long as the model's positions allow."""
     asked = recipe.prompts.max_prompt_tokens + recipe.generation.max_new_tokens
     return min(recipe.generation.max_model_tokens or asked, shape.positions)

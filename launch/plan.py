@@ -1,35 +1,41 @@
 """`quatuor plan`: what a recipe will do and need, by arithmetic alone; nothing starts and nothing heavy is imported.
 
 Memory comes from launch/memory.py, times (rough) from launch/timing.py, places from actors/layout.py, which also places
-the real run. docs/plan.md says what is exact and what is an estimate.
+the real run. docs/plan.md says what is exact and what is an estimate, and what the JSON holds.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from actors.layout import Layout, demands, layout, misfit, needs_reference, shares_gpus, sharing_problems
+from actors.layout import Arrangement, Kind, Place, demands, misfit, needs_reference
 from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
 from launch import memory
-from launch.checks import Recipe
-from launch.memory import GIB, PHASES, Footprint, Load, Use, total
+from launch.checks import Problem, Recipe
+from launch.config import located
+from launch.document import Document
+from launch.memory import GIB, PHASES, Footprint, Load, Use, sum_of, total
 from launch.shapes import ENCODERS, Head, Shape, find_shape
 from launch.timing import step_seconds
 from learners.settings import LearnerSettings, ModelSettings, UserError
 
 RL = PPORecipe | GRPORecipe
+NEVER = 10**6  # nodes that are missing where no number of nodes is enough
+UNCOUNTED = 10**12  # rows of held-out data: nothing here opens data
+
+arrangement = lru_cache(maxsize=64)(Arrangement)  # most changes that are tried move no process
 
 
 @dataclass(frozen=True)
 class Model:
-    """A role's model: where the recipe names it, its shape and its head."""
+    """A role's model, its shape and its head."""
 
-    key: str
     settings: ModelSettings
     shape: Shape
     head: Head
@@ -40,33 +46,33 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Process:
-    """One process of a role: its node, its GPUs' numbers on that node, and its memory."""
-
-    name: str
-    role: str
-    node: int
-    gpus: tuple[int, ...]
-    footprint: Footprint
-
-
-@dataclass(frozen=True)
 class Memory:
-    """One GPU, or the CPU memory of one node: its limit, and what each process holds there in each phase, in bytes."""
+    """GPUs, or CPU memories of nodes, that hold the same: where they are, how many bytes each has, and what is there:
+    roles, what one process of it holds in each phase, and how many processes there are."""
 
-    node: int
-    gpu: int | None
+    places: list[Place]
     limit: int | None
-    uses: dict[str, dict[str, Use]]  # phase -> process -> component -> bytes
+    held: list[tuple[str, dict[str, Use], int]]
+    phases: Sequence[str]
 
     @property
-    def totals(self) -> dict[str, int]:
-        return {phase: sum(map(total, processes.values())) for phase, processes in self.uses.items()}
+    def is_gpu(self) -> bool:
+        return self.places[0][1] is not None
 
-    @property
+    @cached_property
+    def uses(self) -> dict[str, dict[str, Use]]:
+        """Phase -> role -> component -> bytes in one place."""
+        found: dict[str, dict[str, Use]] = {phase: {} for phase in self.phases}
+        for role, use, count in self.held:
+            for phase, roles in found.items():
+                roles[role] = sum_of(roles.get(role, {}), *[use[phase]] * count)
+        return found
+
+    @cached_property
     def peak(self) -> tuple[str, int]:
         """The phase that holds most, and how much."""
-        return max(self.totals.items(), key=lambda item: item[1])
+        sizes = {phase: sum(total(use[phase]) * count for _, use, count in self.held) for phase in self.phases}
+        return max(sizes.items(), key=lambda item: item[1])
 
     @property
     def headroom(self) -> int | None:
@@ -87,9 +93,10 @@ class Change:
 class Plan:
     recipe: Recipe
     models: dict[str, Model]
-    batch: dict[str, Any]
-    processes: list[Process]
+    where: Arrangement
+    footprints: dict[Kind, Footprint]
     memories: list[Memory]
+    batch: dict[str, Any]
     sync: dict[str, Any]
     seconds: dict[str, float]
     problems: list[str]
@@ -99,62 +106,75 @@ class Plan:
         return not self.problems
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Raises UserError when a model's shape is not known on this machine."""
-    models = dict(_models(recipe))
-    where = layout(recipe.cluster, demands(recipe))
-    problems = list(_model_problems(recipe, models))
-    problems += [f"{keys[0]}: {message}" for keys, message in sharing_problems(recipe)]
-    if lacking := _lacking(recipe, where):
-        problems.insert(0, lacking)
-    processes = _processes(recipe, models, where)
-    memories = _memories(recipe, processes)
-    problems += _memory_problems(memories)
+def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
+    """Raises UserError with every model whose shape is not known on this machine."""
+    models, where = _models(recipe, read_shapes(recipe, document)), arranged(recipe)
+    footprints = _footprints(recipe, models, where)
+    memories = _memories(recipe, footprints, where)
+    problems = [*_lacking(where), *_model_problems(recipe, models), *_memory_problems(memories)]
     longest = _longest(recipe, models)
     cached = kv_room(recipe, models) * longest if isinstance(recipe, RL) else 0
     seconds = step_seconds(recipe, {role: m.shape for role, m in models.items()}, longest, cached)
-    made = batch(recipe, models), processes, memories, _sync(recipe, models), seconds, problems
-    return Plan(recipe, models, *made)
+    numbers = batch(recipe, models), _sync(recipe, models), seconds
+    return Plan(recipe, models, where, footprints, memories, *numbers, problems)
 
 
-def excess(recipe: Recipe) -> int:
-    """By how many bytes a recipe does not fit, over all devices; what is no question of memory counts as 1 TiB."""
-    try:
-        plan = make_plan(recipe)
-    except UserError:  # a layout that is refused
-        return 1024 * GIB
-    over = [-m.headroom for m in plan.memories if m.headroom is not None and m.headroom < 0]
-    others = len(plan.problems) - len(list(_memory_problems(plan.memories)))
-    return sum(over) + others * 1024 * GIB
+def excess(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[int, int]:
+    """How far a recipe is from fitting: what keeps it from starting at all, and bytes too many over all devices."""
+    models, where = _models(recipe, shapes), arranged(recipe)
+    if missing := missing_nodes(where):
+        return missing, 0
+    memories = _memories(recipe, _footprints(recipe, models, where), where)
+    over = sum(len(m.places) * max(0, -(m.headroom or 0)) for m in memories)
+    return len(list(_model_problems(recipe, models))), over
 
 
 # --- models and batches -----------------------------------------------------------------------------------------------
 
 
-def _models(recipe: Recipe) -> Iterator[tuple[str, Model]]:
-    """Every role that holds a model, in placement order."""
+def read_shapes(recipe: Recipe, document: Document | None = None) -> dict[str, Shape]:
+    """By path, of all models. Raises UserError with every model that cannot be planned, and where it is written."""
+    found: dict[str, Shape] = {}
+    problems: dict[str, str] = {}
+    for _, key, model, head in _roles(recipe):
+        try:
+            found[model.path] = find_shape(model.path)
+        except UserError as error:
+            problems[f"{key}.path"] = error.problems[0]
+        else:
+            if found[model.path].family in ENCODERS and head != "score":
+                problems[f"{key}.path"] = f"{model.path} is an encoder; a decoder is needed"
+    if problems:
+        told = (Problem((key,), message) for key, message in problems.items())
+        raise UserError([located(p, document) if document else f"{p.keys[0]}: {p.message}" for p in told])
+    return found
+
+
+def _roles(recipe: Recipe) -> Iterator[tuple[str, str, ModelSettings, Head]]:
+    """Every role that holds a model, in placement order: the key that names its model, the model and the head."""
     if isinstance(recipe, SFTRecipe | RMRecipe):
-        head: Head = "lm" if isinstance(recipe, SFTRecipe) else "score"
-        yield recipe.kind, _model("learner.model", recipe.learner.model, head)
+        yield recipe.kind, "learner.model", recipe.learner.model, "lm" if isinstance(recipe, SFTRecipe) else "score"
         return
-    yield "engine", _model("actor.model", recipe.actor.model, "lm")
-    yield "actor", _model("actor.model", recipe.actor.model, "lm")
+    yield "engine", "actor.model", recipe.actor.model, "lm"
+    yield "actor", "actor.model", recipe.actor.model, "lm"
     if isinstance(recipe, PPORecipe):
-        yield "critic", _model("critic.model", recipe.critic.model, "value")
+        yield "critic", "critic.model", recipe.critic.model, "value"
     if needs_reference(recipe):
         own = recipe.reference.model
-        key = "reference.model" if own else "actor.model"
-        yield "reference", _model(key, own or recipe.actor.model, "lm")
+        yield "reference", "reference.model" if own else "actor.model", own or recipe.actor.model, "lm"
     for i, reward in enumerate(recipe.rewards):
         if reward.model is not None:
-            yield f"reward {reward.name}", _model(f"rewards.{i}.model", reward.model, "score")
+            yield f"reward {reward.name}", f"rewards.{i}.model", reward.model, "score"
 
 
-def _model(key: str, settings: ModelSettings, head: Head) -> Model:
-    shape = find_shape(key, settings.path)
-    if shape.family in ENCODERS and head != "score":
-        raise UserError(f"{key}.path: {settings.path} is an encoder; a decoder is needed")
-    return Model(key, settings, shape, head)
+def _models(recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Model]:
+    return {role: Model(model, shapes[model.path], head) for role, _, model, head in _roles(recipe)}
+
+
+def learners_of(recipe: Recipe) -> dict[str, LearnerSettings]:
+    if isinstance(recipe, SFTRecipe | RMRecipe):
+        return {recipe.kind: recipe.learner}
+    return {"actor": recipe.actor} | ({"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {})
 
 
 def _longest(recipe: Recipe, models: Mapping[str, Model]) -> int:
@@ -166,33 +186,41 @@ def _longest(recipe: Recipe, models: Mapping[str, Model]) -> int:
 
 def batch(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:
     """The batch arithmetic: from what one step reads to optimizer steps. Micro-batches are those of longest rows."""
-    longest, together = _longest(recipe, models), 1
+    sequences, rows, together = _rows(recipe)
     if isinstance(recipe, RL):
-        step, learners = recipe.step, {"actor": recipe.actor}
-        if isinstance(recipe, PPORecipe):
-            learners["critic"] = recipe.critic
-        sequences = step.prompts_per_step * step.group_size
-        rows, per_step = step.mini_batch_size, step.ppo_epochs * math.ceil(sequences / step.mini_batch_size)
+        step, mini_batches = recipe.step, math.ceil(sequences / rows)
+        per_step = step.ppo_epochs * mini_batches
         head: dict[str, Any] = {
             "prompts": step.prompts_per_step, "group_size": step.group_size, "sequences": sequences,
-            "mini_batches": math.ceil(sequences / rows), "mini_batch_size": rows, "epochs": step.ppo_epochs,
+            "mini_batches": mini_batches, "mini_batch_size": rows, "epochs": step.ppo_epochs,
             "optimizer_steps_per_step": per_step, "steps": step.steps, "optimizer_steps": per_step * step.steps,
         }  # fmt: skip
     else:
-        train, learners = recipe.train, {recipe.kind: recipe.learner}
-        together = 2 if isinstance(recipe, RMRecipe) else 1
-        rows = sequences = train.batch_size * together
         head = {
-            "examples": train.batch_size, "sequences": sequences, "mini_batches": 1, "mini_batch_size": rows,
-            "optimizer_steps_per_step": 1, "steps": train.steps, "optimizer_steps": train.steps,
+            "examples": recipe.train.batch_size, "sequences": rows, "mini_batches": 1, "mini_batch_size": rows,
+            "optimizer_steps_per_step": 1, "steps": recipe.train.steps, "optimizer_steps": recipe.train.steps,
         }  # fmt: skip
-    ranks = {role: _cut(rows, learner, longest, together) for role, learner in learners.items()}
+    longest = _longest(recipe, models)
+    ranks = {role: _cut(rows, learner, longest, together) for role, learner in learners_of(recipe).items()}
     return {**head, "longest_sequence_tokens": longest, "ranks": ranks}
+
+
+def _rows(recipe: Recipe) -> tuple[int, int, int]:
+    """Sequences that are read at a time, those of a mini-batch, and how many of them stay together."""
+    if isinstance(recipe, RL):
+        return recipe.step.prompts_per_step * recipe.step.group_size, recipe.step.mini_batch_size, 1
+    together = 2 if isinstance(recipe, RMRecipe) else 1
+    return UNCOUNTED, recipe.train.batch_size * together, together
+
+
+def _share(rows: int, processes: int, together: int) -> int:
+    """Rows of one of the processes, which share them evenly."""
+    return math.ceil(rows / together / processes) * together
 
 
 def _cut(rows: int, learner: LearnerSettings, longest: int, together: int) -> dict[str, int]:
     """How a mini-batch is cut for one role: rows of a rank, and its micro-batches when every row is a longest one."""
-    mine = math.ceil(rows / together / learner.ranks) * together
+    mine = _share(rows, learner.ranks, together)
     at_once = max(together, learner.micro_batch_tokens // longest // together * together)
     return {
         "ranks": learner.ranks,
@@ -215,111 +243,100 @@ def _sync(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:
 # --- placement and memory ---------------------------------------------------------------------------------------------
 
 
-def _lacking(recipe: Recipe, where: Layout) -> str | None:
+def arranged(recipe: Recipe) -> Arrangement:
+    return arrangement(recipe.cluster, tuple(demands(recipe).items()))
+
+
+def missing_nodes(where: Arrangement) -> int:
+    return NEVER if where.nodes is None else max(0, where.nodes - where.cluster.nodes)
+
+
+def _lacking(where: Arrangement) -> Iterator[str]:
     """Why the GPUs of the recipe's cluster are not enough."""
-    cluster = recipe.cluster
-    nodes = [{"GPU": float(cluster.gpus_per_node)}] * cluster.nodes
-    bundles = [{"GPU": b["GPU"]} for b in where.bundles if "GPU" in b]
-    reason = misfit(bundles, nodes) if bundles else None
-    has = f"cluster has {cluster.nodes} x {cluster.gpus_per_node}"
-    return f"cluster: {reason.split(', Ray has')[0]}, the {has}" if reason else None
+    if missing_nodes(where):
+        nodes, each = where.cluster.nodes, where.cluster.gpus_per_node
+        bundles = [{"GPU": bundle["GPU"]} for bundle in where.layout.bundles if "GPU" in bundle]
+        reason = str(misfit(bundles, [{"GPU": each}] * nodes))
+        yield f"cluster: {reason.split(', ')[0]}, the cluster has {nodes} x {each}"
 
 
-def _nodes_of(recipe: Recipe, where: Layout) -> list[tuple[int, int]]:
-    """Node and first GPU of every bundle: the first node with room, in order; beyond the last node if there is none.
-
-    Without GPUs, bundles are spread over the nodes.
-    """
-    if recipe.cluster.device == "cpu":
-        return [(i % recipe.cluster.nodes, 0) for i in range(len(where.bundles))]
-    per_node = recipe.cluster.gpus_per_node
-    taken: list[int] = [0] * recipe.cluster.nodes
-    spots = []
-    for bundle in where.bundles:
-        wanted = int(bundle.get("GPU", 0))
-        node = next((n for n, used in enumerate(taken) if used + wanted <= per_node), len(taken))
-        if node == len(taken):
-            taken.append(0)
-        spots.append((node, taken[node]))
-        taken[node] += wanted
-    return spots
-
-
-def _processes(recipe: Recipe, models: Mapping[str, Model], where: Layout) -> list[Process]:
-    """Every process in its place. All of a role are alike, but that the Actor's first rank sends the weights; on shared
-    GPUs every rank sends to the engine beside it."""
-    spots, found = _nodes_of(recipe, where), []
-    for role, seats in where.seats.items():
-        first_of, others = (_footprint(recipe, models, role, sends) for sends in (True, False))
-        for i, seat in enumerate(seats):
-            node, first = spots[seat.bundle]
-            gpus = tuple(first + g for g in seat.gpus) if recipe.cluster.device == "cuda" else ()
-            name = f"{role}[{i}]" if len(seats) > 1 else role
-            sends = i == 0 or shares_gpus(recipe.cluster)
-            found.append(Process(name, role, node, gpus, first_of if sends else others))
+def _footprints(recipe: Recipe, models: Mapping[str, Model], where: Arrangement) -> dict[Kind, Footprint]:
+    """What one process of every kind takes."""
+    found = {(role, False): _footprint(recipe, models, role) for role, _ in where.need}
+    if actor := models.get("actor"):
+        found["actor", True] = memory.sending(found["actor", False], actor.shape, actor.settings, recipe.cluster)
     return found
 
 
-def _footprint(recipe: Recipe, models: Mapping[str, Model], role: str, sends: bool) -> Footprint:
-    cluster, longest = recipe.cluster, _longest(recipe, models)
-    if role not in models:
+def _footprint(recipe: Recipe, models: Mapping[str, Model], role: str) -> Footprint:
+    """What one process of a role takes, but for sending weights."""
+    cluster, model = recipe.cluster, models.get(role)
+    if model is None:
         return memory.function()
-    model = models[role]
-    if isinstance(recipe, SFTRecipe | RMRecipe):
-        load = Load.of(recipe.learner.micro_batch_tokens, longest, 2 if isinstance(recipe, RMRecipe) else 1)
-        return memory.learner(role, model.shape, model.head, recipe.learner, load, cluster)
-    if role == "engine":
+    if isinstance(recipe, RL) and role == "engine":
         return memory.engine(model.shape, model.settings, recipe.generation, cluster)
-    if role == "actor" or (role == "critic" and isinstance(recipe, PPORecipe)):
-        settings: LearnerSettings = getattr(recipe, role)
-        load = Load.of(settings.micro_batch_tokens, longest)
-        found = memory.learner(role, model.shape, model.head, settings, load, cluster)
-        return memory.sending(found, model.shape, model.settings, cluster) if role == "actor" and sends else found
+    longest, (read, learned, together) = _longest(recipe, models), _rows(recipe)
+
+    def load(rows: int, processes: int, budget: int) -> Load:
+        return Load.of(budget, longest, _share(rows, processes, together), together)
+
+    if learner := learners_of(recipe).get(role):
+        reading, learning = (load(rows, learner.ranks, learner.micro_batch_tokens) for rows in (read, learned))
+        return memory.learner(role, model.shape, model.head, learner, reading, learning, cluster)
+    assert isinstance(recipe, RL)
     worker = recipe.reference if role == "reference" else next(r for r in recipe.rewards if role == f"reward {r.name}")
-    return memory.frozen(model.shape, model.head, model.settings, Load.of(worker.micro_batch_tokens, longest), cluster)
+    reading = load(read, worker.workers, worker.micro_batch_tokens)
+    return memory.frozen(model.shape, model.head, model.settings, reading, cluster)
 
 
-def _memories(recipe: Recipe, processes: list[Process]) -> list[Memory]:
-    """Every GPU in use, and every node's CPU memory."""
+def _memories(recipe: Recipe, footprints: Mapping[Kind, Footprint], where: Arrangement) -> list[Memory]:
+    """Every GPU in use, and every node's CPU memory; those that hold the same together."""
     cluster = recipe.cluster
-    phases = PHASES if isinstance(recipe, RL) else ("start", "learn")
-    gpus = sorted({(p.node, g) for p in processes for g in p.gpus})
-    found = [
-        Memory(
-            node, gpu, int(cluster.gpu_memory_gib * GIB),
-            {f: {p.name: p.footprint.device[f] for p in processes if p.node == node and gpu in p.gpus} for f in phases},
-        )
-        for node, gpu in gpus
-    ]  # fmt: skip
-    limit = None if cluster.node_memory_gib is None else int(cluster.node_memory_gib * GIB)
-    for node in sorted({p.node for p in processes}):
-        uses = {f: {p.name: p.footprint.host[f] for p in processes if p.node == node} for f in phases}
-        found.append(Memory(node, None, limit, uses))
+    gpu, node = int(cluster.gpu_memory_gib * GIB), cluster.node_memory_gib
+    host = None if node is None else int(node * GIB)
+    phases = PHASES if isinstance(recipe, RL) else ("start", *(["score"] if recipe.held_out else []), "learn")
+    found = []
+    for places, kinds in where.alike:
+        on_gpu = places[0][1] is not None
+        held = [(k[0], footprints[k].device if on_gpu else footprints[k].host, count) for k, count in kinds.items()]
+        found.append(Memory(places, gpu if on_gpu else host, held, phases))
     return found
 
 
 def _model_problems(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[str]:
     """What keeps an engine from starting, whatever the memory."""
-    if not isinstance(recipe, RL) or recipe.cluster.device == "cpu":
+    if not isinstance(recipe, RL):
         return
-    shape, parallel = models["engine"].shape, recipe.generation.tensor_parallel
-    if shape.heads % parallel:
-        yield f"generation.tensor_parallel: {parallel} does not divide the model's {shape.heads} attention heads"
+    shape, generation, parallel = models["engine"].shape, recipe.generation, recipe.generation.tensor_parallel
+    wanted, longest = generation.max_model_tokens or 0, shape.positions
+    if wanted > longest:
+        yield f"generation.max_model_tokens: {wanted} is more than the model's {longest} positions"
+    if generation.max_new_tokens >= longest:
+        wanted = generation.max_new_tokens
+        yield f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's {longest} positions"
+    parts = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.intermediate}
+    uneven = [f"{n} {what}" for what, n in parts.items() if n % parallel and (n != shape.kv_heads or parallel % n)]
+    if uneven:
+        yield f"generation.tensor_parallel: {parallel} does not divide the model's {', '.join(uneven)}"
     if kv_room(recipe, models) < 1:
-        yield (
-            f"generation: an engine's {recipe.generation.gpu_memory_fraction:g} of {recipe.cluster.gpu_memory_gib:g} "
-            f"GiB leaves no KV cache for one sequence of {_longest(recipe, models)} tokens"
-        )
+        one = f"one sequence of {_longest(recipe, models)} tokens"
+        if recipe.cluster.device == "cpu":
+            yield f"generation.kv_cache_gib: {generation.kv_cache_gib:g} GiB of KV cache do not hold {one}"
+        else:
+            share, whole = generation.gpu_memory_fraction, recipe.cluster.gpu_memory_gib
+            yield f"generation: an engine's {share:g} of {whole:g} GiB leaves no KV cache for {one}"
 
 
-def kv_room(recipe: RL, models: Mapping[str, Model]) -> float:
-    """Sequences of the longest length that an engine's KV cache holds at once."""
+def kv_room(recipe: RL, models: Mapping[str, Model]) -> int:
+    """Sequences of the longest length that an engine's KV cache holds at once, counted in blocks as vLLM does: without
+    one block that it keeps."""
     model, generation = models["engine"], recipe.generation
     footprint = memory.engine(model.shape, model.settings, generation, recipe.cluster)
     room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
     parts = min(generation.tensor_parallel, model.shape.kv_heads)
-    token = memory.BYTES[model.settings.dtype] * model.shape.kv_elements / parts
-    return room / token / _longest(recipe, models)
+    block = memory.KV_BLOCK[recipe.cluster.device]
+    blocks = room * parts // (block * memory.BYTES[model.settings.dtype] * model.shape.kv_elements) - 1
+    return max(0, blocks) // math.ceil(_longest(recipe, models) / block)
 
 
 def _memory_problems(memories: list[Memory]) -> Iterator[str]:
@@ -327,13 +344,13 @@ def _memory_problems(memories: list[Memory]) -> Iterator[str]:
     over: dict[tuple[str, int, bool], list[Memory]] = {}
     for one in memories:
         if one.headroom is not None and one.headroom < 0:
-            over.setdefault((*one.peak, one.gpu is None), []).append(one)
+            over.setdefault((*one.peak, one.is_gpu), []).append(one)
     for (phase, size, _), group in over.items():
         limit = group[0].limit or 0
-        heaviest = max(group[0].uses[phase].items(), key=lambda item: total(item[1]))
+        role, use = max(group[0].uses[phase].items(), key=lambda item: total(item[1]))
         yield (
-            f"{places(group)}: {phase} needs {size / GIB:.1f} GiB, there are {limit / GIB:.4g}; "
-            f"most of it is {heaviest[0].split('[')[0]}: {_largest_parts(heaviest[1])}"
+            f"{where_are(group)}: {phase} needs {size / GIB:.1f} GiB, there are {limit / GIB:.4g}; "
+            f"most of it is {role}: {_largest_parts(use)}"
         )
 
 
@@ -342,13 +359,14 @@ def _largest_parts(use: Use) -> str:
     return ", ".join(f"{component.replace('_', ' ')} {size / GIB:.1f}" for component, size in parts)
 
 
-def places(memories: list[Memory]) -> str:
-    """Devices in a few words: node 0 GPU 0-3, node 1 GPU 0-3."""
-    if memories[0].gpu is None:
-        return f"node {ranges([m.node for m in memories])} CPU memory"
+def where_are(memories: list[Memory]) -> str:
+    """Devices in a few words: node 0 GPU 0-3, node 1-3 GPU 0-7."""
+    places = [place for m in memories for place in m.places]
+    if not memories[0].is_gpu:
+        return f"node {ranges([node for node, _ in places])} CPU memory"
     by_node: dict[int, list[int]] = {}
-    for m in memories:
-        by_node.setdefault(m.node, []).append(m.gpu or 0)
+    for node, gpu in places:
+        by_node.setdefault(node, []).append(gpu or 0)
     alike: dict[str, list[int]] = {}
     for node, gpus in by_node.items():
         alike.setdefault(ranges(gpus), []).append(node)
@@ -370,7 +388,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
-    """Everything as plain data; sizes in bytes, times in seconds. The keys stay as they are."""
+    """Everything as plain data; sizes in bytes, times in seconds. docs/plan.md lists the keys, which stay."""
     seconds, whole = plan.seconds, sum(plan.seconds.values())
     return {
         "kind": plan.recipe.kind,
@@ -383,28 +401,36 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
         },
         "batch": plan.batch,
         "placement": [
-            {"process": p.name, "role": p.role, "node": p.node, "gpus": list(p.gpus)} for p in plan.processes
+            {"process": p.name, "role": p.role, "node": p.node, "gpus": list(p.gpus)} for p in plan.where.processes
         ],
-        "memory": [
-            {
-                "node": m.node, "gpu": m.gpu, "limit_bytes": m.limit, "largest_phase": m.peak[0],
-                "peak_bytes": m.peak[1], "headroom_bytes": m.headroom, "phases": m.uses,
-            }
-            for m in plan.memories
-        ],
+        "memory": [_device(plan, m, place) for m in plan.memories for place in m.places],
         "sync": plan.sync,
         "estimated_phases": {
             phase: {"seconds": time, "share": time / whole if whole else 0.0} for phase, time in seconds.items()
         },
+    }
+
+
+def _device(plan: Plan, memory: Memory, place: Place) -> dict[str, Any]:
+    """One GPU or one node's CPU memory, process by process."""
+    held = {p.name: plan.footprints[p.kind] for p in plan.where.on[place]}
+    return {
+        "node": place[0], "gpu": place[1], "limit_bytes": memory.limit, "largest_phase": memory.peak[0],
+        "peak_bytes": memory.peak[1], "headroom_bytes": memory.headroom,
+        "phases": {
+            phase: {name: (f.device if memory.is_gpu else f.host)[phase] for name, f in held.items()}
+            for phase in memory.phases
+        },
     }  # fmt: skip
 
 
-def show_plan(recipe: Recipe, json_file: Path | None = None) -> bool:
-    """Print the plan, write it as JSON if asked, and say whether the recipe fits."""
+def show_plan(recipe: Recipe, json_file: Path | None = None, document: Document | None = None) -> bool:
+    """Print the plan, write it as JSON if asked, and say whether the recipe fits. `document` knows where every value is
+    written."""
     from launch.changes import enough
     from launch.plan_table import print_plan
 
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, document)
     changes = [] if plan.fits else enough(recipe)
     if json_file is not None:
         try:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.memory import GIB, Use, sum_of, total
-from launch.plan import RL, Change, Memory, Plan, kv_room, places
+from launch.plan import RL, Change, Memory, Plan, kv_room, where_are
 
 WIDTH = 116  # at least: a narrow terminal wraps lines itself
 COLUMNS = {
@@ -74,53 +74,42 @@ def _sync(plan: Plan) -> Iterator[str]:
     s, room = plan.sync, kv_room(plan.recipe, plan.models)
     engines = _many(s["engines"], "engine") + (f" on {s['devices']} GPUs" if s["devices"] > s["engines"] else "")
     yield f"{_size(s['bytes'])} of weights a step to {engines}"
-    yield f"an engine's KV cache holds {room:.0f} of {plan.recipe.generation.max_concurrent} sequences at full length"
+    yield f"an engine's KV cache holds {room} of {plan.recipe.generation.max_concurrent} sequences at full length"
 
 
 def _memory_table(plan: Plan) -> Table:
     """Devices that hold the same in their largest phase share rows; sizes in GiB."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("GiB, largest phase", no_wrap=True)
+    table.add_column("GiB, largest phase")
     table.add_column("role", no_wrap=True)
     for name in (*COLUMNS, "sum", "of", "free"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in _alike(plan.memories):
-        where = f"{places(group)}, {group[0].peak[0]}"
-        for i, row in enumerate(_rows(group, plan.recipe.cluster.device == "cuda")):
+        where = f"{where_are(group)}, {group[0].peak[0]}"
+        for i, row in enumerate(_rows(group[0], plan.recipe.cluster.device == "cuda")):
             table.add_row(*([where, *row] if not i else ["", *row]))
     return table
 
 
-def _rows(group: list[Memory], gpus: bool) -> Iterator[list[str]]:
+def _rows(one: Memory, gpus: bool) -> Iterator[list[str]]:
     """One row per role, and one for all where several share the device. CPU memory beside GPUs is one row."""
-    one = group[0]
     phase, size = one.peak
-    uses = _by_role(one.uses[phase])
+    uses = one.uses[phase]
     bound = [_gib(size), _gib(one.limit), _gib(one.headroom)]
     if len(uses) == 1:
         yield from ([role, *_cells(use), *bound] for role, use in uses.items())
         return
-    beside = one.gpu is None and gpus
+    beside = gpus and not one.is_gpu
     if not beside:
         yield from ([role, *_cells(use), _gib(total(use)), "", ""] for role, use in uses.items())
     yield ["all", *(_cells(sum_of(*uses.values())) if beside else [""] * len(COLUMNS)), *bound]
 
 
-def _by_role(processes: dict[str, Use]) -> dict[str, Use]:
-    """Processes of a role taken together."""
-    roles: dict[str, Use] = {}
-    for name, use in processes.items():
-        role = name.split("[")[0]
-        roles[role] = sum_of(roles.get(role, {}), use)
-    return roles
-
-
 def _alike(memories: list[Memory]) -> Iterator[list[Memory]]:
     groups: dict[Any, list[Memory]] = {}
     for m in memories:
-        uses = _by_role(m.uses[m.peak[0]])
-        same = tuple((role, tuple(_cells(use))) for role, use in uses.items())
-        groups.setdefault((m.gpu is None, m.peak[0], same), []).append(m)
+        same = tuple((role, tuple(_cells(use))) for role, use in m.uses[m.peak[0]].items())
+        groups.setdefault((m.is_gpu, m.peak[0], same), []).append(m)
     yield from groups.values()
 
 

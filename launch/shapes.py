@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from launch.checks import read_json
+from launch.document import in_words
 from learners.settings import UserError
 
 Head = Literal["lm", "score", "value"]
@@ -23,6 +25,12 @@ TABLE = Path(__file__).with_name("model_shapes.yaml")
 SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
 ENCODERS = ("bert", "roberta", "xlm-roberta")
+
+LARGEST = 10**9  # of any size of a model
+SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_hidden_layers",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,15 @@ class Shape:
             return () if self.tied else (self.vocabulary * hidden,)
         return (hidden,) if head == "score" else (hidden, 1)
 
-    def tensors(self, head: Head) -> list[int]:
-        """Elements of every parameter of the model with this head."""
-        return [*self.embedding, *self.layer * self.layers, *self.final, *self.head(head)]
+    def tensors(self, head: Head) -> Counter[int]:
+        """How many parameters of the model with this head have so many elements."""
+        found = Counter((*self.embedding, *self.final, *self.head(head)))
+        for elements in self.layer:
+            found[elements] += self.layers
+        return found
 
     def parameters(self, head: Head) -> int:
-        return sum(self.tensors(head))
+        return sum(map(sum, (self.embedding, self.final, self.head(head)))) + self.layers * sum(self.layer)
 
     def largest_group(self, head: Head) -> int:
         """Elements of the largest part that is gathered at once: a layer, an embedding or the head."""
@@ -69,24 +80,22 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
-def find_shape(key: str, path: str) -> Shape:
-    """The shape of the model a recipe's `key` names. Raises UserError when it is nowhere to be read."""
+def find_shape(path: str) -> Shape:
+    """The shape of a model. Raises UserError when it is nowhere to be read or makes no sense."""
     config = read_json(Path(path) / "config.json") or _cached(path) or _tabled(path)
     if config is None:
         raise UserError(
-            f"{key}.path: {path}: its shape is not known here: no config.json in that folder or in the hub's cache, "
-            f"nor an entry in {TABLE.name}; name a model of the same shape, such as {key}.path=Qwen/Qwen3-8B"
+            f"{path}: its shape is not known here: no config.json in that folder or in the hub's cache, "
+            f"nor an entry in {TABLE.name}; name a model of the same shape, such as Qwen/Qwen3-8B"
         )
     try:
         return read_shape(config)
-    except KeyError as missing:
-        raise UserError(f"{key}.path: {path}: config.json does not say {missing.args[0]}") from None
     except ValueError as error:
-        raise UserError(f"{key}.path: {path}: {error}") from None
+        raise UserError(f"{path}: config.json: {error}") from None
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
-    """Raises KeyError for a size that is not given, ValueError for a family that cannot be counted."""
+    """Raises ValueError for a family that cannot be counted and for a size that is missing or makes no sense."""
     family = str(config.get("model_type"))
     if family == "gpt2":
         return _gpt2(config)
@@ -98,11 +107,20 @@ def read_shape(config: dict[str, Any]) -> Shape:
     raise ValueError(f"model_type {family} cannot be planned; known are {known}")
 
 
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size as it is written; the default where nothing is."""
+    size = config.get(key)
+    if size is None:
+        size = default
+    if type(size) is not int or not 0 < size <= LARGEST:
+        raise ValueError(f"{key} must be a whole number from 1 to {LARGEST:,}, not {in_words(size)}")
+    return size
+
+
 def _gated(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
+    kv_heads = _size(config, "num_key_value_heads", heads)
+    head_dim = _size(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
     wide, narrow = heads * head_dim, kv_heads * head_dim
     layer = [hidden * wide, hidden * narrow, hidden * narrow, wide * hidden, *[hidden * inner] * 3, hidden, hidden]
     bias = family in ("llama", "qwen3") and config.get("attention_bias", False)
@@ -115,32 +133,33 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
     if family == "qwen3":
         layer += [head_dim, head_dim]
     return Shape(
-        family, hidden, config["num_hidden_layers"], heads, kv_heads, head_dim, inner, vocabulary,
-        config["max_position_embeddings"], config.get("tie_word_embeddings", False),
+        family, hidden, layers, heads, kv_heads, head_dim, inner, vocabulary, positions,
+        config.get("tie_word_embeddings", False),
         embedding=(vocabulary * hidden,), layer=tuple(layer), final=(hidden,),
     )  # fmt: skip
 
 
 def _gpt2(config: dict[str, Any]) -> Shape:
-    hidden, heads, vocabulary, positions = (config[key] for key in ("n_embd", "n_head", "vocab_size", "n_positions"))
-    inner = config.get("n_inner") or 4 * hidden
+    keys = ("n_embd", "n_head", "n_layer", "vocab_size", "n_positions")
+    hidden, heads, layers, vocabulary, positions = (_size(config, key) for key in keys)
+    inner, head_dim = _size(config, "n_inner", 4 * hidden), _size(config, "head_dim", hidden // heads)
     norm = (hidden, hidden)
     attention = (3 * hidden * hidden, 3 * hidden, hidden * hidden, hidden)
     mlp = (hidden * inner, inner, inner * hidden, hidden)
     return Shape(
-        "gpt2", hidden, config["n_layer"], heads, heads, hidden // heads, inner, vocabulary, positions,
+        "gpt2", hidden, layers, heads, heads, head_dim, inner, vocabulary, positions,
         config.get("tie_word_embeddings", True),
         embedding=(vocabulary * hidden, positions * hidden), layer=(*norm, *attention, *norm, *mlp), final=norm,
     )  # fmt: skip
 
 
 def _encoder(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads, positions, norm = config["num_attention_heads"], config["max_position_embeddings"], (hidden, hidden)
+    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
+    norm = (hidden, hidden)
     layer = (*(hidden * hidden, hidden) * 4, *norm, hidden * inner, inner, inner * hidden, hidden, *norm)
     return Shape(
-        family, hidden, config["num_hidden_layers"], heads, heads, hidden // heads, inner, vocabulary, positions, True,
-        embedding=(vocabulary * hidden, positions * hidden, config["type_vocab_size"] * hidden, *norm),
+        family, hidden, layers, heads, heads, hidden // heads, inner, vocabulary, positions, True,
+        embedding=(vocabulary * hidden, positions * hidden, _size(config, "type_vocab_size") * hidden, *norm),
         layer=layer, final=(),
     )  # fmt: skip
 

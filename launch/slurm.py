@@ -7,7 +7,7 @@ before the script runs; there, `python -m launch.slurm ADDRESS NODES SECONDS` wa
 from __future__ import annotations
 
 import logging
-import math
+import os
 import re
 import shlex
 import shutil
@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
 from actors.layout import demands, layout
-from launch.checks import Recipe
+from launch.checks import Recipe, lacking_gpus
 from learners.settings import UserError
 
 MARK = "# Written by quatuor slurm"
@@ -40,21 +39,23 @@ def write_job(
 ) -> None:
     """Write the script, by default beside the run folder, and tell how to use it; with `send` hand it to sbatch."""
     nodes = nodes or recipe.cluster.nodes
-    check_gpus(recipe, nodes)
+    recipe = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"nodes": nodes})})
+    if lacking := lacking_gpus(recipe):
+        raise UserError(f"--nodes: {lacking}")
     folder = Path(recipe.run.folder).absolute()
-    if folder.exists() and not any(folder.glob("checkpoints/step-*[0-9]")):
+    if os.path.exists(folder) and not any(folder.glob("checkpoints/step-*[0-9]")):
         raise UserError(f"run.folder: {folder} exists and holds no checkpoint to go on from; choose another folder")
     script = script or folder.with_name(f"{folder.name}.slurm.sh")
-    if script.exists() and MARK not in script.read_text(errors="replace"):
-        raise UserError(f"--script: {script} exists and is not a script of quatuor slurm; it would be replaced")
     if send and shutil.which("sbatch") is None:
         raise UserError("--submit: there is no sbatch on this machine; leave it out, and submit where there is")
     options = sbatch_options(recipe, folder, nodes, time_limit, partition, account)
     lines = ["#!/usr/bin/env bash", f"{MARK}. Edit what your site needs; a second sbatch of it goes on with the run."]
     lines += [f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "") for name, value in options.items()]
-    lines += ["", *variables(recipe, path, overrides, folder, nodes), ""]
+    lines += ["", *variables(recipe, path, [*overrides, f"cluster.nodes={nodes}"], folder), ""]
     text = "\n".join([*lines, BODY.read_text().partition("\n")[2]])  # without the directive for shellcheck
     try:
+        if script.exists() and MARK not in script.read_text(errors="replace"):
+            raise UserError(f"--script: {script} exists and is not a script of quatuor slurm; it would be replaced")
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(text)
     except OSError as error:
@@ -90,7 +91,7 @@ def sbatch_options(
     }
 
 
-def variables(recipe: Recipe, path: Path, overrides: Sequence[str], folder: Path, nodes: int) -> list[str]:
+def variables(recipe: Recipe, path: Path, overrides: Sequence[str], folder: Path) -> list[str]:
     """What slurm.sh is told. Paths are absolute; relative ones inside the recipe count from the present folder."""
     programs = Path(sys.executable).parent
     for program in ("quatuor", "ray"):
@@ -101,7 +102,7 @@ def variables(recipe: Recipe, path: Path, overrides: Sequence[str], folder: Path
         f"bin={shlex.quote(str(programs))}",
         f"command=({shlex.join(command)})",
         f"folder={shlex.quote(str(folder))}",
-        f"least_cpus={least_cpus(recipe, nodes)}",
+        f"least_cpus={least_cpus(recipe)}",
     ]
 
 
@@ -127,37 +128,13 @@ def seconds(time_limit: str) -> int:
     return total
 
 
-def check_gpus(recipe: Recipe, nodes: int) -> None:
-    """Raise UserError unless the nodes have as many GPUs as the recipe's processes."""
-    need = sum(bundle.get("GPU", 0.0) for bundle in layout(recipe.cluster, demands(recipe)).bundles)
-    each = recipe.cluster.gpus_per_node
-    if need > nodes * each:
-        raise UserError(
-            f"--nodes: the recipe needs {need:.0f} GPUs, {nodes} nodes with cluster.gpus_per_node {each} have "
-            f"{nodes * each}: ask for {math.ceil(need / each)} nodes"
-        )
-
-
-def least_cpus(recipe: Recipe, nodes: int) -> int:
+def least_cpus(recipe: Recipe) -> int:
     """Logical CPUs that every node must offer, so that all bundles find room however few cores there are.
 
-    On GPUs these decide who goes where, and CPUs must never be in the way.
+    On GPUs these decide who goes where, and CPUs must never be in the way. Several CPU nodes have a bundle each.
     """
-    sizes = sorted((int(bundle["CPU"]) for bundle in layout(recipe.cluster, demands(recipe)).bundles), reverse=True)
-    if recipe.cluster.device == "cuda":
-        return sum(sizes)
-    return next(room for room in count(max(sizes)) if fits(sizes, nodes, room))
-
-
-def fits(sizes: Sequence[int], nodes: int, room: int) -> bool:
-    """Whether the sizes, largest first, fit into nodes with so much room each when each takes the first that has it."""
-    free = [room] * nodes
-    for size in sizes:
-        node = next((i for i, left in enumerate(free) if left >= size), None)
-        if node is None:
-            return False
-        free[node] -= size
-    return True
+    sizes = [int(bundle["CPU"]) for bundle in layout(recipe.cluster, demands(recipe)).bundles]
+    return sum(sizes) if recipe.cluster.device == "cuda" or recipe.cluster.nodes == 1 else max(sizes)
 
 
 def wait_for_nodes(address: str, nodes: int, deadline_s: float) -> None:

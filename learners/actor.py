@@ -40,6 +40,8 @@ class ActorLearner(ZeroEngine):
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         loss, stats = self.algorithm.actor_loss(outputs, batch, denominator)
         mask = batch.mask
+        # The bound on log-ratios would make an infinite log-prob look like a large one.
+        loss = loss * torch.where(outputs.detach()[mask].isfinite().all(), 1.0, torch.nan)
         old = batch.old_logprobs
         assert old is not None
         drift = torch.where(mask, outputs.detach() - old, 0.0)

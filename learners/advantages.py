@@ -122,7 +122,7 @@ def group_advantages(scores: Tensor, group_size: int, *, kind: str = "grpo", eps
     """
     if group_size < 1 or scores.numel() % group_size:
         raise ValueError(f"{scores.numel()} scores cannot be cut into groups of {group_size}")
-    groups = scores.float().reshape(-1, group_size)
+    groups = scores.double().reshape(-1, group_size)  # scores far from 0 differ in digits that float32 has not
     finite = groups.isfinite()
     n = finite.sum(1, keepdim=True)
     groups = groups.masked_fill(~finite, 0.0)
@@ -146,7 +146,7 @@ def group_advantages(scores: Tensor, group_size: int, *, kind: str = "grpo", eps
             advantages = advantages * n / others
         case _:
             raise ValueError(f"unknown group advantage {kind!r}: choose grpo, dr_grpo or rloo")
-    return advantages.reshape(scores.shape)
+    return advantages.reshape(scores.shape).float()
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
@@ -162,7 +162,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
     # A second pass removes the rounding error of the mean, which the division magnifies when x is constant.
     centred = (centred - centred.sum() / n).masked_fill(~mask, 0.0)
     whitened = centred * torch.rsqrt(centred.square().sum() / n + eps)
-    return whitened if shift_mean else (whitened + mean).masked_fill(~mask, 0.0)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 
 
 @dataclass

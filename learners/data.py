@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -210,8 +211,8 @@ def _open(data: DataSettings) -> Any:
     import datasets  # takes a second, and processes that only tokenise do without
 
     datasets.disable_progress_bars()
-    path = Path(data.path).expanduser()
-    _check_path(data.path, path)
+    path = Path(data.path)
+    check_path(data.path)
     try:
         if not path.is_file():
             return _load(datasets, str(path) if path.is_dir() else data.path, split=data.split)
@@ -222,17 +223,18 @@ def _open(data: DataSettings) -> Any:
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         what = (
-            "cannot be read" if path.exists() else "no file or folder here, and cannot be read from the hub"
+            "cannot be read" if os.path.exists(path) else "no file or folder here, and cannot be read from the hub"
         )
         raise DataError(f"{data.path}: {what} (split {data.split}): {first_line}") from error
 
 
-def _check_path(name: str, path: Path) -> None:
-    formats = ", ".join(FORMATS)
-    if path.is_dir():
+def check_path(name: str) -> None:
+    """Raise DataError unless there is a file or folder of a known format, or the name may be one on the hub."""
+    path, formats = Path(name), ", ".join(FORMATS)
+    if os.path.isdir(name):
         if not any(file.suffix in FORMATS for file in path.rglob("*")):
             raise DataError(f"{name}: the folder holds no {formats} files")
-    elif path.is_file():
+    elif os.path.isfile(name):
         if path.suffix not in FORMATS:
             raise DataError(f"{name}: must be one of {formats}, a folder of those, or a hub name")
         if not path.stat().st_size:

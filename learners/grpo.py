@@ -13,7 +13,8 @@ from learners.settings import GRPOSettings
 
 
 class GRPO:
-    """The driver calls `advantages` once a step; the Actor's ranks call `actor_loss` on every micro-batch."""
+    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the Actor's ranks call
+    `actor_loss` on every micro-batch."""
 
     def __init__(self, settings: GRPOSettings, group_size: int) -> None:
         self.settings, self.group_size = settings, group_size
@@ -29,6 +30,9 @@ class GRPO:
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
             metrics["kl/sequence"] = float(kl.sum() / batch.mask.any(1).sum().clamp(min=1))
         return replace(batch, advantages=advantages), metrics
+
+    def learned(self, batch: Experience) -> None:
+        """Nothing follows from a step but the Actor."""
 
     def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:
         """Clipped policy loss plus `kl_beta` times the k3 KL, both divided by the mini-batch's `denominator`."""

@@ -67,7 +67,7 @@ def policy_loss(
         held = (advantages < 0) & (objective < floor)
         objective = torch.where(held, floor, objective)
         stats["dual_clip_fraction"] = _stat(held, mask)
-    return -objective, stats  # 0 behind the mask, where the advantage is 0
+    return -objective.masked_fill(~mask, 0.0), stats  # a NaN of one token must not spread with a sequence's ratio
 
 
 def value_loss(
@@ -172,8 +172,11 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor | Non
     """-log sigmoid(chosen - rejected - margin), per pair; scores and margin of one shape, usually [B].
 
     The Bradley-Terry likelihood of the preference (Ouyang et al. 2022), with the margin of Touvron et al.
-    (2023, Llama 2). Finite, in value and gradient, for any finite difference.
+    (2023, Llama 2). Finite, in value and gradient, for any finite difference. Raises ValueError when chosen and
+    rejected are not as many.
     """
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"pairs expected, not chosen {list(chosen.shape)} and rejected {list(rejected.shape)}")
     difference = chosen.float() - rejected.float()
     if margin is not None:
         difference = difference - torch.as_tensor(margin, dtype=torch.float32, device=difference.device)

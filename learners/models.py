@@ -72,11 +72,18 @@ def load_config(path: str) -> Any:
 
 
 def sampling_defaults(path: str) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json says; nothing where there is none."""
-    try:
-        return GenerationConfig.from_pretrained(path).to_diff_dict()
-    except OSError:
-        return {}
+    """What the checkpoint's generation_config.json says; nothing where there is none. UserError if it is broken."""
+    with _one_line(path):
+        try:
+            return GenerationConfig.from_pretrained(path).to_diff_dict()
+        except OSError:
+            return {}
+
+
+def vocabulary_problems(key: str, path: str, tokenizer: Any) -> list[str]:
+    """What speaks against giving the model at `path` this tokenizer's ids: it has no row for some of them."""
+    size, last = load_config(path).get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    return [f"{key}: {path} knows {size} ids, its tokenizer writes ids up to {last}"] if size <= last else []
 
 
 def length_problems(key: str, path: str, tokens: int) -> list[str]:
@@ -215,11 +222,19 @@ def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """Transformers' errors about what it finds at `path` run over many lines: the first one says it."""
+    """Transformers' errors about what it finds at `path` run over many lines: the first one says it.
+
+    A file that is not what it should be may raise anything; the kind of the error is then part of what it says.
+    """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # not the files' fault
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:
+        what = " ".join([type(error).__name__, *str(error).split()])
+        raise UserError(f"{path}: cannot be loaded: {what[:200]}") from error
 
 
 @contextlib.contextmanager

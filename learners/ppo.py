@@ -14,7 +14,8 @@ from learners.settings import PPOSettings
 
 
 class PPO:
-    """The driver calls `advantages` once a step; the Actor's ranks call `actor_loss` on every micro-batch."""
+    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the Actor's ranks call
+    `actor_loss` on every micro-batch."""
 
     def __init__(self, settings: PPOSettings) -> None:
         self.settings, self.beta = settings, settings.kl_beta
@@ -29,9 +30,8 @@ class PPO:
         if s.critic_target != "gae":
             returns = value_targets(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target)
         sequences = mask.any(1)  # an unscorable or empty response counts in no mean
-        sequence_kl = _mean(kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", mask).sum(1), sequences)
         metrics = {
-            "kl/sequence": sequence_kl,
+            "kl/sequence": _sequence_kl(batch),
             "kl/beta": self.beta,
             "reward/per_sequence": _mean(rewards.sum(1), sequences),
             "advantage/std": _std(advantages, mask),
@@ -39,13 +39,17 @@ class PPO:
             "return/mean": _mean(returns, mask),
             "value/explained_variance": _explained_variance(batch.values, returns, mask),
         }
-        if s.kl_target is not None and sequences.any():
-            controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
-            controller.update(sequence_kl, int(sequences.sum()))
-            self.beta = controller.beta
         if s.whiten_advantages:
             advantages = whiten(advantages, mask)
         return replace(batch, advantages=advantages, returns=returns), metrics
+
+    def learned(self, batch: Experience) -> None:
+        """The step was learned from: with a target for the KL, beta follows it."""
+        s, sequences = self.settings, int(batch.mask.any(1).sum())
+        if s.kl_target is not None and sequences:
+            controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
+            controller.update(_sequence_kl(batch), sequences)
+            self.beta = controller.beta
 
     def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:
         """Clipped policy loss of a micro-batch, divided by the mini-batch's `denominator`; and its statistics."""
@@ -66,6 +70,13 @@ class PPO:
 
     def load_state(self, state: dict[str, float]) -> None:
         self.beta = state["kl_beta"]
+
+
+def _sequence_kl(batch: Experience) -> float:
+    """The mean over sequences of the KL summed over a sequence."""
+    assert batch.old_logprobs is not None and batch.ref_logprobs is not None
+    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
+    return _mean(kl.sum(1), batch.mask.any(1))
 
 
 def _mean(x: Tensor, mask: Tensor) -> float:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10_000)]  # of processes or machines
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # ~ is the home folder
 
 
 class UserError(ValueError):
@@ -26,10 +32,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
-        """All values, defaults included, as YAML."""
+        """All values, defaults included, as YAML: every key on a line of its own, with the whole of its value."""
         import yaml
 
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        class Dumper(yaml.SafeDumper):
+            pass
+
+        def text(dumper: Any, value: str) -> Any:  # in quotes if it has line breaks, or YAML 1.2 may see a number
+            plain = value.isprintable() and not re.match(r"[-+.]*[0-9]", value)
+            return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+
+        Dumper.add_representer(str, text)
+        values = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
 
 
 Device = Literal["cpu", "cuda"]
@@ -48,7 +63,7 @@ class Place:
 
 
 class ModelSettings(Settings):
-    path: str = Field(description="folder of a Hugging Face model, or a hub name")
+    path: DiskPath = Field(description="folder of a Hugging Face model, or a hub name")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
@@ -68,7 +83,7 @@ def located(settings: S) -> S:
 class OptimizerSettings(Settings):
     kind: Literal["adamw", "sgd"] = Field("adamw", description="torch optimizer")
     learning_rate: float = Field(1e-6, ge=0, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm here; 0 turns clipping off")
@@ -81,19 +96,13 @@ class LearnerSettings(Settings):
     """One trained role: its model, its ranks, how its memory is split and how it steps."""
 
     model: ModelSettings
-    ranks: PositiveInt = Field(1, description="data-parallel processes")
+    ranks: Count = Field(1, description="data-parallel processes")
     threads: PositiveInt = Field(1, description="CPU threads of each rank")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(False, description="keep optimizer states in CPU memory")
     offload_parameters: bool = Field(False, description="keep parameters in CPU memory (ZeRO-3)")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward/backward of one rank")
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-
-    @model_validator(mode="after")
-    def _parameters_offload_needs_stage_3(self) -> LearnerSettings:
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f"offload_parameters needs zero_stage 3, not {self.zero_stage}")
-        return self
 
 
 class TrainSettings(Settings):
@@ -108,7 +117,7 @@ class TrainSettings(Settings):
 class DataSettings(Settings):
     """Where rows come from: a JSON-lines or parquet file, a folder of them, or a hub name."""
 
-    path: str = Field(description="file, folder, or hub name of the data set")
+    path: DiskPath = Field(description="file, folder, or hub name of the data set")
     split: str = Field("train", description="split to read")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
 

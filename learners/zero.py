@@ -125,12 +125,14 @@ class ZeroEngine(ABC):
             batch = batch.to(self.device)
             # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
-            loss, stats = self.loss(self.engine(batch), batch, denominator)
+            outputs = self.engine(batch)
+            loss, stats = self.loss(outputs, batch, denominator)
             if learn:
-                # A loss that overflowed may have a finite gradient. Made NaN, it is seen by every rank in the norm.
-                sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                # A loss that overflowed may have a finite gradient, or none behind a clip: a NaN that enters where the
+                # model's outputs leave it is seen by every rank in the norm.
+                poison = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
                 # DeepSpeed averages gradients over ranks; the denominator is global already, so undo that.
-                self.engine.backward(loss * sound * self.place.world_size)
+                self.engine.backward((loss + outputs.sum() * poison) * self.place.world_size)
             _accumulate(totals, stats)
         return self._reduce_stats(totals)
 

@@ -87,6 +87,13 @@ def test_a_score_that_is_not_finite_skips_the_step(batch: Experience, names: Nam
     assert names(batch, source=[1.0, value], skips=True) == ["score_not_finite"]
 
 
+def test_a_function_that_raised_is_named_with_what_it_said(batch: Experience, recipe: GRPORecipe) -> None:
+    given = {"judge": [1.0, 0.0], "logged": ["ZeroDivisionError: division by zero", 0.0]}
+    (alarm,) = of_experience(batch, rollouts("stop"), given, recipe)
+    assert alarm.name == "reward_error" and not alarm.skips
+    assert alarm.message == "logged failed for 1 of 2, first: ZeroDivisionError: division by zero"
+
+
 def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(batch: Experience, recipe: GRPORecipe) -> None:
     (alarm,) = of_experience(batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe)
     assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skips
@@ -126,6 +133,7 @@ SOUND = {
     "actor/clip_fraction": 0.1,
     "actor/entropy": 1.0,
     "mismatch/max": 1e-6,
+    "mismatch/mean": 1e-7,
     "group/with_spread": 0.5,
 }
 
@@ -141,6 +149,7 @@ SOUND = {
         ({"group/with_spread": 0.0}, ["no_spread"]),
         ({"actor/skipped_updates": 1.0, "actor/grad_norm": NAN}, ["actor_gradient_not_finite"]),
         ({"mismatch/max": 2e-4}, ["mismatch"]),
+        ({"mismatch/mean": 2e-4}, ["mean_mismatch"]),
         ({"actor/clip_fraction": 0.6}, ["clip_fraction"]),
         ({"actor/entropy": 1e-4}, ["entropy_low"]),
         ({"actor/entropy": 9.5}, ["entropy_high"]),
@@ -156,11 +165,27 @@ def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPO
     algorithm = GRPOSettings.model_validate({"rollout_correction": {"kind": "token_mask", "cap": 3}})
     generation = GenerationSettings(top_p=0.9, repetition_penalty=1.2)
     weighed = recipe.model_copy(update={"algorithm": algorithm, "generation": generation})
-    (said,) = of_recipe(weighed)
+    (said,) = of_recipe(weighed, {})
     assert said.name == "distorted_sampling" and "top_p 0.9, repetition_penalty 1.2" in said.message
     assert "token_mask, cap 3" in said.message and not said.skips
-    assert list(of_metrics(SOUND | {"mismatch/max": 2.0}, weighed)) == []
-    assert list(of_recipe(recipe)) == []
+    assert list(of_metrics(SOUND | {"mismatch/max": 2.0, "mismatch/mean": 1.0}, weighed)) == []
+    assert list(of_recipe(recipe, {"top_p": 1.0, "top_k": 0})) == []
+
+
+def test_sampling_defaults_that_are_ignored_are_reported(recipe: GRPORecipe) -> None:
+    ignored = recipe.model_copy(update={"generation": GenerationSettings(model_sampling="ignore")})
+    (said,) = of_recipe(ignored, {"repetition_penalty": 1.1, "temperature": 0.6})
+    assert said.name == "ignored_sampling" and "asks for repetition_penalty 1.1: not applied" in said.message
+
+
+def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: GRPORecipe) -> None:
+    model = recipe.actor.model.model_copy(update={"dtype": "bfloat16"})
+    narrow = recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"model": model})})
+    assert list(of_metrics(SOUND | {"mismatch/max": 0.9, "mismatch/mean": 0.04}, narrow)) == []
+    (alarm,) = of_metrics(SOUND | {"mismatch/max": 0.9, "mismatch/mean": 0.06}, narrow)
+    assert alarm.name == "mean_mismatch" and "alarms.mean_mismatch" in alarm.message
+    tighter = narrow.model_copy(update={"sync": narrow.sync.model_copy(update={"gate": 0.2})})
+    assert (tighter.gate, tighter.mean_gate) == (0.2, 0.05)
 
 
 def test_a_skipped_update_of_sft_or_a_reward_model_is_named() -> None:

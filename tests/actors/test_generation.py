@@ -84,6 +84,19 @@ def test_the_same_seed_gives_the_same_sample_in_any_company(served: Served) -> N
     assert {tuple(s.response_ids) for s in rollouts(served, unseeded)} != {tuple(s.response_ids) for s in alone}
 
 
+def test_without_seeds_an_engine_draws_from_its_own_seed_and_the_version(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(seed: int, version: int) -> list[list[int]]:
+        monkeypatch.setattr(served.engine, "seed", seed)
+        served.engine.accept(version)
+        return [s.response_ids for s in rollouts(served, [replace(request(i), seeds=None) for i in range(3)])]
+
+    first = drawn(4, 1)
+    assert drawn(4, 1) == first
+    assert drawn(5, 1) != first and drawn(4, 2) != first
+
+
 def test_greedy_takes_the_likeliest_token_and_reports_logprobs_at_temperature_1(served: Served) -> None:
     # in company of sampled requests: vLLM computes both kinds in one batch
     samples = rollouts(served, [request(0, temperature=0.0, size=2), request(1, temperature=0.5)])

@@ -199,6 +199,33 @@ def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_acce
 
 
 @engines
+@pytest.mark.parametrize("fault", ["none", "a tensor that is not what was sent", "a tensor that never came"])
+def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(served: Any, fault: str) -> None:
+    """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted there, on any device."""
+    from actors.weight_receiver import note_what_is_loaded
+    from actors.weight_sync import SyncError, checksum, verify
+    from tests.actors.tiny_models import make_model, packed_groups
+
+    new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    sent = [(name, checksum(p), [name]) for name, p in new.named_parameters()]
+    if fault == "a tensor that is not what was sent":
+        with torch.no_grad():
+            new.model.norm.weight[3] += 1e-6
+    groups = packed_groups(new)
+    served.engine.start_weight_update()
+    served.engine._worker(note_what_is_loaded)
+    served.engine.update_weights({"groups": groups[:-1] if fault == "a tensor that never came" else groups})
+    ours = {f"group {i}" for i in range(len(groups))}  # the receipt of the CPUs' receiver, in the same list
+    receipt = [entry for entry in served.engine.finish_weight_update() if entry[0] not in ours]
+    names = [name for name, _ in new.named_parameters()]
+    if fault == "none":
+        verify(sent, receipt, names)
+    else:
+        with pytest.raises(SyncError, match="norm.weight arrived with digest" if "not what" in fault else "missing"):
+            verify(sent, receipt, names)
+
+
+@engines
 def test_an_engine_does_not_fall_asleep_over_its_work(served: Any) -> None:
     long = [PromptRequest(0, 0, [1, 2], 1, 1.0, 1), PromptRequest(1, 1, [1, 9], 8, 1.0, 150)]
     with closing(served.engine.generate(long)) as stream:
@@ -216,7 +243,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
 ) -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    from actors.weight_sync import PACKED_BYTES, EngineClient, gpu_trainer_engine
+    from actors.weight_sync import PACKED_BYTES, EngineClient, GpuSender
 
     class Embedding:
         rows = PACKED_BYTES // 4 + 1
@@ -230,7 +257,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
     calls: list[Any] = []
     real = WeightTransferTrainerFactory.trainer_init
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", bound(real, calls))
-    gpu_trainer_engine("ipc", Embedding(), EngineClient([], 1), rank=1)
+    GpuSender("ipc", Embedding(), EngineClient([], 1), rank=1)
     info = calls[0]["init_info"]
     assert info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
 
@@ -260,10 +287,10 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(monkeypatch: pytest
 
 def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from actors import synced_actor
-    from actors.weight_sync import gpu_trainer_engine, transfer_backend
+    from actors.weight_sync import GpuSender, transfer_backend
 
     calls: list[Any] = []
-    monkeypatch.setattr(synced_actor, "gpu_trainer_engine", bound(gpu_trainer_engine, calls))
+    monkeypatch.setattr(synced_actor, "GpuSender", bound(GpuSender, calls))
     actor = synced_actor.SyncedActor.__new__(synced_actor.SyncedActor)
     actor.place = Place(1, 4, "node", 1234, "cuda")
     for shared in (False, True):

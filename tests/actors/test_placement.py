@@ -137,7 +137,7 @@ class Witness:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Callable[..., Any]]:
-    """Runs functions in a process of its own, joined to a Ray cluster of two raylets with four logical GPUs each."""
+    """Runs functions in a process of its own, joined to a Ray cluster of two raylets with eight logical GPUs each."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_cluster) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=150)
         pool.submit(_stop_cluster).result(timeout=60)
@@ -150,7 +150,7 @@ def _start_cluster() -> None:
     global nodes
     nodes = Cluster()
     for _ in range(2):
-        nodes.add_node(num_cpus=16, num_gpus=4, include_dashboard=False)
+        nodes.add_node(num_cpus=16, num_gpus=8, include_dashboard=False)
     ray.init(nodes.address, log_to_driver=False)
 
 
@@ -181,24 +181,24 @@ def look_around(cluster: ClusterSettings, need: dict[str, Demand], ranks: bool =
 @engines
 @pytest.mark.timeout(200)
 def test_separate_every_process_has_gpus_of_its_own(two_nodes: Callable[..., Any]) -> None:
-    need = {"engine": Demand(2, 2, 2), "actor": Demand(3, 1), "reward": Demand(1, 1), "function": Demand(1, 1, 0)}
+    need = {"engine": Demand(2, 2, 4), "actor": Demand(7, 1), "reward": Demand(1, 1), "function": Demand(1, 1, 0)}
     seen = two_nodes(look_around, SEPARATE, need)
     taken = [(p["node"], d) for role in need for p in seen[role] for d in p["devices"].split(",") if d]
-    assert len(taken) == len(set(taken)) == 8 and len({node for node, _ in taken}) == 2
-    assert [len(p["devices"].split(",")) for p in seen["engine"]] == [2, 2]
+    assert len(taken) == len(set(taken)) == 16 and len({node for node, _ in taken}) == 2
+    assert [len(p["devices"].split(",")) for p in seen["engine"]] == [4, 4]
     assert seen["function"][0]["devices"] == ""
-    assert [p["threads"] for p in seen["engine"] + seen["actor"]] == ["2", "2", "1", "1", "1"]
+    assert [p["threads"] for p in seen["engine"] + seen["actor"]] == ["2", "2", *"1111111"]
 
 
 @engines
 @pytest.mark.timeout(200)
 def test_colocated_all_roles_see_the_same_gpus(two_nodes: Callable[..., Any]) -> None:
-    need = {"engine": Demand(2, 1, 3), "actor": Demand(6, 1), "reference": Demand(2, 1), "judge": Demand(1, 1, 0)}
+    need = {"engine": Demand(2, 1, 5), "actor": Demand(10, 1), "reference": Demand(2, 1), "judge": Demand(1, 1, 0)}
     seen = two_nodes(look_around, COLOCATED, need)
-    assert len({p["node"] for p in seen["engine"]}) == 2  # a node has four GPUs: two engines of three need two nodes
+    assert len({p["node"] for p in seen["engine"]}) == 2  # a node has eight GPUs: two engines of five need two nodes
     for i, actor in enumerate(seen["actor"]):
-        engine = seen["engine"][i // 3]
-        assert (actor["node"], actor["devices"]) == (engine["node"], engine["devices"].split(",")[i % 3])
+        engine = seen["engine"][i // 5]
+        assert (actor["node"], actor["devices"]) == (engine["node"], engine["devices"].split(",")[i % 5])
     assert seen["reference"] == seen["actor"][:2]
     assert seen["judge"][0]["devices"] == ""
 
@@ -220,11 +220,12 @@ def refused(cluster: ClusterSettings, need: dict[str, Demand], patience_s: float
 @pytest.mark.parametrize(
     ("placement", "engine", "said"),
     [
-        (SEPARATE, Demand(9, 1), "cluster: 9 GPUs are needed, Ray has 8 (engine 9): add nodes"),
-        (SEPARATE, Demand(1, 1, 8), "cluster: 1 x 8 GPUs on one node are needed, nodes with 4, 4 have room for 0"),
-        (COLOCATED, Demand(4, 1, 2), None),
-        (COLOCATED, Demand(2, 1, 4), None),
-        (COLOCATED, Demand(3, 1, 3), "cluster: 9 GPUs are needed, Ray has 8"),
+        (SEPARATE, Demand(17, 1), "cluster: 17 GPUs are needed, Ray has 16 (engine 17): add nodes"),
+        (SEPARATE, Demand(1, 1, 16), "cluster: 1 x 16 GPUs on one node are needed, nodes with 8, 8 have room for 0"),
+        (COLOCATED, Demand(4, 1, 4), None),
+        (COLOCATED, Demand(2, 1, 8), None),
+        (COLOCATED, Demand(3, 1, 6), "cluster: 18 GPUs are needed, Ray has 16"),
+        (SEPARATE, Demand(3, 1, 5), "cluster: 3 x 5 GPUs on one node are needed, nodes with 8, 8 have room for 2"),
         (SEPARATE, Demand(5, 8, 0), "cluster: 40 CPUs are needed, Ray has 32"),
         (ClusterSettings(nodes=3), Demand(4, 1, 0), "cluster.nodes: 3 are asked for, Ray has 2"),
         (SEPARATE, Demand(1, 17, 0), "cluster: 1 x 17 CPUs on one node are needed, nodes with 16, 16 have room for 0"),
@@ -250,9 +251,9 @@ def refused_while_in_use(need: dict[str, Demand]) -> tuple[str, float]:
 @engines
 @pytest.mark.timeout(200)
 def test_a_cluster_in_use_is_told_from_one_that_is_too_small(two_nodes: Callable[..., Any]) -> None:
-    line, seconds = two_nodes(refused_while_in_use, {"engine": Demand(5, 1)})
+    line, seconds = two_nodes(refused_while_in_use, {"engine": Demand(9, 1)})
     assert line == (
-        "cluster: no room within 2 s for 5 CPUs of 27 free, 5 GPUs of 3 free (engine 5); is the cluster in use?"
+        "cluster: no room within 2 s for 9 CPUs of 23 free, 9 GPUs of 7 free (engine 9); is the cluster in use?"
     )
     assert seconds < 10
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from actors.functions import load_function
-from actors.rewards import Candidate, FunctionReward, Rewards
+from actors.rewards import Candidate, FunctionReward, Rewards, Score
 from actors.settings import RewardSettings
 from learners.settings import UserError
 
@@ -42,6 +42,17 @@ def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -
     assert unjudged is None and broken is not None and math.isnan(broken)
 
 
+def fragile(prompts: list[str], responses: list[str]) -> list[float]:
+    return [1 / int(r) for r in responses]
+
+
+def test_a_response_that_the_function_cannot_take_spoils_no_other() -> None:
+    scores = FunctionReward(f"{__name__}:fragile").scores([candidate(r) for r in ("2", "0", "4", "x")])
+    assert scores[::2] == [0.5, 0.25]
+    assert scores[1] == "ZeroDivisionError: division by zero" and str(scores[3]).startswith("ValueError: invalid")
+    assert FunctionReward(f"{__name__}:fragile").scores([candidate("0")]) == [scores[1]]
+
+
 def test_no_candidates_no_call() -> None:
     assert FunctionReward(f"{__name__}:one_short").scores([]) == []
 
@@ -64,19 +75,17 @@ def test_a_function_that_cannot_be_found_is_one_line(name: str, said: str) -> No
 class Answers:
     """Two workers of a group that have already answered."""
 
-    def __init__(self, shares: list[list[float | None]]) -> None:
+    def __init__(self, shares: list[list[Score]]) -> None:
         self.shares = shares
 
     def __len__(self) -> int:
         return len(self.shares)
 
-    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[float | None]]:
+    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[Score]]:
         assert method == "scores" and [len(s) for s in shares] == [len(s) for s in self.shares]
         return self.shares
 
-    def gather(
-        self, pending: list[list[float | None]], phase: str, deadline_s: float
-    ) -> list[list[float | None]]:
+    def gather(self, pending: list[list[Score]], phase: str, deadline_s: float) -> list[list[Score]]:
         return pending
 
 
@@ -99,8 +108,9 @@ def test_the_sum_is_weighted_and_in_order() -> None:
 def test_one_source_that_cannot_judge_takes_the_response_out() -> None:
     rewards = Rewards(
         [source("a", 1.0), source("b", 1.0)],
-        [Answers([[1.0, 1.0]]), Answers([[1.0, None]])],  # type: ignore[list-item]
+        [Answers([[1.0, 1.0, 1.0]]), Answers([[1.0, None, "ValueError: no"]])],  # type: ignore[list-item]
         deadline_s=1,
     )
-    total, _ = rewards.gather(rewards.submit([candidate("x")] * 2), 2)
-    assert total[0] == 2.0 and math.isnan(total[1])
+    total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)
+    assert total[0] == 2.0 and math.isnan(total[1]) and math.isnan(total[2])
+    assert sources["b"] == [1.0, None, "ValueError: no"]

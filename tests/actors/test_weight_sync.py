@@ -16,12 +16,13 @@ from torch import Tensor
 
 from actors.weight_sync import (
     EngineClient,
+    GpuSender,
     Metadata,
     ObjectStoreSender,
     Receipt,
     SyncError,
     check_probe,
-    gpu_trainer_engine,
+    checksum,
     pack_group,
     unpack_group,
     verify,
@@ -55,12 +56,23 @@ def test_the_digest_depends_on_every_byte() -> None:
     assert pack_group("a", [("w", weight)])[0]["digest"] != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_the_checksum_depends_on_every_element_and_its_row(dtype: torch.dtype) -> None:
+    weight = torch.randn(5, 7).to(dtype)
+    assert checksum(weight[[1, 0, 2, 3, 4]]) != checksum(weight)  # the same elements elsewhere
+    for row, column in ((0, 0), (4, 6)):
+        changed = weight.clone()
+        changed[row, column] = 0.015625
+        assert checksum(changed) != checksum(weight)
+    assert checksum(weight.t().contiguous().t()) == checksum(weight)  # of the numbers, not of how they lie
+    assert len({checksum(torch.tensor(0.5)), checksum(torch.tensor([0.5, 0.5])), checksum(torch.zeros(0, 3))}) == 3
+
+
 SENT: Receipt = [("group 0", "aa", ["x", "y"]), ("group 1", "bb", ["z"])]
 
 
 def test_verify_accepts_what_was_sent() -> None:
     verify(SENT, SENT, ["x", "y", "z"])
-    verify(None, [("all", None, ["x", "y", "z"])], ["x", "y", "z"])
 
 
 @pytest.mark.parametrize(
@@ -86,10 +98,13 @@ def test_verify_refuses_in_one_line(received: Receipt, names: list[str], message
 def test_check_probe_measures_the_largest_difference() -> None:
     assert check_probe([-1.0, -2.0], [-1.0, -2.00005], gate=1e-4) == pytest.approx(5e-5)
     for wrong in ([-1.0, -2.1], [-1.0, math.nan]):
-        with pytest.raises(SyncError, match="on the probe, the gate is 1e-04"):
+        with pytest.raises(SyncError, match="on the probe.*the gate is 1e-04"):
             check_probe([-1.0, -2.0], wrong, gate=1e-4)
     with pytest.raises(ValueError, match="zip"):
         check_probe([-1.0, -2.0], [-1.0], gate=1e-4)
+    assert check_probe([-1.0, -2.0], [-1.5, -2.0], gate=1.0, mean_gate=0.3) == pytest.approx(0.5)
+    with pytest.raises(SyncError, match="2.50e-01 on average"):
+        check_probe([-1.0, -2.0], [-1.5, -2.0], gate=1.0, mean_gate=0.2)
 
 
 # -- the engine's side -------------------------------------------------------------------------------------------------
@@ -339,7 +354,7 @@ def test_a_sync_is_three_calls_to_every_engine(handles: list[Any]) -> None:
     import ray
 
     client = EngineClient(handles, deadline_s=30)
-    client.version = 7
+    client.begin(7)
     sent = ObjectStoreSender(TwoLayers(), client, rank=0).send_weights()
     verify(sent, sent, ["a", "b", "c"])
     assert ObjectStoreSender(TwoLayers(), client, rank=1).send_weights() == []  # other ranks only gather
@@ -355,8 +370,9 @@ def test_a_sync_is_three_calls_to_every_engine(handles: list[Any]) -> None:
 @engines
 def test_a_late_or_failing_engine_is_named(handles: list[Any]) -> None:
     prepare(handles, ["update_weights", "start_weight_update"])
-    with pytest.raises(SyncError, match=r"start_weight_update: engine\[1\] did not answer within 1 s"):
-        EngineClient(handles, deadline_s=1).start_weight_update()
+    names = ["engine[0] on node a", "engine[1] on node b"]
+    with pytest.raises(SyncError, match=r"start_weight_update: engine\[1\] on node b did not answer within 1 s"):
+        EngineClient(handles, deadline_s=1, names=names).start_weight_update()
     with pytest.raises(SyncError, match=r"update_weights: engine\[0\] failed: no room"):
         EngineClient(handles, deadline_s=30).update_weights({})
 
@@ -377,18 +393,25 @@ def test_the_gpu_sender_fits_the_installed_vllm(backend: str, monkeypatch: pytes
 
     real, seen = inspect.signature(WeightTransferTrainerFactory.trainer_init), {}
 
-    def trainer_init(*args: Any, **kwargs: Any) -> str:
+    class Engine:
+        def send_weights(self) -> None:
+            assert [name for name, _ in seen["source"]] == ["a", "b", "c"]
+
+    def trainer_init(*args: Any, **kwargs: Any) -> Engine:
         seen.update(real.bind(*args, **kwargs).arguments)
-        return "engine"
+        return Engine()
 
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
     client = EngineClient([object(), object()], deadline_s=1)
-    assert gpu_trainer_engine(backend, TwoLayers(), client, rank=0, address="node", port=1234) == "engine"
+    sender = GpuSender(backend, TwoLayers(), client, rank=0, address="node", port=1234)
+    tensors = [(n, t) for names, ts in TwoLayers().iter_groups() for n, t in zip(names, ts, strict=True)]
+    for _ in range(2):  # the second receipt is not the first one continued
+        assert sender.send_weights() == [(name, checksum(tensor), [name]) for name, tensor in tensors]
     info, source = seen["init_info"], seen["source"]
     assert info.backend == backend and info.is_sender and getattr(info, "world_size", 3) == 3
     assert isinstance(client, VLLMWeightSyncClient) and isinstance(source, WeightSource)
     assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == TwoLayers().metadata()
-    assert [name for name, _ in source] == ["a", "b", "c"]
+    assert GpuSender(backend, TwoLayers(), client, rank=1).send_weights() == []  # other ranks only gather
     for method in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
         ours, theirs = (inspect.signature(getattr(c, method)) for c in (EngineClient, VLLMWeightSyncClient))
         assert list(ours.parameters) == list(theirs.parameters)

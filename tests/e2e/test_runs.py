@@ -215,15 +215,24 @@ def test_truncated_sampling_is_weighed_and_reported(workshop: Workshop, sft: Run
         assert step["mismatch/max"] > 1e-2 and "alarm/mismatch" not in step  # it is meant
 
 
+asked: list[str] = []
+
+
 def flat(prompts: list[str], responses: list[str]) -> list[float | None]:
-    return [None if i == 5 else 0.5 for i in range(len(responses))]
+    """Takes one response at a time, all are worth the same, and the sixth breaks it."""
+    (response,) = responses
+    asked.append(response)
+    if len(asked) == 6:
+        raise ArithmeticError("the sixth")
+    return [0.5]
 
 
 def test_a_step_from_which_nothing_can_be_learned_says_so(workshop: Workshop, sft: Run) -> None:
     rewards = f"rewards=[{{name: flat, kind: function, function: '{__name__}:flat'}}]"
     run = workshop.quick("flat", sft, rewards, "step.steps=1", "generation.max_new_tokens=2")
     raised = {row["name"] for row in run.alarms}
-    assert raised == {"equal_scores", "all_truncated", "no_spread", "zero_gradient"}
+    assert raised == {"reward_error", "equal_scores", "all_truncated", "no_spread", "zero_gradient"}
+    assert "flat failed for 1 of 64, first: ArithmeticError: the sixth" in {row["message"] for row in run.alarms}
     assert run.steps[0]["score/unscorable"] == 1 / 64 and "alarm/skipped" not in run.steps[0]
 
 

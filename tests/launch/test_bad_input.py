@@ -67,6 +67,11 @@ def told(place: Path, capsys: pytest.CaptureFixture[str]) -> Told:
         (["ppo", "ppo.yaml", "run.folder=prompts.jsonl/run"], "is a file"),
         (["ppo", "ppo.yaml", "--resume"], "nothing to resume"),
         (["ppo", "ppo.yaml", "run.wandb_project=curves"], "wandb is not installed"),
+        (["grpo", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"], "13 GPUs are needed, the cluster has"),
+        (["slurm", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"], "--nodes: 13 GPUs are needed"),
+        (["slurm", "grpo.yaml", "cluster.device=cuda", "generation.tensor_parallel=9"], "raise cluster.gpus_per_node"),
+        (["slurm", "grpo.yaml", "--script", "."], "--script: . cannot be written: Is a directory"),
+        (["slurm", "grpo.yaml", "--script", "x" * 300], "cannot be written: File name too long"),
         (["plan", "nowhere.yaml"], "nowhere.yaml"),
         (["slurm", "ppo.yaml", "step.stepz=3"], "did you mean step.steps"),
         (["submit", "ppo.yaml", "step.stepz=3", "--address", "http://127.0.0.1:1"], "did you mean step.steps"),
@@ -113,7 +118,7 @@ def real(place: Path) -> Path:
     for name in ("decoder", "reward_model"):
         task.make_tokenizer(place / name)
         config = json.loads((place / name / "config.json").read_text())
-        small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16}
+        small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16}
         config |= {**small, "num_key_value_heads": 1, "intermediate_size": 16, "pad_token_id": 0}
         (place / name / "config.json").write_text(json.dumps(config))
     return place
@@ -147,6 +152,21 @@ def test_prompts(real: Path, told: Told, prompts: list[Any], override: str | lis
     write_prompts(real, *prompts)
     overrides = [override] if isinstance(override, str) else override
     assert said in told("grpo", "grpo.yaml", *overrides)[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", "{}", "decoder: cannot be loaded: KeyError 'added_tokens'"),
+        ("config.json", {"hidden_size": "16"}, "decoder: cannot be loaded: StrictDataclass"),
+        ("config.json", {"vocab_size": 4}, "actor.model: ./decoder knows 4 ids, its tokenizer writes ids up to"),
+    ],
+)
+def test_a_malformed_model(real: Path, told: Told, file: str, text: str | dict[str, Any], said: str) -> None:
+    path = real / "decoder" / file
+    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
+    (line,) = told("grpo", "grpo.yaml")
+    assert said in line
 
 
 def test_a_critic_that_reads_other_ids_than_the_actor_writes(real: Path, told: Told) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch import cli, doctor
 from learners.settings import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,26 @@ def test_help_lists_commands_and_every_key(place: Path) -> None:
     keys = quatuor("ppo", "--help").stdout
     for line in ("actor.optimizer.learning_rate", "rewards.N.weight", "algorithm.lam", "cluster.start_deadline_s"):
         assert f"\n{line} " in keys
+    for command in ("plan", "submit", "slurm"):
+        told = quatuor(command, "--help").stdout
+        assert "keys below" not in told and "quatuor ppo --help lists" in " ".join(told.split())
+
+
+def test_a_terminal_that_does_not_know_every_letter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = quatuor("sft", "sft.yaml", "--check", "run.folder=läufe")
+    assert done.returncode == 0 and "folder: l?ufe" in done.stdout, done.stderr
+    assert quatuor("plan", str(ROOT / "launch/recipes/grpo_qwen3_8b.yaml")).returncode == 0
+
+
+def test_a_port_that_is_taken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps nothing from running: Ray, engines and learners look for free ports, and a run may join that Ray."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(doctor, "HEAD_PORTS", (port,))
+        cli.main(["doctor", "--no-start"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if " ports " in line)
+    assert line.startswith("pass") and f"{port} taken: perhaps by a Ray head" in line
 
 
 def test_a_reward_function_that_cannot_be_imported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

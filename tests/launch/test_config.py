@@ -9,12 +9,19 @@ import pytest
 import yaml
 
 from actors.settings import GRPORecipe, PPORecipe
-from launch.checks import function_problems, is_local
+from launch.checks import Recipe, function_problems, is_local
 from launch.config import KINDS, RecipeError, annotated, load_recipe, read_recipe
+from launch.document import Document
 from launch.keys import recipe_keys
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
+LONG = "x" * 300  # longer than any file's name may be
+NASTY = [
+    "many words " * 12, "a\n\nb", "\na", "a\u2028b", "a\x85b", "a\tb", "\x0c\x7f", "\ufeffa", "ä😀", "a  # b", "# a",
+    "a: b", " a ", "on", "null", "~", "", "'", '"', "\\n", "- a", "*a", "!a", "[a", "|", "<<", "=", "1e5", "1.5e5",
+    "-.5", "08", "0x10", "1_000", ".inf", "12:30:00", "2026-01-01",
+]  # fmt: skip
 
 
 def problems(path: str, *overrides: str, files: bool = True, resume: bool = False) -> list[str]:
@@ -81,6 +88,34 @@ def test_the_resolved_recipe_says_where_values_come_from(place: Path) -> None:
     assert yaml.safe_load(text)["step"]["steps"] == 7
 
 
+def reads_as_written(recipe: Recipe, document: Document) -> bool:
+    """Whether the annotated recipe is the recipe, by YAML 1.1 and by ours."""
+    text = annotated(recipe, document)
+    return yaml.safe_load(text) == Document.parse(text, "").values == recipe.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_the_resolved_recipe_of_a_shipped_one_is_that_recipe(path: Path) -> None:
+    assert reads_as_written(*read_recipe(path))
+
+
+@pytest.mark.parametrize("value", NASTY, ids=ascii)
+def test_whatever_a_text_holds_the_resolved_recipe_has_it(place: Path, value: str) -> None:
+    recipe, document = read_recipe("ppo.yaml", ["run.wandb_project=x", "run.folder=x"])
+    run = recipe.run.model_copy(update={"wandb_project": value, "folder": value})
+    assert reads_as_written(recipe.model_copy(update={"run": run}), document)
+
+
+def test_a_tilde_is_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    paths = ["prompts.path=~/prompts.jsonl", "run.folder=~/new", "actor.model.path=~/decoder"]
+    assert problems("ppo.yaml", *paths) == []
+    recipe = load_recipe("ppo.yaml", paths)
+    assert isinstance(recipe, PPORecipe)
+    found = (recipe.prompts.path, recipe.run.folder, recipe.actor.model.path)
+    assert found == tuple(str(place / name) for name in ("prompts.jsonl", "new", "decoder"))
+
+
 def test_every_key_of_every_recipe_is_described() -> None:
     for model in KINDS.values():
         for key in recipe_keys(model).values():
@@ -98,6 +133,9 @@ def test_every_key_of_every_recipe_is_described() -> None:
         ("run: {folder: x}\n", "a.yaml: kind: missing; one of sft, rm, ppo, grpo"),
         ("kind: dpo\n", "a.yaml:1: kind: is 'dpo'; a recipe is one of sft, rm, ppo, grpo"),
         ("kind: sft\nkind: sft\n", "a.yaml:2: kind: written twice, first at a.yaml:1"),
+        ("kind: sft\nrun: {seed: !!int x}\n", "a.yaml:2: not valid YAML: 'x' cannot be read as int"),
+        ("kind: sft\nrun: " + "[" * 1000, "a.yaml: not valid YAML: nested too deeply"),
+        ("kind: sft\nrun.seed: 3\n", "a.yaml:2: run.seed: a key with dots is for the command line; here write run: {"),
     ],
 )
 def test_malformed_files(place: Path, text: str, told: str) -> None:
@@ -132,26 +170,44 @@ def test_a_recipe_for_another_command(place: Path) -> None:
         ("run.folder.x=2", "run.folder is 'runs/new' and has no key x"),
         ("folder", "folder: an override reads key.sub=value"),
         ("run.seed=[1", "command line: run.seed: not valid YAML"),
+        ("run.seed=!!float x", "command line: run.seed: not valid YAML: 'x' cannot be read as float"),
+        ("run.seed=!!bool x", "'x' cannot be read as bool"),
+        ("run.seed=!!timestamp x", "'x' cannot be read as timestamp"),
+        (f"run.seed={'9' * 5000}", "cannot be read as int"),
+        (f"run.seed=!!int 0x{'9' * 5000}", "cannot be read as int"),
+        ('run.folder="\\ud800"', "cannot be read as str"),
+        (f"run.seed={'[' * 100}{']' * 100}", "nested too deeply"),
+        (f"run.seed={'[' * 1000}", "nested too deeply"),
+        ("run.folder=''", "run.folder: must be text, not ''"),
         ("run.seed=x", "run.seed: must be a whole number, not 'x'"),
         ("run.seed=1.5", "run.seed: must be a whole number, not 1.5"),
         ("run.seed=-1", "run.seed: must be at least 0, not -1"),
         ("run.progress=yes", "run.progress: must be true or false, not 'yes'"),
         ("run.folder=3", "run.folder: must be text, not 3"),
         ("actor.optimizer=", "actor.optimizer: must be a section of keys, not nothing; leave the key out"),
+        ("actor=", "command line: actor: must be a section of keys, not nothing: set actor.model.path"),
+        ("step=", "must be a section of keys, not nothing: write step: {} for its defaults"),
+        ("actor.modle.path=x", "command line: actor.modle: unknown key; did you mean actor.model?"),
+        ("bogus.key=1", "command line: bogus: unknown key; known here: run, cluster"),
+        ("reference={model.path: x}", "reference.model.path: a key with dots is for the command line; here write"),
         ("actor.optimizer.learning_rate=-1", "must be at least 0, not -1"),
         ("actor.optimizer.learning_rate=.nan", "must be a finite number"),
         ("actor.optimizer.betas=[0.9]", "actor.optimizer.betas"),
         ("actor.optimizer.betas=0.9", "actor.optimizer.betas: must be a list, not 0.9"),
+        ("actor.optimizer.betas=[0.9, 1]", "actor.optimizer.betas.1: must be below 1, not 1"),
         ("actor.model.dtype=fp16", "must be 'float32' or 'bfloat16', not 'fp16'"),
-        ("actor.zero_stage=4", "must be 0, 1, 2 or 3, not 4"),
+        ("actor.zero_stage=4", "must be at most 3, not 4"),
+        ("actor.zero_stage=true", "must be a whole number, not true"),
+        ("actor.zero_stage=1.0", "must be a whole number, not 1.0"),
+        ("generation.kv_cache_gib=1e308", "must be at most 1e+06, not 1e+308"),
+        ("cluster.gpu_memory_gib=1e308", "must be at most 1e+06, not 1e+308"),
+        ("cluster.node_memory_gib=1e308", "must be at most 1e+06, not 1e+308"),
         ("actor={}", "actor.model: missing: set actor.model.path"),
-        ("actor.offload_parameters=true", "offload_parameters needs zero_stage 3, not 2"),
-        ("rewards.0.function=nocolon", "function must read module:function, not 'nocolon'"),
     ],
 )
 def test_keys_and_types(place: Path, override: str, told: str) -> None:
     found = problems("grpo.yaml", override, files=False)
-    assert any(told in line for line in found), found
+    assert len(found) == 1 and told in found[0], found
     assert all(line.startswith(("command line: ", "grpo.yaml:")) for line in found)
 
 
@@ -178,6 +234,21 @@ def test_everything_wrong_is_told_at_once(place: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "wrong", ["rewards.0.function=nocolon", "rewards.0.kind=model", "actor.offload_parameters=true"]
+)
+def test_an_impossible_section_does_not_hide_the_rest(place: Path, wrong: str) -> None:
+    others = ["generation.temperature=0.5", "step.mini_batch_size=7", "run.folder=decoder", "prompts.path=./gone"]
+    found = problems("grpo.yaml", wrong, *others)
+    assert {line.split(": ")[1] for line in found} > {one.split("=")[0] for one in others}, found
+
+
+def test_a_group_of_one_does_not_hide_the_mini_batch(place: Path) -> None:
+    group, batch = problems("grpo.yaml", "step.group_size=1", "step.mini_batch_size=7")
+    assert "step.group_size: 1 leaves nothing" in group
+    assert "step.mini_batch_size: 7 does not divide prompts_per_step 8 * group_size 8 = 64" in batch
+
+
 def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
     Path("sft.yaml").write_text(Path("sft.yaml").read_text().replace("folder:", "foldr:"))
     assert problems("sft.yaml") == ["sft.yaml:3: run.foldr: unknown key; did you mean run.folder?"]
@@ -201,6 +272,11 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
         ("ppo", ["actor.offload_optimizer=true"], "actor.offload_optimizer: needs cluster.device cuda"),
         ("ppo", ["cluster.device=cuda", "actor.offload_optimizer=true", "actor.zero_stage=0"], "needs zero_stage 1, 2"),
         ("sft", ["learner.model.dtype=bfloat16", "learner.zero_stage=0"], "learner.zero_stage: bfloat16 needs"),
+        ("sft", ["cluster.device=cuda", "learner.offload_parameters=true"], "offload_parameters: needs zero_stage 3"),
+        ("grpo", ["rewards.0.function=nocolon"], "rewards.0.function: must read module:function, not 'nocolon'"),
+        ("grpo", ["rewards.0.function="], "rewards.0.function: missing: kind function needs it: set it to module"),
+        ("ppo", ["rewards.0.model="], "rewards.0.model: missing: kind model needs it: set rewards.0.model.path"),
+        ("ppo", ["rewards.0.function=a:b"], "rewards.0.function: is for kind function, not model"),
         ("ppo", ["generation.tensor_parallel=2"], "generation.tensor_parallel: needs cluster.device cuda"),
         ("ppo", ["generation.max_model_tokens=16"], "leaves no room for a prompt beside max_new_tokens 16"),
         ("ppo", ["generation.top_p=0.9"], "generation.top_p: 0.9 samples from another distribution than the policy"),
@@ -261,12 +337,23 @@ def test_reward_names_are_unique(place: Path) -> None:
         ("rm", "held_out.margin_column=margin", "held_out.margin_column: pairs.jsonl has no column 'margin'"),
         ("sft", "run.folder=decoder", "run.folder: decoder exists"),
         ("sft", "run.folder=pairs.jsonl/run", "is a file"),
+        ("sft", f"run.folder={LONG}", "cannot be made"),
+        ("sft", f"run.folder=runs/{LONG}", "File name too long"),
+        ("sft", 'run.folder="a\\0b"', "null byte"),
+        ("sft", f"learner.model.path={LONG}", "no such model folder"),
+        ("sft", f"data.path={LONG}", "no such data file"),
+        ("sft", "data.path=rewards_of_test.py", "must be one of .jsonl, .json, .parquet"),
+        ("sft", "data.path=empty", "the folder holds no .jsonl, .json, .parquet files"),
+        ("sft", "data.path=empty.parquet", "the file is empty"),
     ],
 )
 def test_files(place: Path, kind: str, override: str, told: str) -> None:
+    Path("empty").mkdir()
+    Path("empty.parquet").touch()
+    before = sorted(place.rglob("*"))
     found = problems(f"{kind}.yaml", override)
     assert any(told in line for line in found), found
-    assert not Path("runs").exists()
+    assert sorted(place.rglob("*")) == before
 
 
 def test_sampling_defaults_that_came_with_the_model_are_refused(place: Path) -> None:
@@ -279,7 +366,12 @@ def test_sampling_defaults_that_came_with_the_model_are_refused(place: Path) -> 
 
 
 def test_broken_files(place: Path) -> None:
-    for text, told in [("", "has no rows"), ("not json\n", "data.jsonl:1: not a line of JSON"), ("3\n", "not a row")]:
+    for text, told in [
+        ("", "the file is empty"),
+        ("\n", "has no rows"),
+        ("not json\n", "data.jsonl:1: not a line of JSON"),
+        ("3\n", "not a row"),
+    ]:
         Path("data.jsonl").write_text(text)
         assert told in problems("grpo.yaml", "prompts.path=data.jsonl")[0]
     Path("decoder/config.json").write_text("{")
@@ -319,6 +411,41 @@ def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
     assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
     (place / "runs/new/checkpoints/step-000001").mkdir()
     assert problems("sft.yaml", resume=True) == []
+
+
+@pytest.mark.parametrize("before", [b"a: [", b"\xff", b"", b"- 1\n"])
+def test_resume_needs_a_recipe_to_compare_with(place: Path, before: bytes) -> None:
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    (place / "runs/new/config.yaml").write_bytes(before)
+    (found,) = problems("sft.yaml", resume=True)
+    assert found.startswith("sft.yaml:3: run.folder: runs/new/config.yaml") and "must say what it was" in found
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo", "grpo"])
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"architectures": 3}, "config.json: architectures must be a list, not 3"),
+        ({"model_type": ["qwen3"]}, "config.json: model_type must be text, not a list"),
+        ({"id2label": 1}, "config.json: id2label must be a section, not 1"),
+        ({"max_position_embeddings": "64"}, "config.json: max_position_embeddings must be a whole number, not '64'"),
+    ],
+)
+def test_models_that_say_what_no_model_says(place: Path, kind: str, written: dict[str, object], told: str) -> None:
+    (place / "decoder/config.json").write_text(json.dumps(DECODER | written))
+    (found,) = problems(f"{kind}.yaml")
+    assert told in found
+
+
+def test_more_gpus_than_the_cluster_has(place: Path) -> None:
+    many = ["cluster.device=cuda", "generation.engines=12"]
+    (found,) = problems("grpo.yaml", *many)
+    assert "cluster.nodes: 13 GPUs are needed, the cluster has 1 x 8: ask for 2 nodes, or join" in found
+    (found,) = problems("grpo.yaml", "cluster.device=cuda", "cluster.nodes=4", "generation.tensor_parallel=16")
+    told = "17 GPUs are needed, the cluster has 4 x 8: 16 of them must be on one node: raise cluster"
+    assert told in found
+    assert problems("grpo.yaml", *many, "cluster.nodes=2") == []
+    assert problems("grpo.yaml", *many, "cluster.address=auto") == []  # Ray knows what that has
 
 
 def test_local_paths_and_hub_names(place: Path) -> None:

@@ -126,7 +126,7 @@ def test_states_are_what_deepspeed_holds(ranks: Ranks, model: Path, stage: int, 
             "micro_batch_tokens": 64,
         }
     )
-    planned = model_states(find_shape("learner.model", str(model)), "lm", settings)
+    planned = model_states(find_shape(str(model)), "lm", settings)
     for looks, measured in ranks.run(largest_states, settings):
         assert looks >= 4
         assert measured == pytest.approx(planned, rel=0.05)
@@ -137,5 +137,5 @@ def test_sgd_has_master_weights_alone(ranks: Ranks, model: Path) -> None:
         model=ModelSettings(path=str(model), dtype="bfloat16"), ranks=ranks.world_size, zero_stage=2,
         micro_batch_tokens=64, optimizer=OptimizerSettings(kind="sgd"),
     )  # fmt: skip
-    planned = model_states(find_shape("learner.model", str(model)), "lm", settings)
+    planned = model_states(find_shape(str(model)), "lm", settings)
     assert ranks.run(largest_states, settings)[0][1] == pytest.approx(planned, rel=0.05)

@@ -65,14 +65,14 @@ def test_every_parameter_of_a_decoder_is_counted(family: str, values: dict[str, 
     """With every head, from the config.json that Transformers writes."""
     config = CONFIG_MAPPING[family](**values)
     config.save_pretrained(tmp_path)
-    shape = find_shape("actor.model", str(tmp_path))
+    shape = find_shape(str(tmp_path))
     config.num_labels = 1
     for head, auto in (
         ("lm", AutoModelForCausalLM),
         ("score", AutoModelForSequenceClassification),
         ("value", AutoModelForTokenClassification),
     ):
-        assert sorted(shape.tensors(head)) == sizes(meta(auto, config)), head
+        assert sorted(shape.tensors(head).elements()) == sizes(meta(auto, config)), head
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -81,24 +81,24 @@ def test_every_parameter_of_an_encoder_is_counted(family: str, tmp_path: Path) -
     config.save_pretrained(tmp_path)
     config.num_labels = 1
     found = sizes(meta(AutoModelForSequenceClassification, config))
-    assert sorted(find_shape("learner.model", str(tmp_path)).tensors("score")) == found
+    assert sorted(find_shape(str(tmp_path)).tensors("score").elements()) == found
 
 
 @pytest.mark.parametrize("name", [name for name, entry in model_table().items() if isinstance(entry, dict)])
 def test_the_table_makes_models_that_transformers_builds(name: str) -> None:
     entry = dict(model_table()[name])
     config = CONFIG_MAPPING[entry.pop("model_type")](**entry)
-    assert sorted(find_shape("actor.model", name).tensors("lm")) == sizes(meta(AutoModelForCausalLM, config))
+    assert sorted(find_shape(name).tensors("lm").elements()) == sizes(meta(AutoModelForCausalLM, config))
 
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_published_parameter_counts(name: str, parameters: int) -> None:
-    assert find_shape("actor.model", name).parameters("lm") == parameters
+    assert find_shape(name).parameters("lm") == parameters
 
 
 def test_the_demos_shape_is_that_of_the_model_it_makes(tmp_path: Path) -> None:
     make_model(tmp_path / "base", 0)
-    assert find_shape("actor.model", str(tmp_path / "base")) == find_shape("actor.model", "runs/demo/sft/model")
+    assert find_shape(str(tmp_path / "base")) == find_shape("runs/demo/sft/model")
 
 
 def test_what_cannot_be_counted_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +107,38 @@ def test_what_cannot_be_counted_is_said_in_one_line(tmp_path: Path, monkeypatch:
     def told(config: dict[str, Any]) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError) as error:
-            find_shape("critic.model", str(tmp_path))
+            find_shape(str(tmp_path))
         return error.value.problems[0]
 
     with pytest.raises(UserError, match="some/model: its shape is not known here"):
-        find_shape("critic.model", "some/model")
+        find_shape("some/model")
     assert "model_type mamba cannot be planned" in told({"model_type": "mamba"})
-    assert "config.json does not say hidden_size" in told({"model_type": "qwen3"})
+    assert "config.json: hidden_size must be a whole number from 1 to" in told({"model_type": "qwen3"})
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("qwen3", "hidden_size", "48"), ("qwen2", "hidden_size", None), ("llama", "max_position_embeddings", None),
+        ("mistral", "num_hidden_layers", 0), ("qwen3", "vocab_size", -96), ("qwen3", "num_key_value_heads", 0),
+        ("llama", "head_dim", 16.0), ("qwen2", "intermediate_size", True), ("bert", "num_attention_heads", []),
+        ("roberta", "type_vocab_size", 10**400), ("gpt2", "n_layer", 0), ("gpt2", "n_inner", -1),
+    ],
+)  # fmt: skip
+def test_a_size_that_makes_no_sense_is_one_line(family: str, key: str, value: Any, tmp_path: Path) -> None:
+    config = GPT2 if family == "gpt2" else {**SMALL, "head_dim": 8, "type_vocab_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **config, key: value}))
+    with pytest.raises(UserError) as error:
+        find_shape(str(tmp_path))
+    (line,) = error.value.problems
+    assert line.startswith(f"{tmp_path}: config.json: {key} must be a whole number from 1 to") and "\n" not in line
+
+
+def test_heads_wider_than_the_model_are_refused(tmp_path: Path) -> None:
+    for family, config in (("qwen2", {**SMALL, "hidden_size": 4}), ("gpt2", {**GPT2, "n_embd": 4})):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **config}))
+        with pytest.raises(UserError, match="config.json: head_dim must be"):
+            find_shape(str(tmp_path))
 
 
 def test_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +146,7 @@ def test_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2}))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert find_shape("actor.model", "some/model") == read_shape({"model_type": "gpt2", **GPT2})
+    assert find_shape("some/model") == read_shape({"model_type": "gpt2", **GPT2})
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -172,4 +197,4 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str) -> None:
 
 def test_the_kv_cache_of_a_token() -> None:
     """Qwen3-8B: keys and values of 36 layers, 8 heads of 128: 144 KiB in bfloat16."""
-    assert 2 * find_shape("actor.model", "Qwen/Qwen3-8B").kv_elements == 144 * 1024
+    assert 2 * find_shape("Qwen/Qwen3-8B").kv_elements == 144 * 1024

@@ -18,7 +18,7 @@ import pytest
 
 from launch.config import load_recipe
 from launch.demo import RECIPES
-from launch.slurm import BODY, fits, least_cpus, seconds, write_job
+from launch.slurm import BODY, least_cpus, seconds, write_job
 from learners.settings import UserError
 
 STAND_INS = {
@@ -109,7 +109,7 @@ def test_a_run_that_succeeds(job: Job) -> None:
     tokens = job.calls("auth")
     assert len(tokens) == 2 and tokens[0] == tokens[1] and re.fullmatch("token [0-9a-f]{64}", tokens[0]), tokens
     recipe = RECIPES / "demo_sft.yaml"
-    assert job.calls("quatuor") == [f"sft {recipe} two words=1 cluster.address=10.0.0.1:24006"]
+    assert job.calls("quatuor") == [f"sft {recipe} two words=1 cluster.nodes=2 cluster.address=10.0.0.1:24006"]
     assert not left_of(job) and not list(job.here.glob("run.ray-*"))
 
 
@@ -233,9 +233,15 @@ def test_times_are_read_as_slurm_reads_them() -> None:
 
 
 def test_every_node_offers_room_for_its_share() -> None:
-    assert fits([2, 1, 1], 2, 2) and not fits([2, 2, 2], 2, 3)
-    sft = load_recipe(RECIPES / "demo_sft.yaml", ["learner.ranks=3", "learner.threads=2"])
-    assert [least_cpus(sft, nodes) for nodes in (1, 2, 3)] == [6, 4, 2]
+    three = ["learner.ranks=3", "learner.threads=2"]
+    on = {n: load_recipe(RECIPES / "demo_sft.yaml", [*three, f"cluster.nodes={n}"]) for n in (1, 2, 3)}
+    assert [least_cpus(recipe) for recipe in on.values()] == [6, 4, 2]
+
+
+def test_the_run_uses_as_many_nodes_as_the_job_has(tmp_path: Path) -> None:
+    """A recipe that says nothing of nodes would put everything on one of them, and leave the others idle."""
+    text = write(tmp_path, nodes=3, given=["cluster.nodes=1"]).read_text()
+    assert " cluster.nodes=3)" in text and "least_cpus=1\n" in text
 
 
 def test_nothing_heavy_is_loaded() -> None:

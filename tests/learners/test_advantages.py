@@ -420,3 +420,16 @@ def test_adaptive_kl_never_turns_the_penalty_into_a_reward():
         controller.update(0.0, 500)  # factor 1 - 0.2 * 500 / 100 = 0
     controller.update(100.0, 500)
     assert controller.beta == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_scores_far_from_zero_keep_their_differences(kind):
+    near = group_advantages(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 3, kind=kind)
+    far = group_advantages(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64) + 1e9, 3, kind=kind)
+    assert far.dtype == torch.float32
+    torch.testing.assert_close(far, near)
+
+
+def test_a_broken_token_does_not_spread_behind_the_mask_when_whitened():
+    whitened = whiten(torch.tensor([[math.nan, 1.0, 2.0]]), torch.tensor([[1, 1, 0]]))
+    assert whitened[0, 2] == 0

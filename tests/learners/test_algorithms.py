@@ -143,6 +143,7 @@ def test_a_batch_that_could_not_be_scored_at_all_is_zero_and_finite(samples):
     batch, metrics = algorithm.advantages(nothing)
     assert not batch.advantages.any() and not batch.returns.any()
     assert all(math.isfinite(x) for x in metrics.values())
+    algorithm.learned(batch)
     assert algorithm.beta == 0.5, "nothing was measured"
 
 
@@ -176,13 +177,16 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
     algorithm = ppo(**adaptive)
     batch, metrics = algorithm.advantages(samples)  # KL 0.35 is far above the target: the largest step up
     close(batch.returns, [[1.75, 2.25, 2.25], [-1.1, 0.0, 0.0]])
-    assert metrics["kl/beta"] == 0.5, "the beta these rewards were made with"
+    assert metrics["kl/beta"] == 0.5 == algorithm.beta, "a step that is skipped moves nothing"
+    algorithm.learned(batch)
     assert algorithm.beta == pytest.approx(0.5 * (1 + 0.2 * 2 / 10))
 
     state = algorithm.state()
     resumed = ppo(**adaptive)
     resumed.load_state(state)
     again, expected = resumed.advantages(samples), algorithm.advantages(samples)
+    for one, (learned, _) in ((resumed, again), (algorithm, expected)):
+        one.learned(learned)
     assert again[1] == expected[1] and again[1]["kl/beta"] == pytest.approx(0.52)
     assert torch.equal(again[0].returns, expected[0].returns)
     assert resumed.state() == algorithm.state() != state
@@ -190,7 +194,7 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
 
 def test_a_fixed_kl_stays(samples):
     algorithm = ppo()
-    algorithm.advantages(samples)
+    algorithm.learned(algorithm.advantages(samples)[0])
     assert algorithm.state() == {"kl_beta": 0.5}
 
 
@@ -307,6 +311,39 @@ def test_the_policy_loss_is_weighed_and_its_denominator_stays(algorithm, correct
     assert loss.item() == pytest.approx(-sum(expected) / 2, rel=1e-5)
     assert stats["rollout_weight"][0].item() == pytest.approx(sum(expected), rel=1e-5)
     assert stats["rollout_capped"][0].item() == (2 if correction["kind"].startswith("sequence") else 1)
+
+
+@pytest.mark.parametrize("make", [ppo, grpo])
+def test_every_key_of_the_policy_loss_reaches_it(make):
+    """Two responses whose tokens have ratio 3, at advantages -1 and 1; each key changes a number of its own."""
+    batch = batch_of(2, 1, old_logprobs=[[0.0, 0.0], [0.0, 0.0]], advantages=[[-1.0, -1.0], [1.0, 0.0]])
+    new = batch.old_logprobs + math.log(3)
+
+    def loss(denominator=3.0, **keys):
+        return make(loss_aggregation="token_mean", **keys).actor_loss(new, batch, denominator)[0].item() * denominator
+
+    assert loss() == pytest.approx(3 + 3 - 1.2)  # the bad tokens count in full, the good one is clipped at 1.2
+    assert loss(clip_high=0.5) == pytest.approx(3 + 3 - 1.5)
+    assert loss(dual_clip=2.0) == pytest.approx(2 + 2 - 1.2)
+    assert make(loss_aggregation="sequence_mean").actor_loss(new, batch, 2.0)[0].item() == pytest.approx((3 - 1.2) / 2)
+    assert make(loss_aggregation="constant").actor_loss(new, batch, 20.0)[0].item() == pytest.approx((6 - 1.2) / 20)
+    low = make(loss_aggregation="token_mean", clip_low=0.5)
+    loss_below = low.actor_loss(-new, batch, 3.0)[0].item()  # ratio 1/3: bad tokens are held at 0.5
+    assert loss_below == pytest.approx((0.5 + 0.5 - 1 / 3) / 3)
+
+
+def test_the_sequence_ratio_is_grpos_to_choose():
+    batch = batch_of(2, old_logprobs=[[0.0, 0.0]], advantages=[[-1.0, -1.0]])
+    new = torch.tensor([[math.log(4), 0.0]])
+    loss, _ = grpo(ratio="sequence").actor_loss(new, batch, 1.0)
+    assert loss.item() == pytest.approx(2)  # exp of the mean log-ratio; per token it would be (4 + 1) / 2
+
+
+def test_the_correction_does_not_weigh_grpos_kl():
+    correction = {"kind": "token_truncate", "cap": 0.5}
+    batch = batch_of(1, old_logprobs=[[0.0]], rollout_logprobs=[[0.0]], ref_logprobs=[[1.0]], advantages=[[1.0]])
+    loss, _ = grpo(kl_beta=0.1, rollout_correction=correction).actor_loss(torch.zeros(1, 1), batch, 1.0)
+    assert loss.item() == pytest.approx(-0.5 + 0.1 * (math.e - 2))
 
 
 def test_grpo_without_kl_needs_no_reference(samples):

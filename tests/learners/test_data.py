@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -266,6 +267,11 @@ def test_parquet_and_folders(write, tmp_path):
         read_rows(PromptData(path=str(tmp_path / "folder"), split="validation"), ["prompt"])
 
 
+def test_a_tilde_is_the_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(write({"prompt": "a"})).parent))
+    assert read_rows(PromptData(path="~/rows.jsonl"), ["prompt"])["prompt"][:] == ["a"]
+
+
 def test_changed_files_are_read_again(write):
     assert read_rows(PromptData(path=write({"prompt": "a"})), ["prompt"])["prompt"][:] == ["a"]
     assert read_rows(PromptData(path=write({"prompt": "b"})), ["prompt"])["prompt"][:] == ["b"]
@@ -294,6 +300,7 @@ def test_missing_columns_are_named(write):
         ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read"),
         ("broken.parquet", "PAR", "cannot be read"),
         ("empty.jsonl", "", "the file is empty"),
+        ("x" * 300, None, "no such file or folder"),
     ],
 )
 def test_unreadable_data_is_one_line(tmp_path, name, content, problem):

@@ -140,6 +140,12 @@ def test_policy_loss_ignores_what_is_masked(options, dtype, garbage):
         assert count == 2
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_broken_token_does_not_spread_behind_the_mask(ratio):
+    loss, _ = policy_loss(row(NAN, 0.0, 0.0), row(0.0, 0.0, 0.0), row(1.0, 1.0, 1.0), row(1, 1, 0), ratio=ratio)
+    assert loss[0, 0].isnan() and loss[0, 2] == 0
+
+
 def test_policy_gradient_reaches_the_new_logprobs_alone():
     old, advantages = row(0.0).requires_grad_(), row(1.0).requires_grad_()
     policy_loss(logs(1.1), old, advantages, torch.ones(1, 1))[0].sum().backward()
@@ -412,6 +418,11 @@ def test_the_margin_is_what_chosen_must_win_by(margin):
     loss = pairwise_loss(chosen, rejected, margin)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, -torch.tensor([0.75]).log())
+
+
+def test_pairs_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError, match=r"pairs expected, not chosen \[3, 1\] and rejected \[3\]"):
+        pairwise_loss(torch.zeros(3, 1), torch.zeros(3))
 
 
 def test_pairwise_loss_is_stable_at_a_thousand():

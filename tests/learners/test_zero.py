@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -33,8 +34,8 @@ PAD, SEED, TOTAL_STEPS, TEMPERATURE, VALUE_CLIP = 39, 5, 10, 0.7, 0.2
 CLIP_LOW, CLIP_HIGH, KL_BETA, CENTRING = 0.2, 0.3, 0.1, 0.05
 ROLES = ("ppo", "grpo", "critic", "reward", "sft")
 STAGES = (0, 1, 2, 3)
-ONE_EACH, UNEVEN, WHOLE = 1, 40, 10_000  # micro-batch budgets in tokens
-NAN = float("nan")
+ONE_EACH, UNEVEN, PAIRS_UNEVEN, WHOLE = 1, 40, 80, 10_000  # micro-batch budgets in tokens
+NAN, INF = float("nan"), float("inf")
 
 SGD = OptimizerSettings(kind="sgd", learning_rate=0.1, max_grad_norm=0.2, warmup_steps=1)  # clips every step
 # eps: where a gradient is exactly 0, AdamW would otherwise turn rounding errors into whole steps
@@ -111,18 +112,24 @@ def train_without_boundaries(place, role, settings, batch):
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
 
-def train_with_a_broken_gradient_first(place, settings, batch):
-    """On one rank alone, the loss is finite and its gradient is not: d sqrt(x) / dx at 0."""
-    engine = learner(place, "sft", settings)
+def infinite_gradient(loss, outputs, *rest):
+    """The loss is finite and its gradient is not: d sqrt(x) / dx at 0."""
+    value, stats = loss(outputs, *rest)
+    return value + (outputs.sum() * 0.0).sqrt(), stats
+
+
+def infinite_logprobs(loss, outputs, *rest):
+    """Log-ratios are bounded: without a look at the log-probs loss and gradient would be finite."""
+    return loss(outputs - INF, *rest)
+
+
+def train_broken_first(place, role, fault, settings, batch):
+    """A step with a faulty loss on one rank alone, then two sound ones; and the weights before and after the first."""
+    engine = learner(place, role, settings)
     loss = engine.loss
-
-    def broken(outputs, *rest):
-        value, stats = loss(outputs, *rest)
-        return value + (outputs.sum() * 0.0).sqrt(), stats
-
     if place.rank == 0:
-        engine.loss = broken
-    before, shard = weights_of(engine), share(place, "sft", batch)
+        engine.loss = partial(fault, loss)
+    before, shard = weights_of(engine), share(place, role, batch)
     refused = engine.train(shard)
     after, engine.loss = weights_of(engine), loss
     return refused, torch.equal(before, after), [engine.train(shard) for _ in range(2)], weights_of(engine)
@@ -431,6 +438,27 @@ def assert_outputs(outputs, expected):
 # -- one loss, however it is cut -----------------------------------------------------------------------------
 
 
+def budget_of(role, budget):
+    """Pairs are twice as long: what cuts samples unevenly would put every pair by itself."""
+    return PAIRS_UNEVEN if role == "reward" and budget == UNEVEN else budget
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("role", ROLES)
+def test_the_three_budgets_cut_the_mini_batch_in_three_ways(batches, role, n):
+    batch, group = batches[role], 2 if role == "reward" else 1
+
+    def sizes(budget):
+        """Samples (or pairs) of every micro-batch, rank by rank."""
+        shards = [batch.select(rows) for rows in batch.shard(n, group)]
+        cuts = [shard.micro_batches(budget_of(role, budget), group) for shard in shards]
+        return [[len(rows) // group for rows in cut] for cut in cuts]
+
+    assert all(set(cut) == {1} and len(cut) > 1 for cut in sizes(ONE_EACH))
+    assert any(len(set(cut)) > 1 for cut in sizes(UNEVEN))
+    assert all(len(cut) == 1 for cut in sizes(WHOLE))
+
+
 @pytest.mark.parametrize("budget", [ONE_EACH, UNEVEN, WHOLE], ids=["one_each", "uneven", "whole"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("n", [1, 2])
@@ -439,7 +467,8 @@ def test_every_cut_of_every_role_steps_like_plain_pytorch(
     ranks, reference, settings_of, batches, role, n, stage, budget
 ):
     """Seven samples (or five pairs) on one rank or two: gradients, and weights after two steps of SGD and of AdamW."""
-    results = ranks[n].run(train_and_look, role, (SGD, ADAMW), settings_of(role, stage, budget), batches[role])
+    settings = settings_of(role, stage, budget_of(role, budget))
+    results = ranks[n].run(train_and_look, role, (SGD, ADAMW), settings, batches[role])
     for i, optimizer in enumerate((SGD, ADAMW)):
         expected = reference(role, optimizer)
         seen = [of_rank[i] for of_rank in results]
@@ -447,6 +476,14 @@ def test_every_cut_of_every_role_steps_like_plain_pytorch(
         for _, gradients, _ in seen:
             for gradient, plain in zip(gradients, expected.gradients, strict=True):
                 assert (gradient - plain).abs().max() <= 1e-6 * plain.abs().max()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_activations_change_nothing(ranks, reference, settings_of, batches, stage):
+    settings = settings_of("ppo", stage)
+    model = settings.model.model_copy(update={"gradient_checkpointing": True})
+    results = ranks[2].run(train, "ppo", settings.model_copy(update={"model": model}), batches["ppo"])
+    assert_trained_like(reference("ppo", SGD), results, SGD)
 
 
 @pytest.mark.parametrize(("role", "rows"), [("ppo", (5,)), ("reward", (2, 3))])
@@ -513,13 +550,17 @@ def test_an_update_that_is_not_finite_is_skipped_and_leaves_no_trace(
     assert_trained_like(reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW)
 
 
+@pytest.mark.parametrize(("role", "fault"), [("sft", infinite_gradient), ("ppo", infinite_logprobs)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_is_skipped_although_its_loss_is(ranks, reference, settings_of, batches, stage):
-    settings = settings_of("sft", stage, optimizer=ADAMW)
-    results = ranks[2].run(train_with_a_broken_gradient_first, settings, batches["sft"])
+def test_what_only_one_rank_sees_of_an_infinity_makes_all_skip(
+    ranks, reference, settings_of, batches, stage, role, fault
+):
+    settings = settings_of(role, stage, optimizer=ADAMW)
+    results = ranks[2].run(train_broken_first, role, fault, settings, batches[role])
     for refused, unchanged, _, _ in results:
-        assert refused["skipped_updates"] == 1 and unchanged and math.isfinite(refused["loss"])
-    assert_trained_like(reference("sft", ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW)
+        assert refused["skipped_updates"] == 1 and unchanged
+        assert math.isfinite(refused["loss"]) == (fault is infinite_gradient)
+    assert_trained_like(reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW)
 
 
 # -- bfloat16 ------------------------------------------------------------------------------------------------
