@@ -20,6 +20,7 @@ from actors.settings import ClusterSettings
 from learners.settings import UserError
 
 REACH_S = 5.0  # for a connection to a cluster
+HTTP2_SETTINGS = b"\x04"  # the type of a frame, after three bytes of length
 PATIENCE_S = 30.0  # for resources that are there, but in use: a run that has just ended gives them back in a moment
 
 
@@ -199,12 +200,29 @@ def connect(address: str | None, cpus: int) -> None:
         return
     try:
         if ":" in address:
-            host, port = address.rsplit(":", 1)
-            socket.create_connection((host, int(port)), timeout=REACH_S).close()
+            reach(address)
         ray.init(address, **quiet)
     except (OSError, ValueError, RayError) as error:  # ConnectionError is an OSError
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cluster.address: no Ray cluster can be joined at {address}: {reason}") from error
+
+
+def reach(address: str) -> None:
+    """Return when Ray's head listens at host:port; else OSError or ValueError.
+
+    Ray itself would wait for minutes at a port that is somebody else's. Its server speaks gRPC, and so begins with the
+    settings of an HTTP/2 connection, without being asked (RFC 9113, 3.4), unless it speaks TLS.
+    """
+    host, port = address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=REACH_S) as head:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        try:
+            greeting = head.recv(4, socket.MSG_WAITALL)
+        except TimeoutError:
+            greeting = b""
+    if greeting[3:] != HTTP2_SETTINGS:
+        raise ConnectionError("what listens there is not Ray's head, whose port is 6379 unless told otherwise")
 
 
 def environment(device: str, threads: int) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,23 @@ def test_a_cluster_that_does_not_answer(real: Path, told: Told, address: str) ->
     """Seconds, not Ray's own minute of trying."""
     (line,) = told("grpo", "grpo.yaml", f"cluster.address={address}")
     assert f"cluster.address: no Ray cluster can be joined at {address}: " in line
+
+
+@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["silent", "SSH"])
+def test_a_port_where_something_else_listens(
+    real: Path, told: Told, monkeypatch: pytest.MonkeyPatch, greeting: bytes
+) -> None:
+    monkeypatch.setattr("actors.placement.REACH_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        guests: list[socket.socket] = []
+
+        def greet() -> None:
+            guests.append(server.accept()[0])
+            guests[0].sendall(greeting)
+
+        threading.Thread(target=greet, daemon=True).start()
+        (line,) = told("grpo", "grpo.yaml", f"cluster.address=127.0.0.1:{server.getsockname()[1]}")
+    assert "what listens there is not Ray's head" in line
 
 
 def write_prompts(place: Path, *prompts: Any) -> None:

@@ -52,7 +52,7 @@ def test_every_shipped_recipe_fits(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "nodes", "gpus", "memory"),
     [
-        ("grpo_qwen3_0.6b", 1, 1, 24), ("ppo_qwen3_0.6b", 1, 1, 24),
+        ("grpo_qwen3_0.6b", 1, 1, 22), ("ppo_qwen3_0.6b", 1, 1, 22),
         ("grpo_qwen3_8b", 1, 8, 80), ("ppo_qwen3_8b", 1, 8, 80),
         ("grpo_qwen3_32b", 4, 8, 80), ("ppo_qwen3_14b", 4, 8, 80),
     ],
@@ -348,12 +348,18 @@ def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_plan_answers_at_once(path: Path) -> None:
-    done = at_once(str(path))
-    assert done.returncode == 0, done
-    assert "It fits." in done.stdout and done.stderr == ""
-    lines = done.stdout.splitlines()
+def test_every_shipped_recipe_fits_and_so_does_its_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "It fits." in out and err == ""
+    lines = out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", ["demo_ppo", "ppo_qwen3_14b"])
+def test_plan_answers_at_once(name: str) -> None:
+    done = at_once(str(RECIPES / f"{name}.yaml"))
+    assert done.returncode == 0 and done.stderr == "" and "It fits." in done.stdout, done
 
 
 @pytest.mark.parametrize(
