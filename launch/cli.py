@@ -16,8 +16,9 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from launch.checks import Recipe, function_problems
+from launch.checks import Recipe
 from launch.config import KINDS, RecipeError, annotated, located, read_recipe
+from launch.files import function_problems
 from launch.keys import listing
 from learners.settings import UserError
 

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
-from launch.checks import Problem, Recipe, combination_problems, file_problems
+from launch.checks import Problem, Recipe, combination_problems
 from launch.document import Document, in_words
+from launch.files import file_problems
 from launch.keys import lookup, recipe_keys, renamed, required, suggest
 from learners.settings import UserError
 

@@ -23,8 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.checks import Problem, Recipe, flat, is_local
+from launch.checks import Problem, Recipe
 from launch.config import RecipeError, located, read_recipe
+from launch.files import flat, is_local
 from learners.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,9 +14,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from actors.layout import Arrangement, Kind, Place, demands, misfit, needs_reference
+from actors.layout import demands, misfit, needs_reference
 from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
 from launch import memory
+from launch.arrangement import Arrangement, Kind, Spot
 from launch.checks import Problem, Recipe
 from launch.config import located
 from launch.document import Document
@@ -50,7 +51,7 @@ class Memory:
     """GPUs, or CPU memories of nodes, that hold the same: where they are, how many bytes each has, and what is there:
     roles, what one process of it holds in each phase, and how many processes there are."""
 
-    places: list[Place]
+    places: list[Spot]
     limit: int | None
     held: list[tuple[str, dict[str, Use], int]]
     phases: Sequence[str]
@@ -411,7 +412,7 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
     }
 
 
-def _device(plan: Plan, memory: Memory, place: Place) -> dict[str, Any]:
+def _device(plan: Plan, memory: Memory, place: Spot) -> dict[str, Any]:
     """One GPU or one node's CPU memory, process by process."""
     held = {p.name: plan.footprints[p.kind] for p in plan.where.on[place]}
     return {

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from launch.checks import read_json
 from launch.document import in_words
+from launch.files import read_json
 from learners.settings import UserError
 
 Head = Literal["lm", "score", "value"]

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from actors.settings import GRPORecipe, PPORecipe
-from launch.checks import Recipe, function_problems, is_local
+from launch.checks import Recipe
 from launch.config import KINDS, RecipeError, annotated, load_recipe, read_recipe
 from launch.document import Document
+from launch.files import function_problems, is_local
 from launch.keys import recipe_keys
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
