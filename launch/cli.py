@@ -95,7 +95,7 @@ def plan(
     """What a recipe will do and need, before anything starts: batches, devices, memory, transfers. Exit code 1 when it
     does not fit."""
     parsed, document = read_recipe(recipe, overrides or [])
-    from launch.plan import show_plan
+    from launch.plan_table import show_plan
 
     if not show_plan(parsed, json_file, document):
         raise typer.Exit(FAILED)

@@ -6,12 +6,10 @@ the real run. docs/plan.md says what is exact and what is an estimate, and what 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 from actors.layout import demands, misfit, needs_reference
@@ -423,23 +421,6 @@ def _device(plan: Plan, memory: Memory, place: Spot) -> dict[str, Any]:
             for phase in memory.phases
         },
     }  # fmt: skip
-
-
-def show_plan(recipe: Recipe, json_file: Path | None = None, document: Document | None = None) -> bool:
-    """Print the plan, write it as JSON if asked, and say whether the recipe fits. `document` knows where every value is
-    written."""
-    from launch.changes import enough
-    from launch.plan_table import print_plan
-
-    plan = make_plan(recipe, document)
-    changes = [] if plan.fits else enough(recipe)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(as_json(plan, changes), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json: {json_file} cannot be written: {error.strerror}") from None
-    print_plan(plan, changes)
-    return plan.fits
 
 
 def _written(value: Any) -> str:

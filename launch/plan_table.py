@@ -1,16 +1,22 @@
-"""A plan on one screen."""
+"""A plan on one screen, and as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.changes import enough
+from launch.checks import Recipe
+from launch.document import Document
 from launch.memory import GIB, Use, sum_of, total
-from launch.plan import RL, Change, Memory, Plan, kv_room, where_are
+from launch.plan import RL, Change, Memory, Plan, as_json, kv_room, make_plan, where_are
+from learners.settings import UserError
 
 WIDTH = 116  # at least: a narrow terminal wraps lines itself
 COLUMNS = {
@@ -21,6 +27,20 @@ COLUMNS = {
     "KV": ("kv_cache",),
     "buffers": ("buffers", "sync", "runtime"),
 }
+
+
+def show_plan(recipe: Recipe, json_file: Path | None = None, document: Document | None = None) -> bool:
+    """Print the plan, write it as JSON if asked, and say whether the recipe fits. `document` knows where every value is
+    written."""
+    plan = make_plan(recipe, document)
+    changes = [] if plan.fits else enough(recipe)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(as_json(plan, changes), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json: {json_file} cannot be written: {error.strerror}") from None
+    print_plan(plan, changes)
+    return plan.fits
 
 
 def print_plan(plan: Plan, changes: list[Change]) -> None:

@@ -18,8 +18,8 @@ from launch.checks import Recipe
 from launch.config import load_recipe, read_recipe
 from launch.document import Document
 from launch.memory import GIB, model_states, total
-from launch.plan import Plan, excess, kv_room, make_plan, ranges, read_shapes, show_plan
-from launch.plan_table import print_plan
+from launch.plan import Plan, excess, kv_room, make_plan, ranges, read_shapes
+from launch.plan_table import print_plan, show_plan
 from launch.shapes import Shape, find_shape
 from learners.settings import LearnerSettings, UserError
 from tests.launch.test_cli import quatuor
