@@ -99,6 +99,12 @@ def of_experience(
         yield Alarm("all_truncated", "no response ended with EOS: raise generation.max_new_tokens, or check the EOS id")
 
 
+def of_evaluation(name: str, failures: Sequence[str]) -> Iterator[Alarm]:
+    """What the function said that could not judge some of the held-out responses."""
+    if failures:
+        yield Alarm("reward_error", f"{name}: the function failed for {len(failures)} responses, first: {failures[0]}")
+
+
 def of_recipe(recipe: PPORecipe | GRPORecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
     """What the reader of the curves should know from the start. `defaults`: the Actor's generation_config.json."""
     if asked := asked_by_model(defaults, recipe.generation):  # else such a model was refused

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from actors.alarms import Watch, of_experience, of_metrics, of_recipe
+from actors.alarms import Watch, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.evaluation import candidates_for, mean, requests_for
 from actors.gate import GateError, pass_gate
 from actors.interrupt import Interrupted, asked, listening
@@ -26,6 +26,7 @@ from actors.run_folder import RunFolder
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
 from learners.advantages import kl_estimate
+from learners.data import Prompt
 from learners.experience import Experience, Rollout, mini_batches
 from learners.models import sampling_defaults
 from learners.settings import GRPOSettings, PPOSettings
@@ -78,7 +79,7 @@ class Driver:
             metrics = self.step(step)
             if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0 and step < steps:
                 with folder.phase("evaluate", step):
-                    metrics |= self.roles.evaluate(self.data.held_out, "evaluation")
+                    metrics |= self.judged(step, self.data.held_out, "evaluation")
             folder.log(step, metrics)
             due = recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
             leaving = asked()
@@ -167,11 +168,16 @@ class Driver:
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
         with self.folder.phase("evaluate", step):
-            metrics = self.roles.evaluate(self.data.held_out, "evaluation")
-            metrics |= self.roles.evaluate(self.data.test, "test")
+            metrics = self.judged(step, self.data.held_out, "evaluation")
+            metrics |= self.judged(step, self.data.test, "test")
         if metrics:
             self.folder.log(step, metrics, phase="evaluation")
         return metrics
+
+    def judged(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
+        """Metrics of held-out prompts; where the function that judges failed, an alarm says how."""
+        metrics, failures = self.roles.evaluate(prompts, name)
+        return metrics | self.watch.report(step, of_evaluation(name, failures))
 
     def save(self, step: int) -> None:
         """A checkpoint from which the run goes on as if it had never stopped."""
@@ -198,7 +204,7 @@ def with_scores(
     batch: Experience, scores: Sequence[float], finish_reasons: Sequence[str], algorithm: PPOSettings | GRPOSettings
 ) -> Experience:
     """Add `scores` [B]: clipped, then less the penalty for a missing EOS. A NaN score takes its whole row out."""
-    raw = torch.tensor(scores, dtype=torch.float32)
+    raw = torch.tensor(scores, dtype=torch.float64)  # differences within a group may lie behind float32's digits
     clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
     truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
     final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated

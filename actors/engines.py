@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +51,7 @@ class Engines(WorkerGroup):
         probe: list[int],
         deadline_s: float,
         gate: float,
-        mean_gate: float = math.inf,
+        mean_gate: float,
     ) -> float:
         """Give every engine the Actor's weights and prove it; until then they are STALE and serve nothing.
 
@@ -76,5 +75,8 @@ class Engines(WorkerGroup):
 
     def _failures(self) -> list[str]:
         """What went wrong in the engines: a rank that waits in a transfer never hears of it."""
-        told = self.gather(self.order("failure"), "sync", FAILURE_S)
+        try:
+            told = self.gather(self.order("failure"), "sync", FAILURE_S)
+        except WorkerError as error:
+            return [str(error)]
         return [f"{self._who(i)}: {failure}" for i, failure in enumerate(told) if failure]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from actors.engines import Engines
-from actors.groups import WorkerGroup
+from actors.groups import WorkerError, WorkerGroup
 from actors.rewards import Candidate
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings, GRPORecipe, PPORecipe
@@ -65,22 +65,28 @@ def evaluate(
     recipe: PPORecipe | GRPORecipe,
     tokenizer: Any,
     name: str,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[str]]:
     """One response per prompt, judged by the evaluation's function, with the same seeds every time.
+
+    Returns metrics, and what the function said where it failed; raises WorkerError when it failed everywhere.
 
     Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens and, where there are any, the
     share of responses without a score, which count in no mean.
     """
     deadline = recipe.cluster.call_deadline_s
     metrics: dict[str, float] = {}
+    failures: list[str] = []
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
         requests = requests_for(prompts, recipe.generation.plain, 1, (recipe.run.seed, name), greedy=kind == "greedy")
         rollouts = engines.generate(requests, deadline)
         candidates = candidates_for(rollouts, prompts, 1, tokenizer)
         (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
         judged = [s for s in scores if isinstance(s, float)]
+        failures += (failed := [s for s in scores if isinstance(s, str)])
+        if len(failed) == len(scores):
+            raise WorkerError(f"evaluate: {recipe.evaluation.function} fails for every response: {failed[0]}")
         metrics[f"{name}/accuracy_{kind}"] = mean(judged)
         if len(judged) < len(scores):
             metrics[f"{name}/unscorable_{kind}"] = 1 - len(judged) / len(scores)
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
-    return metrics
+    return metrics, failures

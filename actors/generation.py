@@ -267,8 +267,6 @@ class GenerationEngine:
 
     def _draw_anew(self) -> None:
         """What unseeded requests draw is a function of engine and version, so that a resumed run repeats no draws."""
-        from actors.weight_receiver import draw_from
-
         self._engine.collective_rpc(draw_from, args=(derive_seed(self.seed, "version", self.version),))
 
     @in_loop
@@ -359,6 +357,11 @@ class GenerationEngine:
 
     def _worker(self, method: str | Callable[..., Any], *args: Any) -> Any:
         return self._engine.collective_rpc(method, args=args)[0]
+
+
+def draw_from(worker: Any, seed: int) -> None:
+    """Set the generators that vLLM's sampler uses for requests without a seed, on every device of a worker."""
+    torch.manual_seed(seed)
 
 
 def _group_or_error(item: list[Rollout] | Exception) -> list[Rollout]:

@@ -32,7 +32,8 @@ class FunctionReward:
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
     None marks a response that could not be judged; a number that is not finite raises an alarm. When the function
-    raises, it is asked again, for one response at a time, so that those that are to blame do not take others along.
+    raises, it is asked again, for one response at a time, so that those that are to blame do not take others along;
+    not after an OSError, when a file or a server is away for all of them.
     """
 
     def __init__(self, function: str) -> None:
@@ -48,8 +49,8 @@ class FunctionReward:
         try:
             scores = self._call(candidates)
         except Exception as error:
-            if len(candidates) == 1:
-                return [f"{type(error).__name__}: {error}"]
+            if len(candidates) == 1 or isinstance(error, OSError):
+                return [f"{type(error).__name__}: {error}"] * len(candidates)
             return [score for one in candidates for score in self.scores([one])]
         if len(scores) != len(candidates):
             raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")

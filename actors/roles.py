@@ -73,14 +73,15 @@ class RunData:
         if isinstance(recipe, PPORecipe):
             models["critic.model"] = recipe.critic.model
         problems = [p for key, model in models.items() if model for p in length_problems(key, model.path, needed)]
-        vocabulary = self.tokenizer.get_vocab()
+        vocabulary, eos = self.tokenizer.get_vocab(), self.tokenizer.eos_token_id
+        ids = [[] if eos is None else [eos], *(p.ids for p in [*self.prompts, *self.held_out, *self.test])]
         for key in ("actor.model", "reference.model", "critic.model"):
             if problems or not (model := models.get(key)):
                 continue
             if model.path != recipe.actor.model.path and load_tokenizer(model.path).get_vocab() != vocabulary:
                 problems.append(f"{key}: {model.path} has another vocabulary than the Actor, whose ids it reads")
             else:
-                problems += vocabulary_problems(key, model.path, self.tokenizer)
+                problems += vocabulary_problems(key, model.path, ids)
         for i, reward in enumerate(recipe.rewards):
             if reward.model and not problems and not judges_as_trained(reward.model.path):
                 message = "was trained with another tokenizer than lies beside it, so its scores would mean nothing"
@@ -154,10 +155,10 @@ class Roles:
         if self.fingerprints() != before:
             raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
 
-    def evaluate(self, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-        """Metrics of held-out prompts under `name`; none without prompts."""
+    def evaluate(self, prompts: Sequence[Prompt], name: str) -> tuple[dict[str, float], list[str]]:
+        """Metrics of held-out prompts under `name`, none without prompts; and failures of the function that judges."""
         if self.judge is None or not prompts:
-            return {}
+            return {}, []
         return evaluate(self.engines, self.judge, prompts, self.recipe, self.tokenizer, name)
 
 

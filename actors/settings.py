@@ -14,6 +14,7 @@ from learners.settings import (
     Count,
     Device,
     DiskPath,
+    Few,
     Fraction,
     GRPOSettings,
     LearnerSettings,
@@ -35,7 +36,7 @@ class ClusterSettings(Settings):
         "separate", description="on GPUs: every process its own, or all roles share them (engines sleep meanwhile)"
     )
     nodes: Count = Field(1, description="machines, for plan and slurm; on CPU, above 1 spreads processes")
-    gpus_per_node: PositiveInt = Field(8, description="GPUs of a machine, for plan, slurm and runs without an address")
+    gpus_per_node: Few = Field(8, description="GPUs of a machine, for plan, slurm and runs without an address")
     gpu_memory_gib: float = Field(80, gt=0, le=1e6, description="memory of one GPU, GiB, for plan")
     node_memory_gib: float | None = Field(
         None, gt=0, le=1e6, description="CPU memory of a machine, GiB; null: unknown"
@@ -47,7 +48,7 @@ class ClusterSettings(Settings):
 
 class GenerationSettings(Settings):
     engines: Count = Field(1, description="vLLM engines")
-    tensor_parallel: Count = Field(1, description="devices per engine")
+    tensor_parallel: Few = Field(1, description="devices per engine")
     threads: PositiveInt = Field(2, description="CPU threads of each engine")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; divides Actor and Reference logits alike")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.rollout_correction")

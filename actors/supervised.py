@@ -68,11 +68,9 @@ class Supervised:
                 load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
             )
         longest = max(row.tokens for row in [*self.rows, *self.held_out])
-        problems = [
-            *length_problems("learner.model", path, longest),
-            *vocabulary_problems("learner.model", path, self.tokenizer),
-        ]
-        if problems:
+        problems = length_problems("learner.model", path, longest)
+        ids = (part for row in [*self.rows, *self.held_out] for part in row.parts)
+        if problems := problems or vocabulary_problems("learner.model", path, ids):
             raise UserError(problems)
         train = recipe.train
         self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))

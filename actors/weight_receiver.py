@@ -1,4 +1,5 @@
-"""Actor weights -> engine, the engine's side: our CPU backend of vLLM's weight-transfer API. Imports vLLM.
+"""Actor weights -> engine, the engine's side: our CPU backend of vLLM's weight-transfer API, and what is asked of any
+backend's worker. Imports vLLM.
 
 Four facts about vLLM on a CPU shape it: weights must be loaded inside a layerwise reload, because most layers have
 packed and dropped what they were given; the base class synchronises an accelerator that is not there; a reload that
@@ -92,11 +93,6 @@ def clear_interrupted_update(worker: Any) -> None:
     if not worker._weight_update_active:  # vLLM ended the session when it failed, but left the layers as they were
         worker.start_weight_update()
     worker.finish_weight_update()
-
-
-def draw_from(worker: Any, seed: int) -> None:
-    """Set the generators that vLLM's sampler uses for requests without a seed, on every device."""
-    torch.manual_seed(seed)
 
 
 def note_what_is_loaded(worker: Any) -> None:

@@ -253,7 +253,7 @@ def check_probe(
     actor_logprobs: Sequence[float],
     engine_logprobs: Sequence[float],
     gate: float,
-    mean_gate: float = math.inf,
+    mean_gate: float,
     who: str = "engine",
 ) -> float:
     """Largest difference of the probe's log-probs in nats.

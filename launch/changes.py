@@ -12,6 +12,7 @@ from actors.layout import demands, shares_gpus
 from actors.settings import RLRecipe
 from launch.checks import Recipe, combination_problems
 from launch.plan import NEVER, Change, arranged, excess, learners_of, read_shapes
+from launch.shapes import Shape
 from learners.settings import LearnerSettings
 
 Step = dict[str, Any]
@@ -30,10 +31,10 @@ class Ladder(NamedTuple):
 
 
 class Trials:
-    """Tries changes of one recipe on the whole plan. While it `grows`, nodes that a change needs are part of it."""
+    """Tries changes of one recipe on the whole plan. If it `grows`, nodes that a change needs are part of it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.shapes, self.grows = recipe, read_shapes(recipe), True
+    def __init__(self, recipe: Recipe, shapes: dict[str, Shape], grows: bool) -> None:
+        self.recipe, self.shapes, self.grows = recipe, shapes, grows
 
     def changed(self, step: Step) -> Recipe | None:
         """The recipe with other values, and nodes enough; None when the values make no sense."""
@@ -83,14 +84,15 @@ class Trials:
 
 def enough(recipe: Recipe) -> list[Change]:
     """Changes that are enough by themselves, the cheapest first; if there are none, one of several keys together."""
-    trials, found = Trials(recipe), list[Change]()
-    ladders = [ladder for ladder in _ladders(trials) if ladder.steps]
-    nodes = [trials.change({})] if trials.enough({}) else []
-    for trials.grows in (False,) if nodes else (False, True):
-        found += [trials.change(step) for ladder in ladders if (step := trials.least(ladder)) is not None]
+    shapes = read_shapes(recipe)
+    growing, fixed = (Trials(recipe, shapes, grows) for grows in (True, False))
+    ladders = [ladder for ladder in _ladders(growing) if ladder.steps]
+    nodes = [growing.change({})] if growing.enough({}) else []
+    tried = ((trials, ladder) for trials in ([fixed] if nodes else [fixed, growing]) for ladder in ladders)
+    found = [trials.change(step) for trials, ladder in tried if (step := trials.least(ladder)) is not None]
     found = list({str(change): change for change in [*found, *nodes]}.values())
     needed = [c for c in found if not any(other.values.keys() < c.values.keys() for other in found)]
-    return needed[:SHOWN] or _together(trials, ladders)
+    return needed[:SHOWN] or _together(fixed if nodes else growing, ladders)
 
 
 def _together(trials: Trials, ladders: list[Ladder]) -> list[Change]:
@@ -123,7 +125,7 @@ def _ladders(trials: Trials) -> Iterator[Ladder]:
         yield from _activations(key, learner)
     if isinstance(recipe, RLRecipe):
         yield from _lengths(trials, recipe)
-        yield from _generation(recipe)
+        yield from _generation(recipe, trials.shapes[recipe.actor.model.path].heads)
         yield from _frozen(recipe)
     for key, learner in keys.items():
         yield from _states(key, learner)
@@ -148,7 +150,7 @@ def _lengths(trials: Trials, recipe: RLRecipe) -> Iterator[Ladder]:
         yield Ladder([{"generation.max_new_tokens": n} for n in (left, positions // 2) if n > 0])
 
 
-def _generation(recipe: RLRecipe) -> Iterator[Ladder]:
+def _generation(recipe: RLRecipe, heads: int) -> Iterator[Ladder]:
     settings = recipe.generation
     if recipe.cluster.device == "cpu":
         cache = settings.kv_cache_gib
@@ -160,7 +162,8 @@ def _generation(recipe: RLRecipe) -> Iterator[Ladder]:
     for sign in (-1, 1):
         shares = [round(share + sign * 0.05 * n, 2) for n in range(1, 20)]
         yield Ladder([{"generation.gpu_memory_fraction": share} for share in shares if 0.1 <= share <= 0.95])
-    for sizes in (range(parallel - 1, 0, -1), range(parallel + 1, recipe.cluster.gpus_per_node + 1)):
+    parts = [n for n in range(1, recipe.cluster.gpus_per_node + 1) if heads % n == 0]
+    for sizes in ([n for n in reversed(parts) if n < parallel], [n for n in parts if n > parallel]):
         steps: list[Step] = [{"generation.tensor_parallel": n} for n in sizes]
         yield Ladder(steps)
         fewer = [max(1, engines * parallel // n) for n in sizes]

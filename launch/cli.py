@@ -131,7 +131,9 @@ def submit(
 def slurm(
     recipe: AnyRecipe,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="machines; default: the recipe's cluster.nodes")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="machines; default: the recipe's cluster.nodes")
+    ] = None,
     time_limit: Annotated[str, typer.Option("--time", help="Slurm's time limit")] = "24:00:00",
     partition: Annotated[str | None, typer.Option(help="Slurm's partition")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account")] = None,

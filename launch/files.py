@@ -216,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -262,7 +262,7 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         return  # one JSON value over many lines: learners.data reads and checks it
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield Problem(named, f"{files[0]}:{number}: not a line of JSON")
         return
     if not isinstance(row, dict):

@@ -25,6 +25,7 @@ from typing import Any
 
 from launch.checks import Problem, Recipe
 from launch.config import RecipeError, located, read_recipe
+from launch.document import Document
 from launch.files import flat, is_local
 from learners.settings import UserError
 
@@ -49,7 +50,7 @@ def submit_job(kind: str, path: Path, overrides: Sequence[str], address: str, re
     if not (ROOT / "pyproject.toml").is_file():
         raise UserError(f"submit ships a checkout, and {ROOT} is none: install with make install and run it from there")
     files = list(shipped_files(ROOT))
-    problems = [located(p, document) for p in path_problems(recipe, files)]
+    problems = [located(p, document) for p in (*home_problems(document), *path_problems(recipe, files))]
     problems += [*shadowing_problems(files, installed_modules()), *size_problems(sizes(ROOT, files))]
     if problems:
         raise RecipeError(problems)
@@ -118,6 +119,13 @@ def shadowing_problems(files: Iterable[str], installed: Mapping[str, str]) -> It
             module = parts[0]
         if module in installed:
             yield f"{name} would hide {installed[module]} ({module}) from every process of the job: rename it"
+
+
+def home_problems(document: Document) -> Iterator[Problem]:
+    """`~` is expanded where the recipe is read, and a job reads it as another user on another machine."""
+    for key, value in flat(document.values).items():
+        if isinstance(value, str) and value.startswith("~"):
+            yield Problem((key,), f"{value} is another folder where the job runs; give an absolute path")
 
 
 def path_problems(recipe: Recipe, files: Sequence[str]) -> Iterator[Problem]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from actors.layout import demands, misfit, needs_reference
+from actors.layout import demands, needs_reference
 from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
 from launch import memory
 from launch.arrangement import Arrangement, Kind, Spot
-from launch.checks import Problem, Recipe
+from launch.checks import Problem, Recipe, lacking_gpus
 from launch.config import located
 from launch.document import Document
 from launch.memory import GIB, PHASES, Footprint, Load, Use, sum_of, total
@@ -110,7 +110,8 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     models, where = _models(recipe, read_shapes(recipe, document)), arranged(recipe)
     footprints = _footprints(recipe, models, where)
     memories = _memories(recipe, footprints, where)
-    problems = [*_lacking(where), *_model_problems(recipe, models), *_memory_problems(memories)]
+    lacking = [f"cluster: {reason}"] if (reason := lacking_gpus(recipe)) else []
+    problems = [*lacking, *_model_problems(recipe, models), *_memory_problems(memories)]
     longest = _longest(recipe, models)
     cached = kv_room(recipe, models) * longest if isinstance(recipe, RL) else 0
     seconds = step_seconds(recipe, {role: m.shape for role, m in models.items()}, longest, cached)
@@ -250,15 +251,6 @@ def missing_nodes(where: Arrangement) -> int:
     return NEVER if where.nodes is None else max(0, where.nodes - where.cluster.nodes)
 
 
-def _lacking(where: Arrangement) -> Iterator[str]:
-    """Why the GPUs of the recipe's cluster are not enough."""
-    if missing_nodes(where):
-        nodes, each = where.cluster.nodes, where.cluster.gpus_per_node
-        bundles = [{"GPU": bundle["GPU"]} for bundle in where.layout.bundles if "GPU" in bundle]
-        reason = str(misfit(bundles, [{"GPU": each}] * nodes))
-        yield f"cluster: {reason.split(', ')[0]}, the cluster has {nodes} x {each}"
-
-
 def _footprints(recipe: Recipe, models: Mapping[str, Model], where: Arrangement) -> dict[Kind, Footprint]:
     """What one process of every kind takes."""
     found = {(role, False): _footprint(recipe, models, role) for role, _ in where.need}
@@ -314,7 +306,8 @@ def _model_problems(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[str
         wanted = generation.max_new_tokens
         yield f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's {longest} positions"
     parts = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.intermediate}
-    uneven = [f"{n} {what}" for what, n in parts.items() if n % parallel and (n != shape.kv_heads or parallel % n)]
+    doubled = parallel % shape.kv_heads == 0  # fewer key-value heads than GPUs are copied
+    uneven = [f"{n} {what}" for what, n in parts.items() if n % parallel and not (doubled and "key" in what)]
     if uneven:
         yield f"generation.tensor_parallel: {parallel} does not divide the model's {', '.join(uneven)}"
     if kv_room(recipe, models) < 1:

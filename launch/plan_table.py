@@ -1,4 +1,4 @@
-"""A plan on one screen, and as JSON."""
+"""A plan on one screen, and into a file."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _time(plan: Plan) -> str:
 
 def _changes(changes: list[Change]) -> Iterator[str]:
     if not changes:
-        yield "No change that was tried is enough: a smaller model, shorter sequences or more GPUs are needed."
+        yield "No change that was tried is enough: it takes a smaller model, shorter sequences or more memory."
     elif len(changes) == 1 and len(changes[0].values) > 1:
         yield f"Together these are enough: {changes[0]}"
     elif len(changes) == 1:

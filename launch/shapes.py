@@ -5,6 +5,7 @@ Shapes come from the model's folder, from the hub's cache on this machine, or fr
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections import Counter
@@ -168,7 +169,7 @@ def _cached(path: str) -> dict[str, Any] | None:
     """The config.json of a hub model that this machine has downloaded before."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    found = sorted(cache.glob(f"models--{path.replace('/', '--')}/snapshots/*/config.json"))
+    found = sorted(cache.glob(f"models--{glob.escape(path.replace('/', '--'))}/snapshots/*/config.json"))
     return read_json(found[-1]) if found else None
 
 

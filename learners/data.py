@@ -47,6 +47,10 @@ class Example:
     response_ids: list[int]
 
     @property
+    def parts(self) -> tuple[list[int], ...]:
+        return self.prompt_ids, self.response_ids
+
+    @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
@@ -59,6 +63,10 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float
+
+    @property
+    def parts(self) -> tuple[list[int], ...]:
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -80,10 +80,13 @@ def sampling_defaults(path: str) -> dict[str, Any]:
             return {}
 
 
-def vocabulary_problems(key: str, path: str, tokenizer: Any) -> list[str]:
-    """What speaks against giving the model at `path` this tokenizer's ids: it has no row for some of them."""
-    size, last = load_config(path).get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    return [f"{key}: {path} knows {size} ids, its tokenizer writes ids up to {last}"] if size <= last else []
+def vocabulary_problems(key: str, path: str, ids: Iterable[Sequence[int]]) -> list[str]:
+    """What speaks against giving the model at `path` these ids: it has no row for some of them.
+
+    Some tokenizers know more tokens than their model; what counts is what the data use.
+    """
+    size, last = load_config(path).get_text_config().vocab_size, max(map(max, filter(None, ids)))
+    return [f"{key}: {path} knows {size} ids, the data hold ids up to {last}"] if size <= last else []
 
 
 def length_problems(key: str, path: str, tokens: int) -> list[str]:
@@ -228,8 +231,8 @@ def _one_line(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):  # not the files' fault
-        raise
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
+        raise  # not the files' fault
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
     except Exception as error:

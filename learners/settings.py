@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=1, le=10_000)]  # of processes or machines
+Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
+Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # ~ is the home folder

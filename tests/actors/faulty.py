@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from actors.engines import Engines
 from actors.generation import GenerationEngine
 from actors.groups import WorkerGroup
 from actors.synced_actor import SyncedActor
-from actors.weight_sync import Receipt, pack_group
+from actors.weight_sync import Receipt, SyncError, pack_group
 
 
 class FaultyActor(SyncedActor):
@@ -28,10 +30,12 @@ class FaultyActor(SyncedActor):
     def break_next(self, fault: str) -> None:
         self.fault = fault
 
-    def send_weights(self, version: int) -> tuple[Receipt | None, list[Receipt], list[str]]:
+    def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
         pack = weight_sync.pack_group
-        if self.fault == "a corrupted bucket":
+        if self.fault in ("a corrupted bucket", "a sender that hears nothing"):
             weight_sync.pack_group = corrupted
+        if self.fault == "a sender that hears nothing" and self.place.rank == 0:
+            self.client.update_weights = self.without_hearing  # type: ignore[method-assign]
         if self.fault == "an update cut off halfway" and self.place.rank == 0:
             self.client.update_weights = self.half_of_it  # type: ignore[method-assign]
         try:
@@ -48,6 +52,12 @@ class FaultyActor(SyncedActor):
                 tensors = [self.first[names[0]]]
             yield names, tensors
 
+    def without_hearing(self, update: dict[str, Any]) -> None:
+        with contextlib.suppress(SyncError):
+            type(self.client).update_weights(self.client, update)
+        time.sleep(10)
+        raise ConnectionError("nobody took part")
+
     def half_of_it(self, update: dict[str, Any]) -> None:
         groups = update["groups"]
         type(self.client).update_weights(self.client, {"groups": groups[: len(groups) // 2]})
@@ -58,6 +68,16 @@ class FaultyEngine(GenerationEngine):
     """After `forget_the_head`, the next update leaves a tied head with its old packed weights."""
 
     forgetful = False
+    delay_s = 0.0
+
+    def dawdle(self, seconds: float) -> None:
+        """Be late with the next update."""
+        self.delay_s = seconds
+
+    def start_weight_update(self) -> None:
+        delay, self.delay_s = self.delay_s, 0.0
+        time.sleep(delay)
+        super().start_weight_update()
 
     def forget_the_head(self) -> None:
         self.forgetful = True

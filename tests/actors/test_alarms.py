@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.alarms import Alarm, Watch, of_experience, of_metrics, of_recipe, of_training
+from actors.alarms import Alarm, Watch, of_evaluation, of_experience, of_metrics, of_recipe, of_training
 from actors.run_folder import RunFolder
 from actors.settings import GenerationSettings, GRPORecipe, RunSettings
 from learners.experience import Experience, Rollout
@@ -92,6 +92,13 @@ def test_a_function_that_raised_is_named_with_what_it_said(batch: Experience, re
     (alarm,) = of_experience(batch, rollouts("stop"), given, recipe)
     assert alarm.name == "reward_error" and not alarm.skips
     assert alarm.message == "logged failed for 1 of 2, first: ZeroDivisionError: division by zero"
+
+
+def test_an_evaluation_that_partly_failed_says_so() -> None:
+    assert list(of_evaluation("test", [])) == []
+    (alarm,) = of_evaluation("test", ["KeyError: 'answer'", "ValueError: no"])
+    assert alarm.name == "reward_error" and alarm.message.startswith("test: ")
+    assert "2 responses, first: KeyError" in alarm.message
 
 
 def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(batch: Experience, recipe: GRPORecipe) -> None:

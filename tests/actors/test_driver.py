@@ -11,6 +11,7 @@ import torch
 from actors.driver import rollout_metrics, summary_of, with_scores
 from actors.seeds import derive_seed, rows_of_step
 from learners.experience import Experience, Rollout
+from learners.grpo import GRPO
 from learners.settings import GRPOSettings, PPOSettings
 
 
@@ -96,3 +97,13 @@ def test_seeds_depend_on_every_part_and_fit_31_bits() -> None:
     seeds = [derive_seed(0, 1, 2), derive_seed(0, 1, 3), derive_seed(0, 12), derive_seed(0, "1", 2)]
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_scores_far_from_zero_keep_their_differences_on_the_way_to_the_advantages() -> None:
+    batch = Experience.from_ids([[1]] * 3, [[2]] * 3)
+    near, far = (
+        GRPO(GRPOSettings(), 3).advantages(with_scores(batch, scores, ["stop"] * 3, GRPOSettings()))[0].advantages
+        for scores in ([0.0, 1.0, 3.0], [1e9, 1e9 + 1, 1e9 + 3])
+    )
+    assert near is not None and far is not None and far.dtype == torch.float32
+    torch.testing.assert_close(far, near)

@@ -57,7 +57,7 @@ def test_reinforcement_leaves_after_its_step(tmp_path: Path, monkeypatch: pytest
     recipe: Any = load_recipe(RECIPES / "demo_grpo.yaml", settings)
     roles: Any = SimpleNamespace(
         engines=None, actor=None, algorithm=SimpleNamespace(state=dict), learners=dict,
-        fingerprints=list, connect_engines=lambda version: None, evaluate=lambda prompts, name: {},
+        fingerprints=list, connect_engines=lambda version: None, evaluate=lambda prompts, name: ({}, []),
     )  # fmt: skip
     data: Any = SimpleNamespace(prompts=SimpleNamespace(dropped={}), held_out=[], test=[])
     monkeypatch.setattr(driver, "pass_gate", lambda *_: 0.0)

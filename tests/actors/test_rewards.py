@@ -53,6 +53,20 @@ def test_a_response_that_the_function_cannot_take_spoils_no_other() -> None:
     assert FunctionReward(f"{__name__}:fragile").scores([candidate("0")]) == [scores[1]]
 
 
+calls: list[int] = []
+
+
+def offline(prompts: list[str], responses: list[str]) -> list[float]:
+    calls.append(len(responses))
+    raise ConnectionError("no route to host")
+
+
+def test_a_server_that_is_away_is_not_asked_for_every_response() -> None:
+    scores = FunctionReward(f"{__name__}:offline").scores([candidate("4")] * 3)
+    assert scores == ["ConnectionError: no route to host"] * 3
+    assert FunctionReward(f"{__name__}:offline").function.__globals__["calls"] == [3]
+
+
 def test_no_candidates_no_call() -> None:
     assert FunctionReward(f"{__name__}:one_short").scores([]) == []
 

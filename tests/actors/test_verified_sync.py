@@ -107,10 +107,10 @@ def stage(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytes
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_after_a_sync_every_engine_serves_the_actor(stage: Stage, zero_stage: int, count: int) -> None:
     engines = stage.connect(zero_stage, count)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)  # engines may still serve what a test before this one sent
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)  # they may still serve what a test before this one sent
     stage.learn()
     assert stage.mismatch(generate(engines)) > 0.01, "the Actor has not moved: a sync could not be told from none"
-    assert engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE) <= GATE
+    assert engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE) <= GATE
     rollouts = generate(engines)
     assert {r.weight_versions for r in rollouts} == {(2, 2)} and len(rollouts) == 8
     assert stage.mismatch(rollouts) <= GATE
@@ -130,7 +130,7 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
     )
     prompts = [Prompt(i, [1, 5 + i, 9], "", {}) for i in range(3)]
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     assert 0 < pass_gate(engines, stage.actor, prompts, recipe) <= GATE
     stage.learn()
     with pytest.raises(GateError) as refused:
@@ -138,7 +138,7 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
     what, where, causes = refused.value.problems
     assert "0.0001 (sync.gate)" in what and "engine[" in where and "the engine serves other weights" in causes
     hotter = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"temperature": 2.0})})
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)  # sound again, but the Actor reads at another temperature
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)  # sound again, but the Actor reads at another temperature
     with pytest.raises(GateError, match="its sampler changes the distribution"):
         pass_gate(engines, stage.actor, prompts, hotter)
 
@@ -148,7 +148,7 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
     seen = []
     for version in range(1, 21):
         stage.learn()
-        probe = engines.sync(stage.actor, version, PROBE, DEADLINE, GATE)
+        probe = engines.sync(stage.actor, version, PROBE, DEADLINE, GATE, GATE)
         rollouts = generate(engines)
         assert {r.weight_versions for r in rollouts} == {(version, version)}
         seen.append((probe, stage.mismatch(rollouts), [r.response_ids for r in rollouts]))
@@ -167,16 +167,40 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
 )
 def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(stage: Stage, fault: str, said: str) -> None:
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     stage.learn()
     if fault == "a head left stale" and stage.tied:  # then no head is sent: it is the engine that must see to it
         engines.call("forget_the_head", phase="test", deadline_s=DEADLINE)
     else:
         stage.actor.call("break_next", fault, phase="test", deadline_s=DEADLINE)
     with pytest.raises((SyncError, WorkerError), match=said):
-        engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)
+        engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
     assert [one["stale"] for one in engines.call("status", phase="test", deadline_s=DEADLINE)] == [True, True]
     with pytest.raises(WorkerError, match="engine is STALE"):
         generate(engines)
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE)
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
     assert stage.mismatch(generate(engines)) <= GATE
+
+
+def test_a_rank_that_waits_too_long_tells_what_the_engine_said(stage: Stage) -> None:
+    """As in nccl, where the sender waits for engines that have failed: it is they who are named, with their words."""
+    engines = stage.connect(2, 2)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.actor.call("break_next", "a sender that hears nothing", phase="test", deadline_s=DEADLINE)
+    with pytest.raises(WorkerError) as late:
+        engines.sync(stage.actor, 2, PROBE, 8.0, GATE, GATE)
+    said = str(late.value)
+    assert "actor[0] on node" in said and "did not answer within 8 s; engine[0] on node" in said
+    assert "arrived with digest" in said.partition("engine[0]")[2]
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+
+
+def test_the_engine_that_is_late_is_named_before_the_rank_that_waits_for_it(stage: Stage) -> None:
+    engines = stage.connect(2, 2)
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    engines.call("dawdle", 8.0, phase="test", deadline_s=DEADLINE)
+    stage.actor.call("connect", engines.handles, 5.0, phase="sync", deadline_s=DEADLINE)
+    with pytest.raises(WorkerError, match=r"SyncError.*engine\[0\], engine\[1\] did not answer within"):
+        engines.sync(stage.actor, 2, PROBE, 5.0, GATE, GATE)
+    stage.actor.call("connect", engines.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)

@@ -178,7 +178,7 @@ def test_prompts(real: Path, told: Told, prompts: list[Any], override: str | lis
     [
         ("tokenizer.json", "{}", "decoder: cannot be loaded: KeyError 'added_tokens'"),
         ("config.json", {"hidden_size": "16"}, "decoder: cannot be loaded: StrictDataclass"),
-        ("config.json", {"vocab_size": 4}, "actor.model: ./decoder knows 4 ids, its tokenizer writes ids up to"),
+        ("config.json", {"vocab_size": 4}, "actor.model: ./decoder knows 4 ids, the data hold ids up to"),
     ],
 )
 def test_a_malformed_model(real: Path, told: Told, file: str, text: str | dict[str, Any], said: str) -> None:

@@ -368,7 +368,7 @@ def test_plan_answers_at_once(name: str) -> None:
         ("ppo_qwen3_14b", "cluster.gpu_memory_gib=24"),
         ("ppo_qwen3_14b", "cluster.nodes=8 actor.ranks=40 cluster.gpu_memory_gib=24"),
         ("ppo_qwen3_8b", "actor.ranks=512"),
-        ("ppo_qwen3_8b", "actor.ranks=5000"),
+        ("ppo_qwen3_8b", "actor.ranks=4096"),
     ],
 )
 def test_it_takes_no_longer_when_it_does_not_fit(name: str, overrides: str) -> None:
