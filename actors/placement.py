@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -199,8 +200,8 @@ def connect(address: str | None, cpus: int) -> None:
         ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         return
     try:
-        if ":" in address:
-            reach(address)
+        if "://" not in address:  # `auto` may well name a cluster that has ended
+            reach(canonicalize_bootstrap_address(address) or address)
         ray.init(address, **quiet)
     except (OSError, ValueError, RayError) as error:  # ConnectionError is an OSError
         reason = str(error).strip().splitlines()[0]
@@ -214,7 +215,7 @@ def reach(address: str) -> None:
     settings of an HTTP/2 connection, without being asked (RFC 9113, 3.4), unless it speaks TLS.
     """
     host, port = address.rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=REACH_S) as head:
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S) as head:
         if os.environ.get("RAY_USE_TLS", "0") != "0":
             return
         try:

@@ -133,12 +133,19 @@ def test_a_cluster_that_does_not_answer(real: Path, told: Told, address: str) ->
     assert f"cluster.address: no Ray cluster can be joined at {address}: " in line
 
 
+def test_a_cluster_that_has_ended(real: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray remembers where the last one was, and would wait for it."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    (line,) = told("grpo", "grpo.yaml", "cluster.address=auto")
+    assert "cluster.address: no Ray cluster can be joined at auto: " in line and "refused" in line
+
+
 @pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"], ids=["silent", "SSH"])
 def test_a_port_where_something_else_listens(
     real: Path, told: Told, monkeypatch: pytest.MonkeyPatch, greeting: bytes
 ) -> None:
     monkeypatch.setattr("actors.placement.REACH_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.create_server(("", 0)) as server:  # Ray takes localhost for this machine's address
         guests: list[socket.socket] = []
 
         def greet() -> None:
