@@ -1,7 +1,8 @@
 """`quatuor plan`: what a recipe will do and need, by arithmetic alone; nothing starts and nothing heavy is imported.
 
-Memory comes from launch/memory.py, times (rough) from launch/timing.py, places from actors/layout.py, which also places
-the real run. docs/plan.md says what is exact and what is an estimate, and what the JSON holds.
+Memory comes from launch/memory.py, times (rough) from launch/timing.py, places from launch/arrangement.py over
+actors/layout.py, which also places the real run. docs/plan.md says what is exact and what is an estimate, and what the
+JSON holds.
 """
 
 from __future__ import annotations
