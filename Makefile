@@ -15,6 +15,7 @@ demo: install  ## SFT, reward model, PPO and GRPO on this machine, end to end (r
 
 check: install  ## lint, types and the tests without engines (under a minute)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -m "not engines and not cluster"
 

@@ -1,4 +1,6 @@
-"""The driver of PPO and GRPO. `Driver.step` is one training step, top to bottom: read that first."""
+"""The driver of PPO and GRPO. `Driver.step` is one training step, top to bottom: read that
+first.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,11 @@ from learners.models import sampling_defaults
 from learners.settings import GRPOSettings, PPOSettings
 
 
-def run(recipe: PPORecipe | GRPORecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
-    """Train as the recipe says; returns the summary. Data and reward functions are checked before anything starts.
+def run(
+    recipe: PPORecipe | GRPORecipe, resume: bool = False, config_yaml: str | None = None
+) -> dict[str, Any]:
+    """Train as the recipe says; returns the summary. Data and reward functions are checked before
+    anything starts.
 
     `config_yaml`: the recipe as it is saved with the run, when it has comments to keep.
     """
@@ -56,17 +61,29 @@ def run(recipe: PPORecipe | GRPORecipe, resume: bool = False, config_yaml: str |
 class Driver:
     """Conducts one run. It holds handles and small tensors, never weights."""
 
-    def __init__(self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, roles: Roles) -> None:
-        self.recipe, self.folder, self.data = recipe, folder, data
-        self.seed, self.deadline_s = recipe.run.seed, recipe.cluster.call_deadline_s
-        self.roles, self.algorithm = roles, roles.algorithm
+    def __init__(
+        self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, roles: Roles
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.data = data
+        self.seed = recipe.run.seed
+        self.deadline_s = recipe.cluster.call_deadline_s
+        self.roles = roles
+        self.algorithm = roles.algorithm
         self.watch = Watch(folder, recipe.run.max_skipped_steps)
         self.version = 0  # of the weights: the step they were learned in
 
     def run(self, resume: bool) -> dict[str, Any]:
-        """All steps, evaluations and checkpoints, then the exported model. Returns the run's summary."""
-        recipe, folder, steps = self.recipe, self.folder, self.recipe.step.steps
-        folder.log(0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data")
+        """All steps, evaluations and checkpoints, then the exported model. Returns the run's
+        summary.
+        """
+        recipe = self.recipe
+        folder = self.folder
+        steps = self.recipe.step.steps
+        folder.log(
+            0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data"
+        )
         frozen = self.roles.fingerprints()
         first = self.restore() + 1 if resume else 1
         self.roles.connect_engines(self.version)
@@ -77,11 +94,17 @@ class Driver:
         summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
         for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
-            if recipe.evaluation.every_steps and step % recipe.evaluation.every_steps == 0 and step < steps:
+            if (
+                recipe.evaluation.every_steps
+                and step % recipe.evaluation.every_steps == 0
+                and step < steps
+            ):
                 with folder.phase("evaluate", step):
                     metrics |= self.judged(step, self.data.held_out, "evaluation")
             folder.log(step, metrics)
-            due = recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            due = (
+                recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            )
             leaving = asked()
             if due or leaving or self.watch.full:
                 self.save(step)
@@ -90,14 +113,18 @@ class Driver:
             if leaving:
                 raise Interrupted(step)
         self.roles.check_frozen(frozen)
-        self.roles.actor.call("export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s)
+        self.roles.actor.call(
+            "export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s
+        )
         self.data.tokenizer.save_pretrained(folder.path / "model")
         summary["after"] = self.evaluate(steps)
         return summary
 
     def step(self, step: int) -> dict[str, float]:
         """One step: generate, score, advantages, learn, sync. Returns its metrics."""
-        recipe, folder, roles = self.recipe, self.folder, self.roles
+        recipe = self.recipe
+        folder = self.folder
+        roles = self.roles
         prompts = self.data.prompts_of(step, recipe.step.prompts_per_step, self.seed)
         group = recipe.step.group_size
 
@@ -118,15 +145,22 @@ class Driver:
                 reading["ref_logprobs"] = scatter_rows(roles.reference, "logprobs", batch)
             if roles.critic is not None:
                 reading["values"] = scatter_rows(roles.critic, "infer", batch)
-            batch = replace(batch, **{k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()})
+            batch = replace(
+                batch,
+                **{k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()},
+            )
             scores, by_source = roles.rewards.gather(judging, len(batch))
 
         with folder.phase("advantages", step):
-            batch = with_scores(batch, scores, [r.finish_reason for r in rollouts], recipe.algorithm)
+            batch = with_scores(
+                batch, scores, [r.finish_reason for r in rollouts], recipe.algorithm
+            )
             batch, metrics = self.algorithm.advantages(batch)
             metrics |= rollout_metrics(batch, rollouts, by_source)
             metrics |= self.watch.report(step, of_experience(batch, rollouts, by_source, recipe))
-        folder.save_samples(step, [sample_row(*row) for row in zip(candidates, rollouts, scores, strict=True)])
+        folder.save_samples(
+            step, [sample_row(*row) for row in zip(candidates, rollouts, scores, strict=True)]
+        )
 
         if step not in self.watch.skipped:  # else neither the weights nor their version change
             with folder.phase("learn", step):
@@ -143,23 +177,33 @@ class Driver:
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
 
-        Returns the means (of maxima the largest, of skipped updates the number) over all mini-batches. Of the very
-        first one it also gives the largest |ratio - 1| and the gradient norm: nothing is learned yet, the ratio must
-        be 1, the gradient not 0. When the old log-probs are the engine's, that ratio is the step's mismatch.
+        Returns the means (of maxima the largest, of skipped updates the number) over all
+        mini-batches. Of the very first one it also gives the largest |ratio - 1| and the gradient
+        norm: nothing is learned yet, the ratio must be 1, the gradient not 0. When the old
+        log-probs are the engine's, that ratio is the step's mismatch.
         """
         learners = {"actor": self.roles.actor, "critic": self.roles.critic}
         history: list[dict[str, float]] = []
         for epoch in range(self.recipe.step.ppo_epochs):
-            shuffle = torch.Generator().manual_seed(derive_seed(self.seed, step, "mini-batches", epoch))
+            shuffle = torch.Generator().manual_seed(
+                derive_seed(self.seed, step, "mini-batches", epoch)
+            )
             for rows in mini_batches(len(batch), self.recipe.step.mini_batch_size, shuffle):
                 part = batch.select(rows)
-                learning = {n: (g, scatter_rows(g, "train", part).refs) for n, g in learners.items() if g is not None}
+                learning = {
+                    n: (g, scatter_rows(g, "train", part).refs)
+                    for n, g in learners.items()
+                    if g is not None
+                }
                 metrics: dict[str, float] = {}
                 for name, (group, refs) in learning.items():
                     stats = group.gather(refs, "learn", self.deadline_s)[0]
                     metrics |= {f"{name}/{key}": value for key, value in stats.items()}
                 history.append(metrics)
-        first = {f"{key}_first": history[0][key] for key in ("actor/max_ratio_deviation", "actor/grad_norm")}
+        first = {
+            f"{key}_first": history[0][key]
+            for key in ("actor/max_ratio_deviation", "actor/grad_norm")
+        }
         if self.recipe.algorithm.old_logprobs == "engine":
             shown = {"mean": "log_ratio", "max": "max_log_ratio", "kl": "approx_kl"}
             first |= {f"mismatch/{name}": history[0][f"actor/{key}"] for name, key in shown.items()}
@@ -188,7 +232,9 @@ class Driver:
             (path / "driver.json").write_text(json.dumps(state))
 
     def restore(self) -> int:
-        """Load the newest checkpoint; returns its step. Everything else a step needs derives from (seed, step)."""
+        """Load the newest checkpoint; returns its step. Everything else a step needs derives from
+        (seed, step).
+        """
         found = self.folder.latest_checkpoint()
         assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
         step, path = found
@@ -201,10 +247,16 @@ class Driver:
 
 
 def with_scores(
-    batch: Experience, scores: Sequence[float], finish_reasons: Sequence[str], algorithm: PPOSettings | GRPOSettings
+    batch: Experience,
+    scores: Sequence[float],
+    finish_reasons: Sequence[str],
+    algorithm: PPOSettings | GRPOSettings,
 ) -> Experience:
-    """Add `scores` [B]: clipped, then less the penalty for a missing EOS. A NaN score takes its whole row out."""
-    raw = torch.tensor(scores, dtype=torch.float64)  # differences within a group may lie behind float32's digits
+    """Add `scores` [B]: clipped, then less the penalty for a missing EOS. A NaN score takes its
+    whole row out.
+    """
+    # differences within a group may lie behind float32's digits
+    raw = torch.tensor(scores, dtype=torch.float64)
     clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
     truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
     final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated
@@ -215,7 +267,9 @@ def with_scores(
 def rollout_metrics(
     batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[Score]]
 ) -> dict[str, float]:
-    """What was sampled and how it was judged; and how far the engine's log-probs are from the Actor's."""
+    """What was sampled and how it was judged; and how far the engine's log-probs are from the
+    Actor's.
+    """
     assert batch.scores is not None
     scored = batch.scores[~batch.scores.isnan()]
     metrics = {
@@ -231,25 +285,37 @@ def rollout_metrics(
 
 
 def summary_of(name: str, values: Sequence[float]) -> float:
-    """A metric of all mini-batches: maxima stay maxima, counts of skipped updates add up, all others are means."""
+    """A metric of all mini-batches: maxima stay maxima, counts of skipped updates add up, all
+    others are means.
+    """
     kind = name.split("/")[1]
     if not all(map(math.isfinite, values)):
         return math.nan
-    return max(values) if kind.startswith("max_") else sum(values) if kind == "skipped_updates" else fmean(values)
+    if kind.startswith("max_"):
+        return max(values)
+    return sum(values) if kind == "skipped_updates" else fmean(values)
 
 
 def mismatch(batch: Experience) -> dict[str, float]:
-    """Engine against Actor log-probs on the same tokens: |difference| in nats, and k3 of KL(engine || Actor) per token.
+    """Engine against Actor log-probs on the same tokens: |difference| in nats, and k3 of KL(engine
+    || Actor) per token.
 
-    Nothing when the engine's are the old log-probs: then the first mini-batch's ratio shows the difference.
+    Nothing when the engine's are the old log-probs: then the first mini-batch's ratio shows the
+    difference.
     """
-    old, engine, mask = batch.old_logprobs, batch.rollout_logprobs, batch.mask
+    old = batch.old_logprobs
+    engine = batch.rollout_logprobs
+    mask = batch.mask
     assert old is not None and engine is not None
     if old is engine or not mask.any():
         return {}
     gap = (old - engine)[mask].abs()
     kl = kl_estimate(engine, old, "k3", mask)[mask]
-    return {"mismatch/mean": float(gap.mean()), "mismatch/max": float(gap.max()), "mismatch/kl": float(kl.mean())}
+    return {
+        "mismatch/mean": float(gap.mean()),
+        "mismatch/max": float(gap.max()),
+        "mismatch/kl": float(kl.mean()),
+    }
 
 
 def sample_row(candidate: Candidate, rollout: Rollout, score: float) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Engines: the driver's view of all vLLM engines. Prompts in, finished rollouts out, weights synced and verified."""
+"""Engines: the driver's view of all vLLM engines. Prompts in, finished rollouts out, weights synced
+and verified.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,17 @@ class Engines(WorkerGroup):
         super().__init__("engine", "actors.generation:GenerationEngine", options, concurrency=8)
 
     def generate(self, requests: Sequence[PromptRequest], deadline_s: float) -> list[Rollout]:
-        """All responses, ordered by request and sample. Raises WorkerError when an engine fails or is too slow."""
+        """All responses, ordered by request and sample. Raises WorkerError when an engine fails or
+        is too slow.
+        """
         until = time.monotonic() + deadline_s
         shares = [list(requests[i :: len(self)]) for i in range(len(self))]
         streams = {stream: i for i, stream in enumerate(self.streams("generate", shares))}
         finished: dict[int, list[Rollout]] = {}
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            ready, _ = ray.wait(
+                list(streams), num_returns=1, timeout=max(0.0, until - time.monotonic())
+            )
             if not ready:
                 late = ", ".join(self._who(i) for i in streams.values())
                 raise WorkerError(f"generate: {late} did not finish within {deadline_s:.0f} s")
@@ -41,7 +47,10 @@ class Engines(WorkerGroup):
             for group in groups:
                 finished[group[0].slot] = group
         if len(finished) != len(requests):
-            raise WorkerError(f"generate: {len(requests) - len(finished)} of {len(requests)} groups never came back")
+            raise WorkerError(
+                f"generate: {len(requests) - len(finished)} of {len(requests)} groups never "
+                "came back"
+            )
         return [rollout for request in requests for rollout in finished[request.slot]]
 
     def sync(
@@ -53,11 +62,12 @@ class Engines(WorkerGroup):
         gate: float,
         mean_gate: float,
     ) -> float:
-        """Give every engine the Actor's weights and prove it; until then they are STALE and serve nothing.
+        """Give every engine the Actor's weights and prove it; until then they are STALE and serve
+        nothing.
 
-        Proof: digests and names of the received bytes agree with what was sent, and log-probs of `probe` agree within
-        `gate`, and on average within `mean_gate`. Returns the largest probe difference (nats). Raises SyncError or
-        WorkerError.
+        Proof: digests and names of the received bytes agree with what was sent, and log-probs of
+        `probe` agree within `gate`, and on average within `mean_gate`. Returns the largest probe
+        difference (nats). Raises SyncError or WorkerError.
         """
         try:
             results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
@@ -69,7 +79,9 @@ class Engines(WorkerGroup):
         waiting = actor.submit("probe", probe)
         theirs = self.call("probe_logprobs", probe, phase="sync", deadline_s=deadline_s)
         ours = actor.gather(waiting, "sync", deadline_s)[0]
-        worst = max(check_probe(ours, one, gate, mean_gate, self._who(i)) for i, one in enumerate(theirs))
+        worst = max(
+            check_probe(ours, one, gate, mean_gate, self._who(i)) for i, one in enumerate(theirs)
+        )
         self.call("accept", version, phase="sync", deadline_s=deadline_s)
         return worst
 

@@ -23,7 +23,9 @@ def requests_for(
     seed_parts: tuple[int | str, ...],
     greedy: bool = False,
 ) -> list[PromptRequest]:
-    """One request per prompt; sample k of the prompt in slot i is seeded from (seed_parts, prompt index, i, k)."""
+    """One request per prompt; sample k of the prompt in slot i is seeded from (seed_parts, prompt
+    index, i, k).
+    """
     return [
         PromptRequest(
             prompt_index=prompt.index,
@@ -44,17 +46,28 @@ def requests_for(
 def candidates_for(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, tokenizer: Any
 ) -> list[Candidate]:
-    """Rollouts (ordered by request and sample) as text, with the text and columns of their prompts."""
+    """Rollouts (ordered by request and sample) as text, with the text and columns of their
+    prompts.
+    """
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     rows = [prompts[i // group_size] for i in range(len(rollouts))]
     return [
-        Candidate(rollout.prompt_ids, rollout.response_ids, row.text, text, rollout.finish_reason, row.columns)
+        Candidate(
+            rollout.prompt_ids,
+            rollout.response_ids,
+            row.text,
+            text,
+            rollout.finish_reason,
+            row.columns,
+        )
         for rollout, text, row in zip(rollouts, texts, rows, strict=True)
     ]
 
 
 def mean(scores: Sequence[float]) -> float:
-    """NaN without scores, and when one of them is not finite: infinities of both signs have no mean."""
+    """NaN without scores, and when one of them is not finite: infinities of both signs have no
+    mean.
+    """
     return fmean(scores) if scores and all(map(math.isfinite, scores)) else math.nan
 
 
@@ -68,23 +81,28 @@ def evaluate(
 ) -> tuple[dict[str, float], list[str]]:
     """One response per prompt, judged by the evaluation's function, with the same seeds every time.
 
-    Returns metrics, and what the function said where it failed; raises WorkerError when it failed everywhere.
+    Returns metrics, and what the function said where it failed; raises WorkerError when it failed
+    everywhere.
 
-    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens and, where there are any, the
-    share of responses without a score, which count in no mean.
+    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens and, where
+    there are any, the share of responses without a score, which count in no mean.
     """
     deadline = recipe.cluster.call_deadline_s
     metrics: dict[str, float] = {}
     failures: list[str] = []
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
-        requests = requests_for(prompts, recipe.generation.plain, 1, (recipe.run.seed, name), greedy=kind == "greedy")
+        requests = requests_for(
+            prompts, recipe.generation.plain, 1, (recipe.run.seed, name), greedy=kind == "greedy"
+        )
         rollouts = engines.generate(requests, deadline)
         candidates = candidates_for(rollouts, prompts, 1, tokenizer)
         (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
         judged = [s for s in scores if isinstance(s, float)]
         failures += (failed := [s for s in scores if isinstance(s, str)])
         if len(failed) == len(scores):
-            raise WorkerError(f"evaluate: {recipe.evaluation.function} fails for every response: {failed[0]}")
+            raise WorkerError(
+                f"evaluate: {recipe.evaluation.function} fails for every response: {failed[0]}"
+            )
         metrics[f"{name}/accuracy_{kind}"] = mean(judged)
         if len(judged) < len(scores):
             metrics[f"{name}/unscorable_{kind}"] = 1 - len(judged) / len(scores)

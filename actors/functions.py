@@ -1,4 +1,6 @@
-"""Finding a user's Python function by its name. Imports nothing heavy: a typo is answered at once."""
+"""Finding a user's Python function by its name. Imports nothing heavy: a typo is answered at
+once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def load_function(name: str) -> Callable[..., Sequence[float | None]]:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # user code may do anything at import
-        raise UserError(f"reward function {name}: cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"reward function {name}: cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not callable(function):
         raise UserError(f"reward function {name}: is a {type(function).__name__}, not a function")
     return function

@@ -1,8 +1,9 @@
 """GenerationEngine: one vLLM engine and the loop thread that owns it.
 
-All vLLM and torch work happens in the loop thread (OpenMP pools belong to threads). Other threads leave commands, which
-the loop executes between two steps of the engine: so requests come in, finished groups stream out and weights are
-replaced, also under running requests, without a second process or a second design.
+All vLLM and torch work happens in the loop thread (OpenMP pools belong to threads). Other threads
+leave commands, which the loop executes between two steps of the engine: so requests come in,
+finished groups stream out and weights are replaced, also under running requests, without a second
+process or a second design.
 """
 
 from __future__ import annotations
@@ -31,15 +32,21 @@ Finished = queue.SimpleQueue[list[Rollout] | Exception]
 
 @dataclass(eq=False)
 class _Group:
-    """The samples of one request: those finished so far, and where the whole group goes after the last one."""
+    """The samples of one request: those finished so far, and where the whole group goes after the
+    last one.
+    """
 
     request: PromptRequest
     finished: Finished
     rollouts: dict[int, Rollout] = field(default_factory=dict)
 
 
-def in_loop(method: Callable[Concatenate[GenerationEngine, P], R]) -> Callable[Concatenate[GenerationEngine, P], R]:
-    """Callers of any thread wait while the loop thread runs the method; they get its result or its error."""
+def in_loop(
+    method: Callable[Concatenate[GenerationEngine, P], R],
+) -> Callable[Concatenate[GenerationEngine, P], R]:
+    """Callers of any thread wait while the loop thread runs the method; they get its result or its
+    error.
+    """
 
     @wraps(method)
     def call(self: GenerationEngine, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -58,9 +65,10 @@ def in_loop(method: Callable[Concatenate[GenerationEngine, P], R]) -> Callable[C
 class GenerationEngine:
     """Generates with one set of weights at a time, and knows which.
 
-    It starts with version 0, the weights in the model's files. From `start_weight_update` until `accept` it is STALE:
-    it takes no prompts and holds those it has. Methods may be called from several threads. Once the loop has ended, by
-    `close` or by an error, every call raises RuntimeError, also one that is waiting.
+    It starts with version 0, the weights in the model's files. From `start_weight_update` until
+    `accept` it is STALE: it takes no prompts and holds those it has. Methods may be called from
+    several threads. Once the loop has ended, by `close` or by an error, every call raises
+    RuntimeError, also one that is waiting.
     """
 
     def __init__(
@@ -75,20 +83,25 @@ class GenerationEngine:
     ) -> None:
         """Returns when the engine is ready; raises what vLLM raised if it cannot start.
 
-        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only by its length), or
-        with another EOS that the model's generation_config.json names.
-        On `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU. Requests without
-        seeds draw from `seed` and the version of the weights.
+        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only
+        by its length), or with another EOS that the model's generation_config.json names. On
+        `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
+        Requests without seeds draw from `seed` and the version of the weights.
         """
-        self.seed, self.version = seed, 0
-        self.device, self.max_model_tokens, self.eos_token_id = device, max_model_tokens, eos_token_id
+        self.seed = seed
+        self.version = 0
+        self.device = device
+        self.max_model_tokens = max_model_tokens
+        self.eos_token_id = eos_token_id
         self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
         self._running: dict[str, tuple[_Group, int]] = {}
         self._probes: dict[str, Future[list[float]]] = {}
         self._requests = 0
-        self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = (
+            queue.SimpleQueue()
+        )
         self._end: Exception | None = None
         self._end_lock = threading.Lock()
         self._engine: Any = None
@@ -101,10 +114,12 @@ class GenerationEngine:
             raise
 
     def generate(self, requests: list[PromptRequest]) -> Iterator[list[list[Rollout]]]:
-        """Yields finished groups (all samples of one request, in sample order) until every request is done.
+        """Yields finished groups (all samples of one request, in sample order) until every request
+        is done.
 
-        Raises RuntimeError when the engine is STALE, when it ends, and when a refused weight update has spoilt running
-        requests; ValueError when a prompt does not fit. Closing the generator aborts what is unfinished.
+        Raises RuntimeError when the engine is STALE, when it ends, and when a refused weight update
+        has spoilt running requests; ValueError when a prompt does not fit. Closing the generator
+        aborts what is unfinished.
         """
         finished: Finished = queue.SimpleQueue()
         groups = [_Group(request, finished) for request in requests]
@@ -122,9 +137,11 @@ class GenerationEngine:
                 self._abort(groups)
 
     def probe_logprobs(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:] at temperature 1, computed anew with the weights the engine really holds.
+        """Log-probs of ids[1:] at temperature 1, computed anew with the weights the engine really
+        holds.
 
-        Works while STALE, but not while weights are half replaced. `ids` must be shorter than `max_model_tokens`.
+        Works while STALE, but not while weights are half replaced. `ids` must be shorter than
+        `max_model_tokens`.
         """
         return self._add_probe(ids).result()
 
@@ -135,14 +152,18 @@ class GenerationEngine:
 
     @in_loop
     def start_weight_update(self) -> None:
-        """Begin a full update: the engine is STALE from here until `accept`. An interrupted update is cleared away.
+        """Begin a full update: the engine is STALE from here until `accept`. An interrupted update
+        is cleared away.
 
-        Requests still running from before a refused update are failed: what they sampled can no longer be trusted.
+        Requests still running from before a refused update are failed: what they sampled can no
+        longer be trusted.
         """
         from actors.weight_receiver import clear_interrupted_update, note_what_is_loaded
 
         if self._stale:
-            self._fail_running(RuntimeError("the weights under these requests were replaced and never accepted"))
+            self._fail_running(
+                RuntimeError("the weights under these requests were replaced and never accepted")
+            )
         if self._update_open:
             self._worker(clear_interrupted_update)
         self._stale = self._update_open = True
@@ -162,7 +183,9 @@ class GenerationEngine:
 
     @in_loop
     def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
-        """End the update and say what arrived. Tokens are sampled under `weight_version` from here on."""
+        """End the update and say what arrived. Tokens are sampled under `weight_version` from here
+        on.
+        """
         from actors.weight_receiver import take_receipt
 
         self._worker("finish_weight_update")
@@ -173,7 +196,9 @@ class GenerationEngine:
             raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
         first, *others = self._engine.collective_rpc(take_receipt)
         if any(other != first for other in others):
-            raise RuntimeError("the workers of a tensor-parallel engine were given different weights")
+            raise RuntimeError(
+                "the workers of a tensor-parallel engine were given different weights"
+            )
         return first
 
     @in_loop
@@ -182,35 +207,50 @@ class GenerationEngine:
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
-        self.version, self._stale = version, False
+        self.version = version
+        self._stale = False
         self._draw_anew()
 
     def failure(self) -> str:
-        """What the last update failed with, or nothing. Answers also while the loop waits in a transfer."""
+        """What the last update failed with, or nothing. Answers also while the loop waits in a
+        transfer.
+        """
         return self._failure
 
     @in_loop
     def sleep(self) -> None:
-        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Refused while anything is under way.
+        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Refused while anything
+        is under way.
 
-        Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it fell asleep with, as
-        version, STALE and a step that was skipped and sends none all rely on.
+        Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it
+        fell asleep with, as version, STALE and a step that was skipped and sends none all rely on.
         """
         if self._running or self._probes or self._update_open:
-            raise RuntimeError("an engine with requests under way, or with weights half replaced, cannot sleep")
+            raise RuntimeError(
+                "an engine with requests under way, or with weights half replaced, cannot sleep"
+            )
         self._engine.sleep(level=1)
         self._asleep = True
 
     @in_loop
     def wake(self, tags: list[str] | None = None) -> None:
-        """Take the GPUs again. With `tags` ["weights"] only weights may arrive: no prompt and no probe yet."""
+        """Take the GPUs again. With `tags` ["weights"] only weights may arrive: no prompt and no
+        probe yet.
+        """
         self._asleep = not self._engine.wake_up(tags)
 
     @in_loop
     def status(self) -> dict[str, Any]:
-        """`version`, `stale`, `running` (samples under way) and `threads` (CPU threads the loop computes with)."""
+        """`version`, `stale`, `running` (samples under way) and `threads` (CPU threads the loop
+        computes with).
+        """
         threads = torch.get_num_threads()
-        return {"version": self.version, "stale": self._stale, "running": len(self._running), "threads": threads}
+        return {
+            "version": self.version,
+            "stale": self._stale,
+            "running": len(self._running),
+            "threads": threads,
+        }
 
     def close(self) -> None:
         """Stop the loop and free the engine. Whoever waits gets RuntimeError."""
@@ -229,7 +269,11 @@ class GenerationEngine:
                 else:
                     self._execute(*self._commands.get())
         except BaseException as error:  # SystemExit too: nobody may wait for a loop that has ended
-            self._end = error if isinstance(error, Exception) else RuntimeError(f"the loop ended with {error!r}")
+            self._end = (
+                error
+                if isinstance(error, Exception)
+                else RuntimeError(f"the loop ended with {error!r}")
+            )
         self._answer_everyone()
         if self._engine is not None:
             self._engine.engine_core.shutdown()
@@ -241,7 +285,9 @@ class GenerationEngine:
             future.set_exception(error)
 
     def _may_step(self) -> bool:
-        """A STALE engine holds its requests. A probe's step is the exception; it takes them one token along."""
+        """A STALE engine holds its requests. A probe's step is the exception; it takes them one
+        token along.
+        """
         return not self._update_open and bool(self._probes or (self._running and not self._stale))
 
     def _answer_everyone(self) -> None:
@@ -266,13 +312,19 @@ class GenerationEngine:
         self._draw_anew()
 
     def _draw_anew(self) -> None:
-        """What unseeded requests draw is a function of engine and version, so that a resumed run repeats no draws."""
-        self._engine.collective_rpc(draw_from, args=(derive_seed(self.seed, "version", self.version),))
+        """What unseeded requests draw is a function of engine and version, so that a resumed run
+        repeats no draws.
+        """
+        self._engine.collective_rpc(
+            draw_from, args=(derive_seed(self.seed, "version", self.version),)
+        )
 
     @in_loop
     def _admit(self, groups: list[_Group]) -> None:
         if self._stale:
-            raise RuntimeError("engine is STALE: its weights are being replaced, or were not accepted")
+            raise RuntimeError(
+                "engine is STALE: its weights are being replaced, or were not accepted"
+            )
         try:
             for group in groups:
                 for sample in range(group.request.group_size):
@@ -296,14 +348,21 @@ class GenerationEngine:
     @in_loop
     def _add_probe(self, ids: list[int]) -> Future[list[float]]:
         if self._update_open:
-            raise RuntimeError("engine is STALE: its weights are half replaced, there is nothing to probe")
-        # A request for prompt log-probs reads nothing from the prefix cache; its salt keeps others from reading it.
+            raise RuntimeError(
+                "engine is STALE: its weights are half replaced, there is nothing to probe"
+            )
+        # A request for prompt log-probs reads nothing from the prefix cache; its salt keeps others
+        # from reading it.
         probe: Future[list[float]] = Future()
-        self._probes[self._add(ids, salt=f"probe {self._requests}", max_tokens=1, prompt_logprobs=0)] = probe
+        self._probes[
+            self._add(ids, salt=f"probe {self._requests}", max_tokens=1, prompt_logprobs=0)
+        ] = probe
         return probe
 
     def _add(self, ids: list[int], salt: str, **params: Any) -> str:
-        """Give vLLM a request. Only requests of the same salt share cached prefixes: never two weight versions."""
+        """Give vLLM a request. Only requests of the same salt share cached prefixes: never two
+        weight versions.
+        """
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -312,21 +371,26 @@ class GenerationEngine:
             raise RuntimeError("engine is asleep: wake it first")
         if len(ids) >= self.max_model_tokens:
             raise ValueError(
-                f"{len(ids)} tokens leave no room for another: prompt + response fit {self.max_model_tokens}"
+                f"{len(ids)} tokens leave no room for another: prompt + response fit "
+                f"{self.max_model_tokens}"
             )
         self._requests += 1
-        name, kind = str(self._requests), RequestOutputKind.FINAL_ONLY
+        name = str(self._requests)
+        kind = RequestOutputKind.FINAL_ONLY
         sampling = SamplingParams(**params, flat_logprobs=True, detokenize=False, output_kind=kind)
         self._engine.add_request(name, tokens_input(ids, cache_salt=salt), sampling)
         return name
 
     def _collect(self, output: Any) -> None:
-        """A finished request: the answer to a probe, or a sample, perhaps the last one of its group."""
+        """A finished request: the answer to a probe, or a sample, perhaps the last one of its
+        group.
+        """
         if output.request_id in self._probes:
             self._probes.pop(output.request_id).set_result(list(output.prompt_logprobs.logprobs))
             return
         group, sample = self._running.pop(output.request_id)
-        request, completion = group.request, output.outputs[0]
+        request = group.request
+        completion = output.outputs[0]
         spans = completion.weight_versions
         group.rollouts[sample] = Rollout(
             prompt_index=request.prompt_index,
@@ -360,7 +424,9 @@ class GenerationEngine:
 
 
 def draw_from(worker: Any, seed: int) -> None:
-    """Set the generators that vLLM's sampler uses for requests without a seed, on every device of a worker."""
+    """Set the generators that vLLM's sampler uses for requests without a seed, on every device of a
+    worker.
+    """
     torch.manual_seed(seed)
 
 
@@ -371,14 +437,19 @@ def _group_or_error(item: list[Rollout] | Exception) -> list[Rollout]:
 
 
 def engine_arguments(
-    model: ModelSettings, generation: GenerationSettings, device: Device, max_model_tokens: int, shared: bool = False
+    model: ModelSettings,
+    generation: GenerationSettings,
+    device: Device,
+    max_model_tokens: int,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """vLLM's EngineArgs, but for the transfer backend. Ids in, ids out: no tokenizer."""
     return {
         "model": model.path,
         "dtype": model.dtype,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # keeps the checkpoint's own sampling defaults out (repetition penalty!)
+        # keeps the checkpoint's own sampling defaults out (repetition penalty!)
+        "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",  # after temperature, as the Actor computes them
         "max_model_len": max_model_tokens,
         "max_num_seqs": generation.max_concurrent,
@@ -387,7 +458,11 @@ def engine_arguments(
         "seed": 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        **(_on_cpu(generation, max_model_tokens) if device == "cpu" else _on_gpu(generation, shared)),
+        **(
+            _on_cpu(generation, max_model_tokens)
+            if device == "cpu"
+            else _on_gpu(generation, shared)
+        ),
     }
 
 
@@ -395,7 +470,8 @@ def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, 
     return {
         "distributed_executor_backend": "uni",
         "enforce_eager": True,
-        # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's cannot.
+        # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's
+        # cannot.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(8192, max_model_tokens),
         "kv_cache_memory_bytes": int(generation.kv_cache_gib * 2**30),
@@ -419,7 +495,9 @@ def _build_engine(arguments: dict[str, Any], device: Device, threads: int) -> An
     if device == "cpu":
         from torch._dynamo import config as compiler
 
-        compiler.disable = True  # compiling a helper of the sampler would hold the first token up by 6 s
+        compiler.disable = (
+            True  # compiling a helper of the sampler would hold the first token up by 6 s
+        )
         torch.set_num_threads(threads)  # vLLM disables this function while it starts
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig

@@ -1,7 +1,7 @@
 """WorkerGroup: plain classes run as Ray actors; start, call, scatter, gather, each with a deadline.
 
-A plain class is named as "module:Class" and imported only inside its own process, so that whoever conducts a run
-never loads vLLM, DeepSpeed or Transformers.
+A plain class is named as "module:Class" and imported only inside its own process, so that whoever
+conducts a run never loads vLLM, DeepSpeed or Transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class WorkerError(RuntimeError):
 
 
 class Host:
-    """The Ray actor around a plain object. Built first, filled by `start`, so that rank 0 can name the rendezvous."""
+    """The Ray actor around a plain object. Built first, filled by `start`, so that rank 0 can name
+    the rendezvous.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -32,7 +34,9 @@ class Host:
         return ray.get_runtime_context().get_node_id()
 
     def free_address(self) -> tuple[str, int]:
-        """This node's address and a port that was free a moment ago, for a process-group rendezvous."""
+        """This node's address and a port that was free a moment ago, for a process-group
+        rendezvous.
+        """
         import socket
 
         with socket.socket() as probe:
@@ -51,17 +55,20 @@ class Host:
 
 
 class WorkerGroup:
-    """`len(options)` processes of one role, each with its own Ray options (resources, environment, placement).
+    """`len(options)` processes of one role, each with its own Ray options (resources, environment,
+    placement).
 
-    Before any work it calls `take_turn`, which does nothing unless roles share their GPUs (`actors.placement.Turns`).
+    Before any work it calls `take_turn`, which does nothing unless roles share their GPUs
+    (`actors.placement.Turns`).
     """
 
-    def __init__(self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1) -> None:
+    def __init__(
+        self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1
+    ) -> None:
         self.name = name
         remote = ray.remote(Host)
         self.handles = [
-            remote.options(max_concurrency=concurrency, **one).remote(target)
-            for one in options
+            remote.options(max_concurrency=concurrency, **one).remote(target) for one in options
         ]
         self.nodes: list[str] = ["?"] * len(self.handles)
         self.take_turn: Callable[[], None] = _no_need
@@ -79,9 +86,9 @@ class WorkerGroup:
     ) -> list[Any]:
         """Begin building the plain object in every process; returns pending results for `gather`.
 
-        The processes themselves were begun by the constructor, and are waited for here. `each` has the arguments that
-        are not the same for all workers. With `distributed` (device, collective time-out in seconds) each worker also
-        gets its `place` among the ranks.
+        The processes themselves were begun by the constructor, and are waited for here. `each` has
+        the arguments that are not the same for all workers. With `distributed` (device, collective
+        time-out in seconds) each worker also gets its `place` among the ranks.
         """
         arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
         self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
@@ -89,7 +96,10 @@ class WorkerGroup:
         if distributed is not None:
             device, timeout_s = distributed
             address, port = self.free_address(deadline_s)
-            places = [Place(rank, len(self), address, port, device, timeout_s) for rank in range(len(self))]
+            places = [
+                Place(rank, len(self), address, port, device, timeout_s)
+                for rank in range(len(self))
+            ]
             own = [{**one, "place": place} for one, place in zip(own, places, strict=True)]
         return [h.start.remote(arguments | one) for h, one in zip(self.handles, own, strict=True)]
 
@@ -98,7 +108,9 @@ class WorkerGroup:
         return self.gather([self.handles[0].free_address.remote()], "start", deadline_s)[0]
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call `method` with the same arguments on every worker; returns pending results for `gather`."""
+        """Call `method` with the same arguments on every worker; returns pending results for
+        `gather`.
+        """
         self.take_turn()
         return self.order(method, *args, **kwargs)
 
@@ -117,7 +129,9 @@ class WorkerGroup:
         results: dict[int, Any] = {}
         waiting = dict(enumerate(pending))
         while waiting:  # the first failure ends the wait, whichever worker it comes from
-            done, _ = ray.wait(list(waiting.values()), num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            done, _ = ray.wait(
+                list(waiting.values()), num_returns=1, timeout=max(0.0, until - time.monotonic())
+            )
             if not done:
                 late = ", ".join(self._who(i) for i in waiting)
                 raise WorkerError(f"{phase}: {late} did not answer within {deadline_s:.0f} s")
@@ -125,11 +139,15 @@ class WorkerGroup:
             results[index] = self.fetch(waiting.pop(index), index, phase)
         return [results[i] for i in range(len(pending))]
 
-    def call(self, method: str, *args: Any, phase: str, deadline_s: float, **kwargs: Any) -> list[Any]:
+    def call(
+        self, method: str, *args: Any, phase: str, deadline_s: float, **kwargs: Any
+    ) -> list[Any]:
         return self.gather(self.submit(method, *args, **kwargs), phase, deadline_s)
 
     def streams(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        """Start a generator method on every worker; returns Ray's generators of object references."""
+        """Start a generator method on every worker; returns Ray's generators of object
+        references.
+        """
         self.take_turn()
         return [
             h.stream.options(num_returns="streaming").remote(method, s)
@@ -137,7 +155,9 @@ class WorkerGroup:
         ]
 
     def fetch(self, ref: Any, index: int, phase: str) -> Any:
-        """The value of a finished result of worker `index`. A failure becomes a WorkerError, bad input a UserError."""
+        """The value of a finished result of worker `index`. A failure becomes a WorkerError, bad
+        input a UserError.
+        """
         who = self._who(index)
         try:
             return ray.get(ref, timeout=60)
@@ -148,7 +168,9 @@ class WorkerGroup:
         except RayActorError as error:
             raise WorkerError(f"{phase}: {who} died: {error}") from error
         except GetTimeoutError as error:
-            raise WorkerError(f"{phase}: the answer of {who} could not be fetched within 60 s") from error
+            raise WorkerError(
+                f"{phase}: the answer of {who} could not be fetched within 60 s"
+            ) from error
 
     def names(self) -> list[str]:
         """What errors call the workers."""

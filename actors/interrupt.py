@@ -1,4 +1,5 @@
-"""Leaving early, on request: SIGUSR1 asks a run to finish its step, save a checkpoint and end with exit code 75.
+"""Leaving early, on request: SIGUSR1 asks a run to finish its step, save a checkpoint and end with
+exit code 75.
 
 Batch systems send such a signal before a time limit; `--resume` goes on from the checkpoint.
 """
@@ -26,12 +27,17 @@ class Interrupted(SystemExit):
         self.step = step
 
     def __str__(self) -> str:
-        return f"left after step {self.step} on SIGUSR1; its checkpoint is saved: --resume goes on from here"
+        return (
+            f"left after step {self.step} on SIGUSR1; its checkpoint is saved: --resume goes on "
+            "from here"
+        )
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take note of SIGUSR1, which would end the process otherwise. Signals reach the main thread alone."""
+    """Take note of SIGUSR1, which would end the process otherwise. Signals reach the main thread
+    alone.
+    """
     _asked.clear()
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -32,8 +32,9 @@ class Seat(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`bundles` are what must be reserved, each on one node: CPU threads and whole GPUs. `seats[role][i]` is where
-    process i of a role sits."""
+    """`bundles` are what must be reserved, each on one node: CPU threads and whole GPUs.
+    `seats[role][i]` is where process i of a role sits.
+    """
 
     bundles: list[dict[str, float]]
     seats: dict[str, list[Seat]]
@@ -43,7 +44,8 @@ def demands(recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe) -> dict[str, 
     """Processes, threads and GPUs of every role the recipe needs, in placement order."""
     if isinstance(recipe, SFTRecipe | RMRecipe):
         return {recipe.kind: Demand(recipe.learner.ranks, recipe.learner.threads)}
-    generation, actor = recipe.generation, recipe.actor
+    generation = recipe.generation
+    actor = recipe.actor
     need = {
         "engine": Demand(generation.engines, generation.threads, generation.tensor_parallel),
         "actor": Demand(actor.ranks, actor.threads),
@@ -53,7 +55,9 @@ def demands(recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe) -> dict[str, 
     if needs_reference(recipe):
         need["reference"] = Demand(recipe.reference.workers, recipe.reference.threads)
     for reward in recipe.rewards:
-        need[f"reward {reward.name}"] = Demand(reward.workers, reward.threads, gpus=int(reward.kind == "model"))
+        need[f"reward {reward.name}"] = Demand(
+            reward.workers, reward.threads, gpus=int(reward.kind == "model")
+        )
     if recipe.evaluation.function is not None:
         need["judge"] = Demand(1, 1, gpus=0)
     return need
@@ -65,14 +69,18 @@ def needs_reference(recipe: PPORecipe | GRPORecipe) -> bool:
 
 
 def shares_gpus(cluster: ClusterSettings) -> bool:
-    """Whether roles take turns on the same GPUs. CPUs are shared anyway: there both placements are the same."""
+    """Whether roles take turns on the same GPUs. CPUs are shared anyway: there both placements are
+    the same.
+    """
     return cluster.device == "cuda" and cluster.placement == "colocated"
 
 
 def layout(cluster: ClusterSettings, need: Mapping[str, Demand]) -> Layout:
-    """Separate: every process has a bundle, and its GPUs, to itself; several CPU nodes have one bundle each, and the
-    processes take the nodes in turn. Colocated: all roles share the same GPUs, process
-    i of each role on the i-th, and an engine on as many neighbours as it has tensor-parallel ranks."""
+    """Separate: every process has a bundle, and its GPUs, to itself; several CPU nodes have one
+    bundle each, and the processes take the nodes in turn. Colocated: all roles share the same GPUs,
+    process i of each role on the i-th, and an engine on as many neighbours as it has
+    tensor-parallel ranks.
+    """
     if shares_gpus(cluster):
         return _colocated(need)
     if cluster.device == "cpu" and cluster.nodes > 1:
@@ -80,20 +88,29 @@ def layout(cluster: ClusterSettings, need: Mapping[str, Demand]) -> Layout:
     return _separate(need, gpus=cluster.device == "cuda")
 
 
-def misfit(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why these bundles can never all lie on nodes with these resources, as arithmetic; None if nothing proves it.
+def misfit(
+    bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]
+) -> str | None:
+    """Why these bundles can never all lie on nodes with these resources, as arithmetic; None if
+    nothing proves it.
 
-    A bundle lies on one node: enough GPUs in all is not enough where each node has one too few for a bundle.
+    A bundle lies on one node: enough GPUs in all is not enough where each node has one too few for
+    a bundle.
     """
     for kind in ("CPU", "GPU"):
-        have, sizes = [int(n.get(kind, 0)) for n in nodes], [int(b.get(kind, 0)) for b in bundles]
+        have = [int(n.get(kind, 0)) for n in nodes]
+        sizes = [int(b.get(kind, 0)) for b in bundles]
         if sum(sizes) > sum(have):
             return f"{sum(sizes)} {kind}s are needed, Ray has {sum(have)}"
         for size in sorted(set(sizes) - {0}, reverse=True):
-            wanted, room = sum(s >= size for s in sizes), sum(h // size for h in have)
+            wanted = sum(s >= size for s in sizes)
+            room = sum(h // size for h in have)
             if wanted > room:
                 each = ", ".join(map(str, have))
-                return f"{wanted} x {size} {kind}s on one node are needed, nodes with {each} have room for {room}"
+                return (
+                    f"{wanted} x {size} {kind}s on one node are needed, nodes with {each} have "
+                    f"room for {room}"
+                )
     return None
 
 
@@ -115,7 +132,9 @@ def _separate(need: Mapping[str, Demand], gpus: bool) -> Layout:
     for role, demand in need.items():
         wanted = demand.gpus if gpus else 0
         own = {"CPU": float(demand.threads)} | ({"GPU": float(wanted)} if wanted else {})
-        seats[role] = [Seat(len(bundles) + i, tuple(range(wanted))) for i in range(demand.processes)]
+        seats[role] = [
+            Seat(len(bundles) + i, tuple(range(wanted))) for i in range(demand.processes)
+        ]
         bundles += [own.copy() for _ in range(demand.processes)]
     return Layout(bundles, seats)
 
@@ -142,25 +161,44 @@ def _colocated(need: Mapping[str, Demand]) -> Layout:
                 bundle, first = divmod(i * demand.gpus % (count * size), size)
                 bundles[bundle]["CPU"] += demand.threads
             else:
-                bundle, first = len(bundles), 0
+                bundle = len(bundles)
+                first = 0
                 bundles.append({"CPU": float(demand.threads)})
-            seats.setdefault(role, []).append(Seat(bundle, tuple(range(first, first + demand.gpus))))
+            seats.setdefault(role, []).append(
+                Seat(bundle, tuple(range(first, first + demand.gpus)))
+            )
     return Layout(bundles, seats)
 
 
-def sharing_problems(recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def sharing_problems(
+    recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe,
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """What keeps a recipe's roles from sharing their GPUs: keys, and what would be right."""
     if not shares_gpus(recipe.cluster) or isinstance(recipe, SFTRecipe | RMRecipe):
         return
     engines = recipe.generation.engines * recipe.generation.tensor_parallel
     if engines > recipe.actor.ranks:  # weights pass inside the memory of a GPU
         keys = ("actor.ranks", "generation.engines", "generation.tensor_parallel")
-        yield keys, f"colocated needs an Actor rank on each of the engines' {engines} GPUs, not {recipe.actor.ranks}"
-    learners = {"actor": recipe.actor} | ({"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {})
+        yield (
+            keys,
+            f"colocated needs an Actor rank on each of the engines' {engines} GPUs, not "
+            f"{recipe.actor.ranks}",
+        )
+    learners = {"actor": recipe.actor} | (
+        {"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {}
+    )
     for key, learner in learners.items():
         if learner.zero_stage == 1 and learner.model.dtype == "bfloat16":
-            message = "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3"
+            message = (
+                "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3"
+            )
             yield (f"{key}.zero_stage", f"{key}.model.dtype", "cluster.placement"), message
         if learner.offload_parameters and not learner.offload_optimizer:
-            message = "colocated needs this too: beside offloaded parameters, optimizer states would stay on the GPUs"
-            yield (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement"), message
+            message = (
+                "colocated needs this too: beside offloaded parameters, optimizer states would "
+                "stay on the GPUs"
+            )
+            yield (
+                (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement"),
+                message,
+            )

@@ -1,4 +1,6 @@
-"""How far a run is: a bar in a terminal, a line now and then elsewhere, each with the main metrics."""
+"""How far a run is: a bar in a terminal, a line now and then elsewhere, each with the main
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,21 @@ import time
 from collections.abc import Iterator, Mapping
 
 HEADLINES = (
-    "score/mean", "kl/sequence", "response/length", "evaluation/accuracy_sampled",
-    "loss", "accuracy", "held_out/loss", "held_out/accuracy",
-)  # fmt: skip
+    "score/mean",
+    "kl/sequence",
+    "response/length",
+    "evaluation/accuracy_sampled",
+    "loss",
+    "accuracy",
+    "held_out/loss",
+    "held_out/accuracy",
+)
 LINE_EVERY_S = 15.0
 
 
-def show_progress(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:
+def show_progress(
+    steps: range, total: int, description: str, latest: Mapping[str, float]
+) -> Iterator[int]:
     """Iterate over `steps` (1 to `total`), showing what `latest` holds after each."""
     show = _bar if sys.stderr.isatty() else _lines
     return show(steps, total, description, latest)
@@ -25,9 +35,12 @@ def _bar(steps: range, total: int, description: str, latest: Mapping[str, float]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(description, total=total, completed=steps.start - 1, figures="")
         for step in steps:
@@ -35,7 +48,9 @@ def _bar(steps: range, total: int, description: str, latest: Mapping[str, float]
             bar.update(task, completed=step, figures=_figures(latest))
 
 
-def _lines(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:
+def _lines(
+    steps: range, total: int, description: str, latest: Mapping[str, float]
+) -> Iterator[int]:
     printed = -math.inf
     for step in steps:
         yield step

@@ -17,7 +17,9 @@ Score = float | None | str  # None: could not be judged; words: what went wrong
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished response to be judged, as ids and as text without special tokens, and the data's answer columns."""
+    """A finished response to be judged, as ids and as text without special tokens, and the data's
+    answer columns.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -28,22 +30,27 @@ class Candidate:
 
 
 class FunctionReward:
-    """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process of its own.
+    """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process
+    of its own.
 
-    `columns` are the data's answer columns and `finish_reasons`; the function gets those its signature accepts.
-    None marks a response that could not be judged; a number that is not finite raises an alarm. When the function
-    raises, it is asked again, for one response at a time, so that those that are to blame do not take others along;
-    not after an OSError, when a file or a server is away for all of them.
+    `columns` are the data's answer columns and `finish_reasons`; the function gets those its
+    signature accepts. None marks a response that could not be judged; a number that is not finite
+    raises an alarm. When the function raises, it is asked again, for one response at a time, so
+    that those that are to blame do not take others along; not after an OSError, when a file or a
+    server is away for all of them.
     """
 
     def __init__(self, function: str) -> None:
-        self.name, self.function = function, load_function(function)
+        self.name = function
+        self.function = load_function(function)
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
     def scores(self, candidates: Sequence[Candidate]) -> list[Score]:
-        """One score per candidate; None where the function could not judge, in words what it raised."""
+        """One score per candidate; None where the function could not judge, in words what it
+        raised.
+        """
         if not candidates:
             return []
         try:
@@ -53,7 +60,9 @@ class FunctionReward:
                 return [f"{type(error).__name__}: {error}"] * len(candidates)
             return [score for one in candidates for score in self.scores([one])]
         if len(scores) != len(candidates):
-            raise ValueError(f"{self.name} returned {len(scores)} scores for {len(candidates)} responses")
+            raise ValueError(
+                f"{self.name} returned {len(scores)} scores for {len(candidates)} responses"
+            )
         return [None if s is None else float(s) for s in scores]
 
     def _call(self, candidates: Sequence[Candidate]) -> Sequence[float | None]:
@@ -70,25 +79,37 @@ class FunctionReward:
 class Rewards:
     """All sources of one run. The score of a response is the weighted sum over its sources."""
 
-    def __init__(self, settings: Sequence[RewardSettings], groups: Sequence[WorkerGroup], deadline_s: float) -> None:
-        self.settings, self.groups, self.deadline_s = settings, groups, deadline_s
+    def __init__(
+        self, settings: Sequence[RewardSettings], groups: Sequence[WorkerGroup], deadline_s: float
+    ) -> None:
+        self.settings = settings
+        self.groups = groups
+        self.deadline_s = deadline_s
 
     def submit(self, candidates: Sequence[Candidate]) -> list[list[Any]]:
         """Begin scoring; hand the result to `gather`."""
         return [
-            group.scatter("scores", [candidates[i :: len(group)] for i in range(len(group))]) for group in self.groups
+            group.scatter("scores", [candidates[i :: len(group)] for i in range(len(group))])
+            for group in self.groups
         ]
 
-    def gather(self, pending: Sequence[Sequence[Any]], count: int) -> tuple[list[float], dict[str, list[Score]]]:
-        """Weighted sums of all candidates in order (NaN where a source could not judge), and scores per source."""
+    def gather(
+        self, pending: Sequence[Sequence[Any]], count: int
+    ) -> tuple[list[float], dict[str, list[Score]]]:
+        """Weighted sums of all candidates in order (NaN where a source could not judge), and scores
+        per source.
+        """
         sources: dict[str, list[Score]] = {}
         for one, group, refs in zip(self.settings, self.groups, pending, strict=True):
             scores: list[Score] = [None] * count
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             sources[one.name] = scores
-        counted = [one for one in self.settings if one.weight != 0]  # a source of weight 0 is only logged
-        return [_sum([(one.weight, sources[one.name][i]) for one in counted]) for i in range(count)], sources
+        # a source of weight 0 is only logged
+        counted = [one for one in self.settings if one.weight != 0]
+        return [
+            _sum([(one.weight, sources[one.name][i]) for one in counted]) for i in range(count)
+        ], sources
 
 
 def _sum(weighted: Sequence[tuple[float, Score]]) -> float:

@@ -24,14 +24,16 @@ from learners.settings import UserError
 class RunFolder:
     """One run on disk. Get it from `open`, `create` or `resume`; end it with `close` or `finish`.
 
-    `config.yaml`, `metrics.jsonl` (one object per line: step, phase, time in Unix seconds, and the metrics by name),
-    `alarms.jsonl` (one object per line: step, name, message),
-    `samples/step-*.jsonl`, `timeline.json` (Chrome trace events), `tensorboard/`, `checkpoints/step-*/`.
+    `config.yaml`, `metrics.jsonl` (one object per line: step, phase, time in Unix seconds, and the
+    metrics by name), `alarms.jsonl` (one object per line: step, name, message),
+    `samples/step-*.jsonl`, `timeline.json` (Chrome trace events), `tensorboard/`,
+    `checkpoints/step-*/`.
     """
 
     def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
         """Open an existing folder, to log from `first_step` on."""
-        self.settings, self.path = settings, Path(settings.folder).resolve()  # workers may stand elsewhere
+        self.settings = settings  # workers may stand elsewhere
+        self.path = Path(settings.folder).resolve()
         (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
@@ -50,7 +52,10 @@ class RunFolder:
         if resume and not _checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
         if not resume and path.exists():
-            raise UserError(f"run.folder: {path} exists: choose another folder, or --resume to go on with that run")
+            raise UserError(
+                f"run.folder: {path} exists: choose another folder, or --resume to go on with "
+                "that run"
+            )
 
     @classmethod
     def open(cls, settings: RunSettings, config_yaml: str, resume: bool) -> Self:
@@ -79,7 +84,9 @@ class RunFolder:
         return cls(settings, config_yaml, first_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], phase: str = "train") -> None:
-        """Record the metrics of a step. NaN and infinity become null in metrics.jsonl: JSON has no word for them."""
+        """Record the metrics of a step. NaN and infinity become null in metrics.jsonl: JSON has no
+        word for them.
+        """
         line = {"step": step, "phase": phase, "time": round(time.time(), 3), **metrics}
         self._metrics.write(_json(line) + "\n")
         self._metrics.flush()
@@ -100,7 +107,9 @@ class RunFolder:
         self._alarmed[name] = step
 
     def save_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep the first `samples_per_step` rows every `samples_every_steps` steps; other steps keep nothing."""
+        """Keep the first `samples_per_step` rows every `samples_every_steps` steps; other steps
+        keep nothing.
+        """
         if not self.settings.samples_every_steps or step % self.settings.samples_every_steps:
             return
         folder = self.path / "samples"
@@ -110,7 +119,9 @@ class RunFolder:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """Yields a temporary folder to fill. It takes its final name only once complete and on disk, or disappears."""
+        """Yields a temporary folder to fill. It takes its final name only once complete and on
+        disk, or disappears.
+        """
         final = self.path / "checkpoints" / _name(step)
         draft = final.with_name(f"{final.name}.tmp")
         shutil.rmtree(draft, ignore_errors=True)
@@ -138,7 +149,8 @@ class RunFolder:
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
         """Time one phase of a step, for the timeline and for `seconds`."""
-        started, clock = time.time(), time.perf_counter()
+        started = time.time()
+        clock = time.perf_counter()
         try:
             yield
         finally:
@@ -190,18 +202,28 @@ class RunFolder:
         if not remembered.exists():
             remembered.write_text(uuid.uuid4().hex)
         run_id = remembered.read_text()
-        return wandb.init(project=project, name=self.path.name, dir=str(self.path), id=run_id, resume="allow")
+        return wandb.init(
+            project=project, name=self.path.name, dir=str(self.path), id=run_id, resume="allow"
+        )
 
 
 class Timeline:
-    """Chrome trace events, as chrome://tracing and Perfetto open them; valid JSON after every event."""
+    """Chrome trace events, as chrome://tracing and Perfetto open them; valid JSON after every
+    event.
+    """
 
     END = b"\n]\n"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.exists():
-            head = {"name": "process_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "driver"}}
+            head = {
+                "name": "process_name",
+                "ph": "M",
+                "pid": 0,
+                "tid": 0,
+                "args": {"name": "driver"},
+            }
             path.write_bytes(b"[\n" + json.dumps(head).encode() + self.END)
 
     def add(self, name: str, step: int, started: float, seconds: float) -> None:
@@ -225,7 +247,9 @@ def _name(step: int) -> str:
 
 def _check_wandb(settings: RunSettings) -> None:
     if settings.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError("run.wandb_project: wandb is not installed: pip install wandb, or remove the key")
+        raise UserError(
+            "run.wandb_project: wandb is not installed: pip install wandb, or remove the key"
+        )
 
 
 def _json(value: Any, indent: int | None = None) -> str:

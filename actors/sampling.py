@@ -30,10 +30,15 @@ def sample_responses(
         engines = Engines(placement.options("engine"))
         longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
         arguments = {
-            "model": ModelSettings(path=model), "generation": generation, "device": cluster.device,
-            "max_model_tokens": longest, "eos_token_id": tokenizer.eos_token_id,
-        }  # fmt: skip
+            "model": ModelSettings(path=model),
+            "generation": generation,
+            "device": cluster.device,
+            "max_model_tokens": longest,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
         starting = engines.start(arguments, cluster.start_deadline_s)
         engines.gather(starting, "start", cluster.start_deadline_s)
-        rollouts = engines.generate(requests_for(rows, generation.plain, 1, (seed, "sample")), cluster.call_deadline_s)
+        rollouts = engines.generate(
+            requests_for(rows, generation.plain, 1, (seed, "sample")), cluster.call_deadline_s
+        )
     return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

@@ -1,4 +1,6 @@
-"""Frozen inference: ReferenceWorker (log-probs) and RewardWorker (scores). No optimizer, no gradient, eval mode."""
+"""Frozen inference: ReferenceWorker (log-probs) and RewardWorker (scores). No optimizer, no
+gradient, eval mode.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Frozen:
     """A model that never changes, and can prove it."""
 
     def __init__(self, model: nn.Module, micro_batch_tokens: int, device: str) -> None:
-        self.device, self.micro_batch_tokens = device, micro_batch_tokens
+        self.device = device
+        self.micro_batch_tokens = micro_batch_tokens
         self.model = model.to(device).eval().requires_grad_(False)
 
     def offload(self) -> None:
@@ -52,7 +55,9 @@ class Frozen:
 class ReferenceWorker(Frozen):
     """The SFT model, frozen."""
 
-    def __init__(self, model: ModelSettings, temperature: float, micro_batch_tokens: int, device: str) -> None:
+    def __init__(
+        self, model: ModelSettings, temperature: float, micro_batch_tokens: int, device: str
+    ) -> None:
         super().__init__(load_causal_lm(model), micro_batch_tokens, device)
         self.temperature = temperature
 
@@ -69,15 +74,20 @@ class ReferenceWorker(Frozen):
 class RewardWorker(Frozen):
     """A trained reward model, frozen. Scores are calibrated with the mean and std in its config.
 
-    When its vocabulary is the Actor's, it reads the Actor's token ids; otherwise texts are tokenised anew for it
-    (and end like a finished response, also those that were truncated).
+    When its vocabulary is the Actor's, it reads the Actor's token ids; otherwise texts are
+    tokenised anew for it (and end like a finished response, also those that were truncated).
     """
 
-    def __init__(self, model: ModelSettings, actor_model: str, micro_batch_tokens: int, device: str) -> None:
+    def __init__(
+        self, model: ModelSettings, actor_model: str, micro_batch_tokens: int, device: str
+    ) -> None:
         super().__init__(load_reward_model(model, pad_token_id=None), micro_batch_tokens, device)
         self.tokenizer = load_tokenizer(model.path)
         self.encoder = is_encoder(self.model.config)
-        self.same_ids = not self.encoder and self.tokenizer.get_vocab() == load_tokenizer(actor_model).get_vocab()
+        self.same_ids = (
+            not self.encoder
+            and self.tokenizer.get_vocab() == load_tokenizer(actor_model).get_vocab()
+        )
         self.calibration = read_calibration(self.model.config)
 
     def scores(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -86,7 +96,9 @@ class RewardWorker(Frozen):
             return []
         ids = [self._ids(c) for c in candidates]
         batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])
-        raw = map_rows(batch, self.micro_batch_tokens, lambda b: sequence_scores(self.model, b), self.device)
+        raw = map_rows(
+            batch, self.micro_batch_tokens, lambda b: sequence_scores(self.model, b), self.device
+        )
         return ((raw - self.calibration.mean) / self.calibration.std).tolist()
 
     def _ids(self, candidate: Candidate) -> tuple[list[int], list[int]]:

@@ -1,4 +1,6 @@
-"""Every random draw of a run is a function of the recipe's seed and of where in the run it happens."""
+"""Every random draw of a run is a function of the recipe's seed and of where in the run it
+happens.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def rows_of_step(step: int, count: int, size: int, *seed: int | str) -> list[int]:
-    """Which `count` of `size` rows belong to a step (from 1): passes over the data, each in an order of its own."""
+    """Which `count` of `size` rows belong to a step (from 1): passes over the data, each in an
+    order of its own.
+    """
     rows: list[int] = []
     order: list[int] = []
     for place in range((step - 1) * count, step * count):

@@ -1,4 +1,5 @@
-"""What a recipe may say about processes, and the four kinds of recipe composed of both packages' settings.
+"""What a recipe may say about processes, and the four kinds of recipe composed of both packages'
+settings.
 
 Pydantic only: imports in milliseconds.
 """
@@ -33,63 +34,121 @@ from learners.settings import (
 class ClusterSettings(Settings):
     device: Device = Field("cpu", description="what the models run on")
     placement: Literal["separate", "colocated"] = Field(
-        "separate", description="on GPUs: every process its own, or all roles share them (engines sleep meanwhile)"
+        "separate",
+        description="on GPUs: every process its own, or all roles share them (engines sleep "
+        "meanwhile)",
     )
-    nodes: Count = Field(1, description="machines, for plan and slurm; on CPU, above 1 spreads processes")
-    gpus_per_node: Few = Field(8, description="GPUs of a machine, for plan, slurm and runs without an address")
+    nodes: Count = Field(
+        1, description="machines, for plan and slurm; on CPU, above 1 spreads processes"
+    )
+    gpus_per_node: Few = Field(
+        8, description="GPUs of a machine, for plan, slurm and runs without an address"
+    )
     gpu_memory_gib: float = Field(80, gt=0, le=1e6, description="memory of one GPU, GiB, for plan")
     node_memory_gib: float | None = Field(
         None, gt=0, le=1e6, description="CPU memory of a machine, GiB; null: unknown"
     )
-    address: str | None = Field(None, description="Ray cluster to join, such as auto; null starts one here")
-    start_deadline_s: float = Field(600, gt=0, description="seconds for all processes to load and answer")
-    call_deadline_s: float = Field(1800, gt=0, description="seconds any single call to a worker may take")
+    address: str | None = Field(
+        None, description="Ray cluster to join, such as auto; null starts one here"
+    )
+    start_deadline_s: float = Field(
+        600, gt=0, description="seconds for all processes to load and answer"
+    )
+    call_deadline_s: float = Field(
+        1800, gt=0, description="seconds any single call to a worker may take"
+    )
 
 
 class GenerationSettings(Settings):
     engines: Count = Field(1, description="vLLM engines")
     tensor_parallel: Few = Field(1, description="devices per engine")
     threads: PositiveInt = Field(2, description="CPU threads of each engine")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; divides Actor and Reference logits alike")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.rollout_correction")
-    top_k: int = Field(0, ge=0, description="choose from this many, 0: all; else needs algorithm.rollout_correction")
-    min_p: Fraction = Field(0.0, description="least share of the likeliest; needs algorithm.rollout_correction")
-    repetition_penalty: float = Field(1.0, gt=0, description="1: none; else needs algorithm.rollout_correction")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature; divides Actor and Reference logits alike"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="nucleus sampling; below 1 needs algorithm.rollout_correction"
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="choose from this many, 0: all; else needs algorithm.rollout_correction",
+    )
+    min_p: Fraction = Field(
+        0.0, description="least share of the likeliest; needs algorithm.rollout_correction"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="1: none; else needs algorithm.rollout_correction"
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="0: none; else needs algorithm.rollout_correction"
+    )
     model_sampling: Literal["refuse", "ignore"] = Field(
-        "refuse", description="a generation_config.json that asks for other sampling: refuse it, or ignore it"
+        "refuse",
+        description="a generation_config.json that asks for other sampling: refuse it, or "
+        "ignore it",
     )
     max_new_tokens: PositiveInt = Field(256, description="longest response, tokens")
-    max_model_tokens: PositiveInt | None = Field(None, description="longest prompt + response; null: what data allows")
+    max_model_tokens: PositiveInt | None = Field(
+        None, description="longest prompt + response; null: what data allows"
+    )
     max_concurrent: PositiveInt = Field(256, description="sequences one engine decodes at once")
     kv_cache_gib: float = Field(1.0, gt=0, le=1e6, description="KV cache of an engine on CPU, GiB")
-    gpu_memory_fraction: Fraction = Field(0.85, description="share of a GPU one engine takes, weights included")
-    seeded: bool = Field(True, description="seed each request from run, step, prompt and sample: reproducible")
-
+    gpu_memory_fraction: Fraction = Field(
+        0.85, description="share of a GPU one engine takes, weights included"
+    )
+    seeded: bool = Field(
+        True, description="seed each request from run, step, prompt and sample: reproducible"
+    )
 
     @property
     def plain(self) -> GenerationSettings:
         """The same without truncation and penalties: tokens are sampled from the policy itself."""
-        return self.model_copy(update={name: GenerationSettings.model_fields[name].default for name in DISTORTIONS})
+        return self.model_copy(
+            update={name: GenerationSettings.model_fields[name].default for name in DISTORTIONS}
+        )
 
     @property
     def distortions(self) -> dict[str, float]:
         """Settings that take the sampling away from the policy, with their values."""
-        return {name: getattr(self, name) for name in DISTORTIONS if getattr(self, name) != getattr(self.plain, name)}
+        return {
+            name: getattr(self, name)
+            for name in DISTORTIONS
+            if getattr(self, name) != getattr(self.plain, name)
+        }
 
 
-DISTORTIONS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+DISTORTIONS = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 def asked_by_model(defaults: Mapping[str, Any], generation: GenerationSettings) -> str:
-    """What a model's generation_config.json asks for that would break the ratio, in words; empty when nothing."""
-    off = {name: (None, getattr(generation.plain, name)) for name in DISTORTIONS} | {"top_k": (None, 0, -1)}
-    return ", ".join(f"{name} {defaults[name]}" for name in DISTORTIONS if defaults.get(name) not in off[name])
+    """What a model's generation_config.json asks for that would break the ratio, in words; empty
+    when nothing.
+    """
+    off = {name: (None, getattr(generation.plain, name)) for name in DISTORTIONS} | {
+        "top_k": (None, 0, -1)
+    }
+    return ", ".join(
+        f"{name} {defaults[name]}" for name in DISTORTIONS if defaults.get(name) not in off[name]
+    )
 
 
-def model_sampling_problem(defaults: Mapping[str, Any], generation: GenerationSettings) -> str | None:
-    """Why a model's generation_config.json cannot be left unmentioned, unless the recipe ignores it."""
+def model_sampling_problem(
+    defaults: Mapping[str, Any], generation: GenerationSettings
+) -> str | None:
+    """Why a model's generation_config.json cannot be left unmentioned, unless the recipe ignores
+    it.
+    """
     asked = asked_by_model(defaults, generation)
     if not asked or generation.model_sampling == "ignore":
         return None
@@ -102,17 +161,24 @@ def model_sampling_problem(defaults: Mapping[str, Any], generation: GenerationSe
 class SyncSettings(Settings):
     """How the engines get the Actor's weights, and how close to the Actor they must compute."""
 
-    probe_tokens: int = Field(32, ge=2, description="length of the fixed probe that proves a weight sync")
+    probe_tokens: int = Field(
+        32, ge=2, description="length of the fixed probe that proves a weight sync"
+    )
     gate: float | None = Field(
         None,
         gt=0,
-        description="largest difference of engine and Actor log-probs, nats, on the probe of every sync and on sampled "
+        description="largest difference of engine and Actor log-probs, nats, on the probe of "
+        "every sync and on sampled "
         "responses before step 1; null: 1e-4 in float32, 1.0 in bfloat16",
     )
     mean_gate: float | None = Field(
-        None, gt=0, description="the same on average; null: what gate is in float32, 0.05 in bfloat16"
+        None,
+        gt=0,
+        description="the same on average; null: what gate is in float32, 0.05 in bfloat16",
     )
-    gate_prompts: PositiveInt = Field(8, description="prompts sampled for the comparison before step 1")
+    gate_prompts: PositiveInt = Field(
+        8, description="prompts sampled for the comparison before step 1"
+    )
     deadline_s: float = Field(600, gt=0, description="seconds one sync may take")
 
 
@@ -122,15 +188,21 @@ class RewardSettings(Settings):
     name: str = Field(description="name of the source in metrics")
     kind: Literal["model", "function"] = Field(description="a reward model, or a Python function")
     model: ModelSettings | None = Field(None, description="the reward model (kind: model)")
-    function: str | None = Field(None, description="the function, as module:function (kind: function)")
+    function: str | None = Field(
+        None, description="the function, as module:function (kind: function)"
+    )
     weight: float = Field(1.0, description="factor of this source in the sum")
     workers: Count = Field(1, description="processes that score")
     threads: PositiveInt = Field(1, description="CPU threads of each process")
-    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward (kind: model)")
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="padded tokens in one forward (kind: model)"
+    )
 
 
 class ReferenceSettings(Settings):
-    model: ModelSettings | None = Field(None, description="the frozen reference; null: the Actor's starting model")
+    model: ModelSettings | None = Field(
+        None, description="the frozen reference; null: the Actor's starting model"
+    )
     workers: Count = Field(1, description="processes that score")
     threads: PositiveInt = Field(1, description="CPU threads of each process")
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward")
@@ -147,23 +219,39 @@ class StepSettings(Settings):
 
 
 class AlarmSettings(Settings):
-    """Bounds of what is normal. Outside them a step raises an alarm; it goes on unless a value is not finite."""
+    """Bounds of what is normal. Outside them a step raises an alarm; it goes on unless a value is
+    not finite.
+    """
 
     mismatch: float | None = Field(
-        None, gt=0, description="largest engine-Actor log-prob difference of a step, nats; null: sync.gate"
+        None,
+        gt=0,
+        description="largest engine-Actor log-prob difference of a step, nats; null: sync.gate",
     )
-    mean_mismatch: float | None = Field(None, gt=0, description="the same on average; null: sync.mean_gate")
+    mean_mismatch: float | None = Field(
+        None, gt=0, description="the same on average; null: sync.mean_gate"
+    )
     unscorable: Fraction = Field(0.1, description="largest share of responses without a score")
-    clip_fraction: Fraction = Field(0.5, description="largest share of tokens held by the ratio clip")
-    least_entropy: float = Field(1e-3, ge=0, description="smallest estimated entropy per token, nats")
+    clip_fraction: Fraction = Field(
+        0.5, description="largest share of tokens held by the ratio clip"
+    )
+    least_entropy: float = Field(
+        1e-3, ge=0, description="smallest estimated entropy per token, nats"
+    )
     most_entropy: float = Field(9.0, gt=0, description="largest estimated entropy per token, nats")
 
 
 class EvaluationSettings(Settings):
-    prompts: PromptData | None = Field(None, description="held-out prompts for the curve; null: no curve")
-    test_prompts: PromptData | None = Field(None, description="prompts evaluated before and after the run only")
+    prompts: PromptData | None = Field(
+        None, description="held-out prompts for the curve; null: no curve"
+    )
+    test_prompts: PromptData | None = Field(
+        None, description="prompts evaluated before and after the run only"
+    )
     function: str | None = Field(None, description="true score of a response, as module:function")
-    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
+    every_steps: int = Field(
+        0, ge=0, description="steps between evaluations; 0: only before and after"
+    )
     greedy: bool = Field(True, description="also evaluate greedy decoding beside sampling")
 
 
@@ -171,7 +259,9 @@ class RunSettings(Settings):
     folder: DiskPath = Field(description="the run folder; must not exist unless the run resumes")
     seed: int = Field(0, ge=0, description="every source of randomness derives from it")
     checkpoint_every_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: none")
-    max_skipped_steps: PositiveInt = Field(3, description="stop, with a checkpoint, at this many steps skipped for NaN")
+    max_skipped_steps: PositiveInt = Field(
+        3, description="stop, with a checkpoint, at this many steps skipped for NaN"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep")
     samples_every_steps: int = Field(1, ge=0, description="steps between saved samples; 0: none")
     samples_per_step: PositiveInt = Field(8, description="rollouts saved each time")
@@ -216,7 +306,6 @@ class RLRecipe(Settings):
     alarms: AlarmSettings = Field(default_factory=AlarmSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
-
     @property
     def gate(self) -> float:
         """Largest log-prob difference between engine and Actor, nats."""
@@ -224,7 +313,9 @@ class RLRecipe(Settings):
 
     @property
     def mean_gate(self) -> float:
-        """The same on average: rounding moves single tokens of bfloat16 models far, so there the mean decides."""
+        """The same on average: rounding moves single tokens of bfloat16 models far, so there the
+        mean decides.
+        """
         return self.sync.mean_gate or (self.gate if self.actor.model.dtype == "float32" else 0.05)
 
 

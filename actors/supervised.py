@@ -1,4 +1,6 @@
-"""SFT and reward-model training: one loop, on the same learners and the same optimizer step as RL, without engines."""
+"""SFT and reward-model training: one loop, on the same learners and the same optimizer step as RL,
+without engines.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ from learners.models import (
 from learners.settings import UserError
 
 
-def run(recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
+def run(
+    recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None
+) -> dict[str, Any]:
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     RunFolder.check(recipe.run, resume)
     training = Supervised(recipe)
@@ -49,23 +53,30 @@ class Supervised:
 
     def __init__(self, recipe: SFTRecipe | RMRecipe) -> None:
         """Reads and checks all data; raises UserError before any model loads."""
-        self.recipe, path = recipe, recipe.learner.model.path
+        self.recipe = recipe
+        path = recipe.learner.model.path
         self.tokenizer = load_tokenizer(path)
         self.rows: Rows[Any]
         self.held_out: Sequence[Example | Pair]
         if isinstance(recipe, SFTRecipe):
-            self.target, self.together, self.batch_of = "learners.sft:SFTLearner", 1, examples_batch
+            self.target = "learners.sft:SFTLearner"
+            self.together = 1
+            self.batch_of = examples_batch
             self.rows = load_sft(recipe.data, self.tokenizer)
             self.held_out = load_sft(recipe.held_out, self.tokenizer) if recipe.held_out else []
         else:
-            self.target, self.together, self.batch_of = "learners.reward_model:RewardModelLearner", 2, pairs_batch
+            self.target = "learners.reward_model:RewardModelLearner"
+            self.together = 2
+            self.batch_of = pairs_batch
             config = load_config(path)
             check_exportable_reward_model(config, self.tokenizer)
             encoder = is_encoder(config)
             self.rows = load_pairs(recipe.data, self.tokenizer, encoder)
             self.held_out = load_pairs(recipe.held_out, self.tokenizer, encoder)
             self.calibration = (
-                load_sft(recipe.reward_model.calibration, self.tokenizer) if recipe.reward_model.calibration else []
+                load_sft(recipe.reward_model.calibration, self.tokenizer)
+                if recipe.reward_model.calibration
+                else []
             )
         longest = max(row.tokens for row in [*self.rows, *self.held_out])
         problems = length_problems("learner.model", path, longest)
@@ -73,18 +84,24 @@ class Supervised:
         if problems := problems or vocabulary_problems("learner.model", path, ids):
             raise UserError(problems)
         train = recipe.train
-        self.steps = train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+        self.steps = train.steps or max(
+            1, math.ceil(train.epochs * len(self.rows) / train.batch_size)
+        )
 
     def start(self, placement: Placement) -> None:
         """Load the model on every rank."""
-        kind, cluster = self.recipe.kind, self.recipe.cluster
+        kind = self.recipe.kind
+        cluster = self.recipe.cluster
         self.group = WorkerGroup(kind, self.target, placement.options(kind))
         ranks = (cluster.device, cluster.call_deadline_s)
-        self.wait(self.group.start(self.arguments(), cluster.start_deadline_s, distributed=ranks), "start")
+        self.wait(
+            self.group.start(self.arguments(), cluster.start_deadline_s, distributed=ranks), "start"
+        )
 
     def run(self, folder: RunFolder, resume: bool) -> dict[str, Any]:
         """All optimizer steps, then the exported model. Returns the held-out metrics."""
-        recipe, train = self.recipe, self.recipe.train
+        recipe = self.recipe
+        train = self.recipe.train
         first = self.restore(folder) + 1 if resume else 1
         watch = Watch(folder, recipe.run.max_skipped_steps)
         for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
@@ -94,7 +111,9 @@ class Supervised:
                 metrics |= self.measure()
             metrics |= watch.report(step, of_training(metrics))
             folder.log(step, metrics)
-            due = recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            due = (
+                recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
+            )
             leaving = asked()
             if due or leaving or watch.full:
                 with folder.checkpoint(step) as path:
@@ -105,7 +124,9 @@ class Supervised:
                 raise Interrupted(step)
         summary = self.measure() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
         if isinstance(recipe, RMRecipe):
-            self.wait(self.group.submit("remember_tokenizer", tokenizer_digest(self.tokenizer)), "export")
+            self.wait(
+                self.group.submit("remember_tokenizer", tokenizer_digest(self.tokenizer)), "export"
+            )
             summary |= self.calibrate() if self.calibration else {}
         self.wait(self.group.submit("export", str(folder.path / "model")), "export")
         self.tokenizer.save_pretrained(folder.path / "model")
@@ -117,7 +138,10 @@ class Supervised:
         common = {"settings": self.recipe.learner, "total_steps": self.steps}
         if isinstance(self.recipe, SFTRecipe):
             return common
-        head = {"pad_token_id": self.tokenizer.pad_token_id, "seed": derive_seed(self.recipe.run.seed, "head")}
+        head = {
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "seed": derive_seed(self.recipe.run.seed, "head"),
+        }
         return {**common, **head, "reward_model": self.recipe.reward_model}
 
     def measure(self) -> dict[str, float]:
@@ -131,7 +155,8 @@ class Supervised:
         batch = examples_batch(self.calibration)
         pending = scatter_rows(self.group, "infer", batch)
         scores = gather_rows(pending, batch, "calibrate", self.recipe.cluster.call_deadline_s)
-        mean, std = float(scores.mean()), float(scores.std(correction=0))
+        mean = float(scores.mean())
+        std = float(scores.std(correction=0))
         self.wait(self.group.submit("calibrate", mean, std), "calibrate")
         return {"calibration/mean": mean, "calibration/std": std}
 
@@ -159,6 +184,9 @@ def examples_batch(rows: Sequence[Any]) -> Experience:
 def pairs_batch(rows: Sequence[Any]) -> Experience:
     """Row 2i is the chosen answer of pair i, row 2i+1 the rejected one."""
     batch = Experience.from_ids(
-        [r.prompt_ids for r in rows for _ in range(2)], [ids for r in rows for ids in (r.chosen_ids, r.rejected_ids)]
+        [r.prompt_ids for r in rows for _ in range(2)],
+        [ids for r in rows for ids in (r.chosen_ids, r.rejected_ids)],
     )
-    return replace(batch, margins=torch.tensor([r.margin for r in rows for _ in range(2)], dtype=torch.float32))
+    return replace(
+        batch, margins=torch.tensor([r.margin for r in rows for _ in range(2)], dtype=torch.float32)
+    )

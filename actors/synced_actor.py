@@ -1,11 +1,20 @@
-"""The Actor's ranks as the driver runs them: an ActorLearner that can send its weights to the engines."""
+"""The Actor's ranks as the driver runs them: an ActorLearner that can send its weights to the
+engines.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from actors.weight_sync import CLIENT_SHARE, OBJECT_STORE, EngineClient, GpuSender, ObjectStoreSender, Receipt
+from actors.weight_sync import (
+    CLIENT_SHARE,
+    OBJECT_STORE,
+    EngineClient,
+    GpuSender,
+    ObjectStoreSender,
+    Receipt,
+)
 from learners.actor import ActorLearner
 
 
@@ -21,7 +30,8 @@ class SyncedActor(ActorLearner):
         rendezvous: tuple[str, int] = ("", 0),
         names: Sequence[str] = (),
     ) -> None:
-        """Open the way to the engines (Ray actor handles, with `names` for errors). `deadline_s` is the whole sync's.
+        """Open the way to the engines (Ray actor handles, with `names` for errors). `deadline_s` is
+        the whole sync's.
 
         At `rendezvous`, on rank 0's node, nccl's ranks meet.
         """
@@ -32,7 +42,9 @@ class SyncedActor(ActorLearner):
             self.sender = GpuSender(backend, self, self.client, self.place.rank, *rendezvous)
 
     def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
-        """Returns, on rank 0: what was sent, what each engine received, and the names of all parameters."""
+        """Returns, on rank 0: what was sent, what each engine received, and the names of all
+        parameters.
+        """
         self.client.begin(version)
         sent = self.sender.send_weights()
         return sent, self.client.received, [name for name, _, _ in self.metadata()]

@@ -1,6 +1,6 @@
 """The README's table: the demo with several seeds, and the median of each figure.
 
-    .venv/bin/python benchmarks/demo_seeds.py 0 1 2
+.venv/bin/python benchmarks/demo_seeds.py 0 1 2
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ def main(seeds: list[int]) -> None:
     summaries = []
     for seed in seeds:
         folder = Path("runs") / f"demo_seed_{seed}"
-        command = [sys.executable, "-m", "launch", "demo", "--seed", str(seed), "--folder", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "launch",
+            "demo",
+            "--seed",
+            str(seed),
+            "--folder",
+            str(folder),
+        ]
         subprocess.run(command, check=True)
         summaries.append(json.loads((folder / "summary.json").read_text()))
     print("| |" + "".join(f" seed {seed} |" for seed in seeds) + " median | seconds (median) |")

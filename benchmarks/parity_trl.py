@@ -1,10 +1,12 @@
-"""Parity with TRL: the same model, token ids and scores through TRL's trainers and through Quatuor's learners.
+"""Parity with TRL: the same model, token ids and scores through TRL's trainers and through
+Quatuor's learners.
 
     .venv/bin/python benchmarks/parity_trl.py
 
-TRL gets an environment of its own (.venv-trl, made when missing), which borrows every other package from the one this
-runs in: the two sides differ in the system, not in the version of torch. Compared are the loss and the gradient norm of
-every optimizer step, and the weights after the last. Exit code 1 when any of them differs by more than 1e-5.
+TRL gets an environment of its own (.venv-trl, made when missing), which borrows every other package
+from the one this runs in: the two sides differ in the system, not in the version of torch. Compared
+are the loss and the gradient norm of every optimizer step, and the weights after the last. Exit
+code 1 when any of them differs by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -36,27 +38,38 @@ TOLERANCE = 1e-5
 LEAST_MOVEMENT = 1e-3  # weights that hardly moved could not tell two systems apart
 MUST_ACT = ("clip_fraction", "dual_clip_fraction", "kl")
 
-VOCAB, PAD, EOS = 40, 0, 1
-GROUP_SIZE, GROUPS_PER_BATCH, BATCHES, EPOCHS = 4, 3, 2, 2
+VOCAB = 40
+PAD = 0
+EOS = 1
+GROUP_SIZE = 4
+GROUPS_PER_BATCH = 3
+BATCHES = 2
+EPOCHS = 2
 PAIRS = 12
-MAX_RESPONSE, TEMPERATURE = 24, 0.7
+MAX_RESPONSE = 24
+TEMPERATURE = 0.7
 TRL_EPS = 1e-4
-MICRO_BATCHES, MICRO_BATCH_TOKENS = 3, 70  # one batch, cut into equal rows by TRL and by length by Quatuor
+MICRO_BATCHES = 3  # one batch, cut into equal rows by TRL and by length by Quatuor
+MICRO_BATCH_TOKENS = 70
 
 CONVENTIONS = f"""\
 What TRL and Quatuor do differently unless told otherwise, and what both do here:
 - advantages: TRL divides by std + {TRL_EPS}, Quatuor by std + 1e-06; here both add {TRL_EPS}
-- KL in the loss: TRL multiplies k3 by the ratio (use_bias_correction_kl), which changes its gradient from the first
-  step on, Quatuor does not; here off. The Reference has other weights than those the policy starts from
-- aggregation: TRL's default is dapo, Quatuor's sequence_mean; here loss_type grpo is sequence_mean, dapo token_mean,
-  dr_grpo constant ({MAX_RESPONSE} tokens a response). TRL's dr_grpo divides by std, unless scale_rewards is "none"
-- mini-batches: TRL's dapo divides by their average token count, Quatuor by each one's own; here every optimizer step
-  sees all {GROUPS_PER_BATCH * GROUP_SIZE} responses of a batch, {EPOCHS} times
-- dual clip: TRL's delta bounds the ratio whatever the sign of the advantage; the same while delta > 1 + epsilon_high
+- KL in the loss: TRL multiplies k3 by the ratio (use_bias_correction_kl), which changes its
+  gradient from the first step on, Quatuor does not; here off. The Reference has other weights than
+  those the policy starts from
+- aggregation: TRL's default is dapo, Quatuor's sequence_mean; here loss_type grpo is sequence_mean,
+  dapo token_mean, dr_grpo constant ({MAX_RESPONSE} tokens a response). TRL's dr_grpo divides by
+  std, unless scale_rewards is "none"
+- mini-batches: TRL's dapo divides by their average token count, Quatuor by each one's own; here
+  every optimizer step sees all {GROUPS_PER_BATCH * GROUP_SIZE} responses of a batch, {EPOCHS} times
+- dual clip: TRL's delta bounds the ratio whatever the sign of the advantage; the same while
+  delta > 1 + epsilon_high
 - precision: TRL's default is bfloat16 autocast; here float32, no dropout, temperature {TEMPERATURE}
-- masks, alike by default: the end-of-sequence token counts, and a truncated response counts like any other
-- optimizer: constant rate, weight decay on matrices only; AdamW's eps is 1e-5, because a smaller one turns rounding
-  errors into steps wherever a gradient is almost 0"""
+- masks, alike by default: the end-of-sequence token counts, and a truncated response counts like
+  any other
+- optimizer: constant rate, weight decay on matrices only; AdamW's eps is 1e-5, because a smaller
+  one turns rounding errors into steps wherever a gradient is almost 0"""
 
 Both = tuple[dict[str, Any], dict[str, Any]]
 """One and the same choice, in TRL's words and in Quatuor's."""
@@ -67,7 +80,8 @@ SGD = (
     {"kind": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.5},
 )
 ADAMW = (
-    {"optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5} | LIKE_NAMED,
+    {"optim": "adamw_torch", "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5}
+    | LIKE_NAMED,
     {"kind": "adamw", "betas": (0.9, 0.95), "eps": 1e-5} | LIKE_NAMED,
 )
 
@@ -86,7 +100,10 @@ class Case:
 
 
 GRPO = ({"loss_type": "grpo"}, {"loss_aggregation": "sequence_mean"})
-DAPO = ({"loss_type": "dapo", "epsilon_high": 0.28}, {"loss_aggregation": "token_mean", "clip_high": 0.28})
+DAPO = (
+    {"loss_type": "dapo", "epsilon_high": 0.28},
+    {"loss_aggregation": "token_mean", "clip_high": 0.28},
+)
 DR_GRPO = (
     {"loss_type": "dr_grpo", "scale_rewards": "none"},
     {"loss_aggregation": "constant", "advantage": "dr_grpo"},
@@ -100,7 +117,9 @@ SEQUENCE_RATIO = (
 
 
 def case(name: str, optimizer: Both, *choices: Both, **more: Any) -> Case:
-    trl, quatuor = ({key: value for choice in choices for key, value in choice[side].items()} for side in (0, 1))
+    trl, quatuor = (
+        {key: value for choice in choices for key, value in choice[side].items()} for side in (0, 1)
+    )
     return Case(name, optimizer, trl, quatuor, **more)
 
 
@@ -118,7 +137,12 @@ CASES = (
     case("reward model, SGD", SGD, kind="reward"),
     case("reward model", ADAMW, kind="reward"),
     case("reward model, margin", ADAMW, kind="reward", margins=True),
-    case("reward model, centring", ADAMW, ({"center_rewards_coefficient": 0.05}, {"centring": 0.05}), kind="reward"),
+    case(
+        "reward model, centring",
+        ADAMW,
+        ({"center_rewards_coefficient": 0.05}, {"centring": 0.05}),
+        kind="reward",
+    ),
 )
 
 
@@ -132,8 +156,12 @@ class Row(NamedTuple):
 
 
 def main(
-    venv: Annotated[Path, typer.Option(help="TRL's environment; made when missing")] = Path(".venv-trl"),
-    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage of Quatuor's side")] = 2,
+    venv: Annotated[Path, typer.Option(help="TRL's environment; made when missing")] = Path(
+        ".venv-trl"
+    ),
+    zero_stage: Annotated[
+        int, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage of Quatuor's side")
+    ] = 2,
 ) -> None:
     """Run both sides, print what they computed, exit with 1 where they differ."""
     began = time.monotonic()
@@ -146,18 +174,30 @@ def main(
         make_models(folder)
         run_trl(venv, folder)
         theirs = json.loads((folder / "trl.json").read_text())
-        ours = {case["name"]: train_case(folder, case, inputs, zero_stage) for case in inputs["cases"]}
-        rows = [row for case in CASES for row in compare(folder, case, theirs[case.name], ours[case.name])]
+        ours = {
+            case["name"]: train_case(folder, case, inputs, zero_stage) for case in inputs["cases"]
+        }
+        rows = [
+            row
+            for case in CASES
+            for row in compare(folder, case, theirs[case.name], ours[case.name])
+        ]
     console.print(CONVENTIONS, highlight=False)
     show(console, rows)
-    clipped = [steps[-1]["clip_fraction"] for steps in ours.values() if "clip_fraction" in steps[-1]]
-    console.print(f"In the last step the clip held {min(clipped):.0%} to {max(clipped):.0%} of the tokens.")
+    clipped = [
+        steps[-1]["clip_fraction"] for steps in ours.values() if "clip_fraction" in steps[-1]
+    ]
+    console.print(
+        f"In the last step the clip held {min(clipped):.0%} to {max(clipped):.0%} of the tokens."
+    )
     failed = [row for row in rows if not row.passed]
-    console.print(f"{len(rows) - len(failed)} of {len(rows)} agree; {time.monotonic() - began:.0f} s")
+    console.print(
+        f"{len(rows) - len(failed)} of {len(rows)} agree; {time.monotonic() - began:.0f} s"
+    )
     raise typer.Exit(1 if failed else 0)
 
 
-# -- TRL's side -------------------------------------------------------------------------------------------------------
+# --- TRL's side -----------------------------------------------------------------------------------
 
 
 def prepare(venv: Path) -> None:
@@ -168,26 +208,42 @@ def prepare(venv: Path) -> None:
         (venv / ".gitignore").write_text("*\n")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if not (packages / f"trl-{TRL}.dist-info").exists():
-        pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [
+            str(venv / "bin" / "python"),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         subprocess.run([*pip, "--no-deps", f"trl=={TRL}"], check=True)
 
 
 def run_trl(venv: Path, folder: Path) -> None:
     script = Path(__file__).with_name("trl_side.py")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     log = folder / "trl.log"
     with log.open("w") as output:
         command = [str(venv / "bin" / "python"), str(script), str(folder)]
-        code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        ).returncode
     if code:
         sys.exit(f"{log.read_text()}\nTRL's side ended with code {code}")
 
 
-# -- inputs -----------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def make_inputs() -> dict[str, Any]:
-    """Token ids of very different lengths, scores and settings: everything both sides must agree on."""
+    """Token ids of very different lengths, scores and settings: everything both sides must agree
+    on.
+    """
     draw = random.Random(0)
     return {
         "cases": [asdict(case) for case in CASES],
@@ -209,18 +265,36 @@ def make_inputs() -> dict[str, Any]:
 
 
 def make_group(draw: random.Random, number: int) -> dict[str, Any]:
-    lengths = [1, draw.randint(2, 6), draw.randint(8, 16), MAX_RESPONSE]  # the longest was truncated: no EOS
-    responses = [words(draw, n) if n == MAX_RESPONSE else [*words(draw, n - 1), EOS] for n in lengths]
+    # the longest was truncated: no EOS
+    lengths = [
+        1,
+        draw.randint(2, 6),
+        draw.randint(8, 16),
+        MAX_RESPONSE,
+    ]
+    responses = [
+        words(draw, n) if n == MAX_RESPONSE else [*words(draw, n - 1), EOS] for n in lengths
+    ]
     # The second group has no spread: nothing is to be learned from it.
     scores = [0.5] * GROUP_SIZE if number == 1 else [round(draw.gauss(0, 1), 3) for _ in responses]
     valid = [[int(i % 3 != 1) for i in range(n)] for n in lengths]  # for the case with gaps
-    return {"prompt": words(draw, draw.randint(2, 9)), "responses": responses, "scores": scores, "valid": valid}
+    return {
+        "prompt": words(draw, draw.randint(2, 9)),
+        "responses": responses,
+        "scores": scores,
+        "valid": valid,
+    }
 
 
 def make_pair(draw: random.Random) -> dict[str, Any]:
     chosen, rejected = ([*words(draw, draw.randint(0, 15)), EOS] for _ in range(2))
     prompt = words(draw, draw.randint(2, 9))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": round(draw.uniform(0, 1), 3)}
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": round(draw.uniform(0, 1), 3),
+    }
 
 
 def words(draw: random.Random, count: int) -> list[int]:
@@ -228,7 +302,9 @@ def words(draw: random.Random, count: int) -> list[int]:
 
 
 def make_models(folder: Path) -> None:
-    """Two-layer models with random weights: the policy, another one as Reference, and a reward model."""
+    """Two-layer models with random weights: the policy, another one as Reference, and a reward
+    model.
+    """
     transformers_logging.disable_progress_bar()
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -253,17 +329,23 @@ def make_models(folder: Path) -> None:
     Qwen3ForSequenceClassification(config).save_pretrained(folder / "reward")
 
 
-# -- comparison -------------------------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 
 def compare(folder: Path, case: Case, theirs: Report, ours: Report) -> Iterator[Row]:
-    """What the optimizer steps reported, then the weights after the last one with how far they moved."""
+    """What the optimizer steps reported, then the weights after the last one with how far they
+    moved.
+    """
     steps = list(zip(theirs, ours, strict=True))
     for name in ("loss", "grad_norm") if case.kind == "grpo" else ("loss", "grad_norm", "accuracy"):
         gap = largest(abs(a[name] - b[name]) / max(1.0, abs(a[name])) for a, b in steps)
         yield Row(case.name, name, theirs[-1][name], ours[-1][name], gap, gap <= TOLERANCE)
-    before = load_file(folder / ("policy" if case.kind == "grpo" else "reward") / "model.safetensors")
-    after = [load_file(folder / side / case.name / "model.safetensors") for side in ("trl", "quatuor")]
+    before = load_file(
+        folder / ("policy" if case.kind == "grpo" else "reward") / "model.safetensors"
+    )
+    after = [
+        load_file(folder / side / case.name / "model.safetensors") for side in ("trl", "quatuor")
+    ]
     a, b = (largest_difference(before, weights) for weights in after)
     gap = largest_difference(*after)
     passed = gap <= TOLERANCE and min(a, b) >= LEAST_MOVEMENT and acted(ours)
@@ -271,7 +353,9 @@ def compare(folder: Path, case: Case, theirs: Report, ours: Report) -> Iterator[
 
 
 def acted(ours: Report) -> bool:
-    """Whether clip, dual clip and KL, where they are on, had anything to do: otherwise they were not compared."""
+    """Whether clip, dual clip and KL, where they are on, had anything to do: otherwise they were
+    not compared.
+    """
     return all(max(step[name] for step in ours) > 0 for name in MUST_ACT if name in ours[0])
 
 
@@ -287,14 +371,27 @@ def largest(numbers: Iterable[float]) -> float:
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    table = Table(title=f"last of {BATCHES * EPOCHS} optimizer steps; largest difference of all steps")
+    table = Table(
+        title=f"last of {BATCHES * EPOCHS} optimizer steps; largest difference of all steps"
+    )
     for column in ("case", "quantity", f"TRL {TRL}", "Quatuor", "difference"):
         table.add_column(column, justify="left" if column in ("case", "quantity") else "right")
     case = ""
     for row in rows:
-        name, case = ("" if row.case == case else row.case), row.case
-        cells = (name, row.quantity, f"{row.trl:.7f}", f"{row.quatuor:.7f}", f"{row.difference:.1e}")
-        table.add_row(*cells, style="" if row.passed else "bold red", end_section=row.quantity.startswith("weights"))
+        name = "" if row.case == case else row.case
+        case = row.case
+        cells = (
+            name,
+            row.quantity,
+            f"{row.trl:.7f}",
+            f"{row.quatuor:.7f}",
+            f"{row.difference:.1e}",
+        )
+        table.add_row(
+            *cells,
+            style="" if row.passed else "bold red",
+            end_section=row.quantity.startswith("weights"),
+        )
     console.print(table)
 
 

@@ -1,4 +1,6 @@
-"""Quatuor's half of parity_trl.py: every case through the learners, with DeepSpeed ZeRO on one rank."""
+"""Quatuor's half of parity_trl.py: every case through the learners, with DeepSpeed ZeRO on one
+rank.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ from learners.settings import (
 Report = list[dict[str, float]]
 
 
-def train_case(folder: Path, case: dict[str, Any], inputs: dict[str, Any], zero_stage: int) -> Report:
-    """What every optimizer step reported; the weights after the last one go to FOLDER/quatuor/CASE."""
+def train_case(
+    folder: Path, case: dict[str, Any], inputs: dict[str, Any], zero_stage: int
+) -> Report:
+    """What every optimizer step reported; the weights after the last one go to
+    FOLDER/quatuor/CASE.
+    """
     torch.set_num_threads(1)
     model = ModelSettings(path=str(folder / ("policy" if case["kind"] == "grpo" else "reward")))
     settings = LearnerSettings(
@@ -43,20 +49,28 @@ def train_case(folder: Path, case: dict[str, Any], inputs: dict[str, Any], zero_
     return train(folder, case, inputs, settings)
 
 
-def train_actor(folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings) -> Report:
+def train_actor(
+    folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings
+) -> Report:
     """The driver's training step, with fixed responses instead of generated ones."""
     algorithm = GRPO(GRPOSettings(**case["quatuor"]), inputs["group_size"])
-    longest, temperature = inputs["max_response_tokens"], inputs["temperature"]
+    longest = inputs["max_response_tokens"]
+    temperature = inputs["temperature"]
     actor = ActorLearner(settings, algorithm, temperature, longest, inputs["steps"], place())
     reference = ReferenceWorker(
-        ModelSettings(path=str(folder / "reference")), temperature, settings.micro_batch_tokens, "cpu"
+        ModelSettings(path=str(folder / "reference")),
+        temperature,
+        settings.micro_batch_tokens,
+        "cpu",
     )
     report = []
     for start in range(0, len(inputs["groups"]), inputs["groups_per_batch"]):
         batch = to_batch(inputs["groups"][start : start + inputs["groups_per_batch"]])
         if not case["gaps"]:
             batch = replace(batch, valid=None)
-        batch = replace(batch, old_logprobs=actor.infer(batch), ref_logprobs=reference.logprobs(batch))
+        batch = replace(
+            batch, old_logprobs=actor.infer(batch), ref_logprobs=reference.logprobs(batch)
+        )
         batch = with_advantages(algorithm, batch, inputs["advantage_eps"])
         report += [actor.train(batch) for _ in range(inputs["epochs"])]
     actor.export(str(folder / "quatuor" / case["name"]))
@@ -75,7 +89,9 @@ def to_batch(groups: list[dict[str, Any]]) -> Experience:
 
 
 def with_advantages(algorithm: GRPO, batch: Experience, eps: float) -> Experience:
-    """GRPO's advantages, with the other system's `eps` where they are divided by a standard deviation."""
+    """GRPO's advantages, with the other system's `eps` where they are divided by a standard
+    deviation.
+    """
     batch, _ = algorithm.advantages(batch)
     if algorithm.settings.advantage != "grpo":
         return batch
@@ -84,14 +100,20 @@ def with_advantages(algorithm: GRPO, batch: Experience, eps: float) -> Experienc
     return replace(batch, advantages=per_sequence[:, None] * batch.mask)
 
 
-def train_reward_model(folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings) -> Report:
+def train_reward_model(
+    folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings
+) -> Report:
     head = RewardModelSettings(**case["quatuor"])
     learner = RewardModelLearner(settings, head, inputs["pad"], 0, inputs["steps"], place())
     pairs = inputs["pairs"]
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
-    batch = Experience.from_ids(prompts, [pair[name] for pair in pairs for name in ("chosen", "rejected")])
+    batch = Experience.from_ids(
+        prompts, [pair[name] for pair in pairs for name in ("chosen", "rejected")]
+    )
     if case["margins"]:
-        batch = replace(batch, margins=torch.tensor([pair["margin"] for pair in pairs for _ in range(2)]))
+        batch = replace(
+            batch, margins=torch.tensor([pair["margin"] for pair in pairs for _ in range(2)])
+        )
     report = [learner.train(batch) for _ in range(inputs["steps"])]
     learner.export(str(folder / "quatuor" / case["name"]))
     return report

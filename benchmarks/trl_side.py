@@ -2,8 +2,9 @@
 
     .venv-trl/bin/python benchmarks/trl_side.py FOLDER
 
-Reads inputs.json and the models in FOLDER, writes trl.json (what every optimizer step reported) and trl/CASE (the
-weights after the last one). Nothing of TRL is replaced: its `rollout_func` hook hands over the fixed responses.
+Reads inputs.json and the models in FOLDER, writes trl.json (what every optimizer step reported) and
+trl/CASE (the weights after the last one). Nothing of TRL is replaced: its `rollout_func` hook hands
+over the fixed responses.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main(folder: Path) -> None:
 
 
 def grpo_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -> GRPOTrainer:
-    groups, group_size = inputs["groups"], inputs["group_size"]
+    groups = inputs["groups"]
+    group_size = inputs["group_size"]
     rows = inputs["groups_per_batch"] * group_size
     args = GRPOConfig(
         **common(folder, case, inputs, rows),
@@ -59,19 +61,29 @@ def grpo_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -> 
         processing_class=tokenizer(inputs),
         rollout_func=fixed_responses(groups, case["gaps"]),
     )
-    if trainer.ref_model is not None:  # TRL takes the policy's own start; another model makes the first KL count
+    if (
+        trainer.ref_model is not None
+    ):  # TRL takes the policy's own start; another model makes the first KL count
         trainer.ref_model.load_state_dict(load_file(folder / "reference" / "model.safetensors"))
     return trainer
 
 
 def fixed_responses(groups: list[dict[str, Any]], gaps: bool) -> Any:
-    """A `rollout_func`: the prompt's text is the number of its group; every further row of it is its next response."""
+    """A `rollout_func`: the prompt's text is the number of its group; every further row of it is
+    its next response.
+    """
 
     def rollout(prompts: list[str], _: GRPOTrainer) -> dict[str, list[Any] | None]:
         seen: Counter[str] = Counter()
-        rows: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "fixed": [], "env_mask": []}
+        rows: dict[str, list[Any]] = {
+            "prompt_ids": [],
+            "completion_ids": [],
+            "fixed": [],
+            "env_mask": [],
+        }
         for prompt in prompts:
-            group, i = groups[int(prompt)], seen[prompt]
+            group = groups[int(prompt)]
+            i = seen[prompt]
             seen[prompt] += 1
             rows["prompt_ids"].append(group["prompt"])
             rows["completion_ids"].append(group["responses"][i])
@@ -90,7 +102,9 @@ def fixed_score(fixed: list[float], **_: Any) -> list[float]:
 
 def reward_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -> RewardTrainer:
     pairs = inputs["pairs"]
-    columns = {name: [pair["prompt"] + pair[name] for pair in pairs] for name in ("chosen", "rejected")}
+    columns = {
+        name: [pair["prompt"] + pair[name] for pair in pairs] for name in ("chosen", "rejected")
+    }
     rows: dict[str, list[Any]] = {f"{name}_ids": ids for name, ids in columns.items()}
     if case["margins"]:
         rows["margin"] = [pair["margin"] for pair in pairs]
@@ -103,7 +117,9 @@ def reward_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -
 
 
 def common(folder: Path, case: dict[str, Any], inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Arguments of every trainer: all of `rows` in one optimizer step, float32 on a CPU, every step logged."""
+    """Arguments of every trainer: all of `rows` in one optimizer step, float32 on a CPU, every step
+    logged.
+    """
     return {
         "output_dir": str(folder / "scratch"),
         "max_steps": inputs["steps"],
@@ -128,7 +144,9 @@ def tokenizer(inputs: dict[str, Any]) -> PreTrainedTokenizerFast:
     words["<pad>"] = words.pop(f"w{inputs['pad']}")
     words["<eos>"] = words.pop(f"w{inputs['eos']}")
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     )
 
 

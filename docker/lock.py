@@ -1,7 +1,8 @@
-"""Write the lock file of the Python that runs this: `python3.12 docker/lock.py cpu` (or gpu). Installs nothing.
+"""Write the lock file of the Python that runs this: `python3.12 docker/lock.py cpu` (or gpu).
+Installs nothing.
 
-setup.cfg says what we need and pip resolves it. The versions of requirements-cpu-py311.txt, the set our tests
-run on, are kept in every lock file; `--upgrade` lets go of them.
+setup.cfg says what we need and pip resolves it. The versions of requirements-cpu-py311.txt, the set
+our tests run on, are kept in every lock file; `--upgrade` lets go of them.
 """
 
 import argparse
@@ -20,7 +21,8 @@ TESTED = HERE / "requirements-cpu-py311.txt"
 
 # The CUDA builds of torch and vLLM fix the versions of these.
 OWN_ON_GPU = {"apache-tvm-ffi", "torch", "triton"}
-# vLLM asks for these and runs without them; on a CPU their builds do not match torch and break every import.
+# vLLM asks for these and runs without them; on a CPU their builds do not match torch and break
+# every import.
 LEFT_OUT_ON_CPU = {"torchaudio", "torchcodec", "torchvision"}
 # What the CPU build of torch requires, for machines that cannot reach PyTorch's own index.
 TORCH_REQUIRES = [
@@ -56,7 +58,9 @@ def stand_in(folder: Path, name: str, version: str, requires: list[str]) -> None
     metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
@@ -76,8 +80,18 @@ def resolve(variant: str, upgrade: bool) -> dict[str, str]:
         kept.write_text("\n".join(pin for pin in pins if pin.split("==")[0] not in free))
         report = folder / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]
-        command += ["--find-links", name, "--constraint", str(kept), "--report", str(report), *wanted]
-        subprocess.run(command, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+        command += [
+            "--find-links",
+            name,
+            "--constraint",
+            str(kept),
+            "--report",
+            str(report),
+            *wanted,
+        ]
+        subprocess.run(
+            command, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        )
         items = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     left_out = LEFT_OUT_ON_CPU if variant == "cpu" else set()
     found = {canonical(item["name"]): item["version"] for item in items}
@@ -94,11 +108,16 @@ def main() -> None:
     path = HERE / f"requirements-{options.variant}-py{python.replace('.', '')}.txt"
     header = [
         f"# The complete {options.variant.upper()} set for Linux on x86_64 and Python {python}.",
-        f"# Installed by install.sh, with --no-deps; written by python{python} docker/lock.py {options.variant}",
+        f"# Installed by install.sh, with --no-deps; written by python{python} docker/lock.py "
+        f"{options.variant}",
     ]
     if path != TESTED:
-        header.append("# Resolved only: the set that is installed and tested is requirements-cpu-py311.txt.")
-    lines = [f"{name}{'===' if name == 'torch' else '=='}{version}" for name, version in pins.items()]
+        header.append(
+            "# Resolved only: the set that is installed and tested is requirements-cpu-py311.txt."
+        )
+    lines = [
+        f"{name}{'===' if name == 'torch' else '=='}{version}" for name, version in pins.items()
+    ]
     path.write_text("\n".join(header + lines) + "\n")
     print(f"{path.name}: {len(pins)} packages")
 

@@ -1,4 +1,6 @@
-"""Where a recipe's processes come to lie on nodes that are alike, worked out without a cluster, for `quatuor plan`."""
+"""Where a recipe's processes come to lie on nodes that are alike, worked out without a cluster, for
+`quatuor plan`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from actors.settings import ClusterSettings
 
 
 class Process(NamedTuple):
-    """One process of a role: its node, its GPUs' numbers on that node, and whether it sends the weights in a sync."""
+    """One process of a role: its node, its GPUs' numbers on that node, and whether it sends the
+    weights in a sync.
+    """
 
     name: str
     role: str
@@ -34,7 +38,9 @@ Spot = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where all processes come to lie on nodes that are alike. What is asked of it is worked out once."""
+    """Where all processes come to lie on nodes that are alike. What is asked of it is worked out
+    once.
+    """
 
     cluster: ClusterSettings
     need: tuple[tuple[str, Demand], ...]
@@ -47,18 +53,28 @@ class Arrangement:
     def nodes(self) -> int | None:
         """The nodes it takes, as far as GPUs decide; None when no number is enough."""
         cluster = self.cluster
-        return nodes_needed(self.layout.bundles, cluster.gpus_per_node) if cluster.device == "cuda" else cluster.nodes
+        return (
+            nodes_needed(self.layout.bundles, cluster.gpus_per_node)
+            if cluster.device == "cuda"
+            else cluster.nodes
+        )
 
     @cached_property
     def processes(self) -> list[Process]:
-        """The Actor's first rank sends the weights; on shared GPUs every rank, to the engine beside it."""
-        spots, found, shared = self._spots(), [], shares_gpus(self.cluster)
+        """The Actor's first rank sends the weights; on shared GPUs every rank, to the engine beside
+        it.
+        """
+        spots = self._spots()
+        found = []
+        shared = shares_gpus(self.cluster)
         for role, seats in self.layout.seats.items():
             for i, seat in enumerate(seats):
                 node, first = spots[seat.bundle]
                 gpus = tuple(first + g for g in seat.gpus) if self.cluster.device == "cuda" else ()
                 sends = role == "actor" and (shared or i == 0)
-                found.append(Process(f"{role}[{i}]" if len(seats) > 1 else role, role, node, gpus, sends))
+                found.append(
+                    Process(f"{role}[{i}]" if len(seats) > 1 else role, role, node, gpus, sends)
+                )
         return found
 
     @cached_property
@@ -75,19 +91,25 @@ class Arrangement:
         """Places that hold equally many processes of every kind, and how many."""
         groups: dict[tuple[bool, tuple[Kind, ...]], list[Spot]] = {}
         for (node, gpu), processes in self.on.items():
-            groups.setdefault((gpu is None, tuple(p.kind for p in processes)), []).append((node, gpu))
+            groups.setdefault((gpu is None, tuple(p.kind for p in processes)), []).append(
+                (node, gpu)
+            )
         return [(places, Counter(kinds)) for (_, kinds), places in groups.items()]
 
     def _spots(self) -> list[tuple[int, int]]:
-        """Node and first GPU of every bundle: the first node with room, in order; beyond the last if none has.
+        """Node and first GPU of every bundle: the first node with room, in order; beyond the last
+        if none has.
 
         Without GPUs, bundles are spread over the nodes.
         """
-        cluster, bundles = self.cluster, self.layout.bundles
+        cluster = self.cluster
+        bundles = self.layout.bundles
         if cluster.device == "cpu":
             return [(i % cluster.nodes, 0) for i in range(len(bundles))]
         taken: list[int] = []
-        first: dict[int, int] = {}  # by size: the node to look at first, as those before have no room and never will
+        first: dict[
+            int, int
+        ] = {}  # by size: the node to look at first, as those before have no room and never will
         spots = []
         for wanted in (int(bundle.get("GPU", 0)) for bundle in bundles):
             node = first.get(wanted, 0)

@@ -1,4 +1,6 @@
-"""The command line. `quatuor COMMAND --help` says more; bad input exits with code 2 and one line per problem."""
+"""The command line. `quatuor COMMAND --help` says more; bad input exits with code 2 and one line
+per problem.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from launch.files import function_problems
 from launch.keys import listing
 from learners.settings import UserError
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT = 2
+FAILED = 1
 
 TRAINING = {
     "sft": "Train a language model on answers (supervised fine-tuning).",
@@ -33,7 +36,8 @@ TRAINING = {
 
 app = typer.Typer(
     name="quatuor",
-    help="RLHF with Ray, vLLM and DeepSpeed: the same recipe on a laptop CPU, one GPU and a cluster.",
+    help="RLHF with Ray, vLLM and DeepSpeed: the same recipe on a laptop CPU, one GPU and a "
+    "cluster.",
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,10 +45,20 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with the keys below")]
-AnyRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; quatuor ppo --help lists a kind's keys")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="replace keys of the recipe")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in run.folder from its newest checkpoint")]
-Check = Annotated[bool, typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing")]
+AnyRecipe = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file; quatuor ppo --help lists a kind's keys")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="replace keys of the recipe")
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="go on with the run in run.folder from its newest checkpoint"),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback when a run fails")]
 
 
@@ -52,7 +66,9 @@ class RecipeCommand(TyperCommand):
     """A command whose help ends with every key of its recipe."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        formatter.write("\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n")
+        formatter.write(
+            "\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n"
+        )
         formatter.write(listing(KINDS[str(self.name)]) + "\n")
 
 
@@ -75,14 +91,20 @@ for kind, meaning in TRAINING.items():
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option(help="every source of randomness derives from it", min=0)] = 0,
-    folder: Annotated[Path, typer.Option(help="where the demo writes; replaced if it is there")] = Path("runs/demo"),
+    seed: Annotated[
+        int, typer.Option(help="every source of randomness derives from it", min=0)
+    ] = 0,
+    folder: Annotated[
+        Path, typer.Option(help="where the demo writes; replaced if it is there")
+    ] = Path("runs/demo"),
     debug: Debug = False,
 ) -> None:
     """SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores, in minutes."""
     ours = folder == Path("runs/demo") or os.path.exists(folder / ".quatuor-demo")
     if os.path.exists(folder) and (not ours or Path.cwd().is_relative_to(folder.resolve())):
-        raise UserError(f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another")
+        raise UserError(
+            f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another"
+        )
     guarded(folder, debug, "launch.demo", "run_demo", folder, seed)
 
 
@@ -90,10 +112,13 @@ def demo(
 def plan(
     recipe: AnyRecipe,
     overrides: Overrides = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the plan here")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the plan here")
+    ] = None,
 ) -> None:
-    """What a recipe will do and need, before anything starts: batches, devices, memory, transfers. Exit code 1 when it
-    does not fit."""
+    """What a recipe will do and need, before anything starts: batches, devices, memory, transfers.
+    Exit code 1 when it does not fit.
+    """
     parsed, document = read_recipe(recipe, overrides or [])
     from launch.plan_table import show_plan
 
@@ -104,9 +129,13 @@ def plan(
 @app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="cpu or cuda: what runs shall use")] = "cpu",
-    start: Annotated[bool, typer.Option(help="also start an engine and ZeRO (half a minute)")] = True,
+    start: Annotated[
+        bool, typer.Option(help="also start an engine and ZeRO (half a minute)")
+    ] = True,
 ) -> None:
-    """Whether this machine can run: versions, devices, Ray, ports, disk, shared memory, engine, ZeRO."""
+    """Whether this machine can run: versions, devices, Ray, ports, disk, shared memory, engine,
+    ZeRO.
+    """
     from launch.doctor import examine
 
     if not examine(device, start):
@@ -116,11 +145,15 @@ def doctor(
 @app.command()
 def submit(
     recipe: AnyRecipe,
-    address: Annotated[str, typer.Option(help="the cluster's job server, such as http://head:8265")],
+    address: Annotated[
+        str, typer.Option(help="the cluster's job server, such as http://head:8265")
+    ],
     overrides: Overrides = None,
     resume: Resume = False,
 ) -> None:
-    """Run a recipe as a job of a Ray cluster: ship this checkout, follow the log, return the job's exit code."""
+    """Run a recipe as a job of a Ray cluster: ship this checkout, follow the log, return the job's
+    exit code.
+    """
     parsed, _ = read_recipe(recipe, overrides or [])
     from launch.jobs import submit_job
 
@@ -132,12 +165,15 @@ def slurm(
     recipe: AnyRecipe,
     overrides: Overrides = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="machines; default: the recipe's cluster.nodes")
+        int | None,
+        typer.Option(min=1, max=4096, help="machines; default: the recipe's cluster.nodes"),
     ] = None,
     time_limit: Annotated[str, typer.Option("--time", help="Slurm's time limit")] = "24:00:00",
     partition: Annotated[str | None, typer.Option(help="Slurm's partition")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm's account")] = None,
-    script: Annotated[Path | None, typer.Option(metavar="FILE", help="where to write the script")] = None,
+    script: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where to write the script")
+    ] = None,
     send: Annotated[bool, typer.Option("--submit", help="also hand it to sbatch")] = False,
 ) -> None:
     """Write an sbatch script that starts a Ray cluster on the nodes and runs the recipe there."""
@@ -156,8 +192,12 @@ def version() -> None:
         print("not installed: a checkout (make install installs it)")
 
 
-def train(kind: str, path: Path, overrides: list[str], resume: bool, check: bool, debug: bool) -> None:
-    """Check everything that can be known before a model loads, then run the recipe and print its summary."""
+def train(
+    kind: str, path: Path, overrides: list[str], resume: bool, check: bool, debug: bool
+) -> None:
+    """Check everything that can be known before a model loads, then run the recipe and print its
+    summary.
+    """
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
     if problems := list(function_problems(recipe)):
         raise RecipeError([located(p, document) for p in problems])
@@ -166,13 +206,19 @@ def train(kind: str, path: Path, overrides: list[str], resume: bool, check: bool
         print(resolved)
         return
     folder = Path(recipe.run.folder)
-    summary = guarded(folder, debug, _runner(recipe), "run", recipe, resume=resume, config_yaml=resolved)
+    summary = guarded(
+        folder, debug, _runner(recipe), "run", recipe, resume=resume, config_yaml=resolved
+    )
     _print_summary(summary, recipe.run.folder)
     print(f"the trained model is in {recipe.run.folder}/model")
 
 
-def guarded(folder: Path, debug: bool, module: str, function: str, *args: Any, **kwargs: Any) -> Any:
-    """Import and call; a failure that is not the user's becomes one line, its traceback a file in the run folder."""
+def guarded(
+    folder: Path, debug: bool, module: str, function: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Import and call; a failure that is not the user's becomes one line, its traceback a file in
+    the run folder.
+    """
     try:
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
     except UserError:
@@ -195,10 +241,13 @@ def fail(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 75 left with a checkpoint, 130 interrupted."""
+    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 75 left with a checkpoint,
+    130 interrupted.
+    """
     show_ray_token()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter; stderr never fails
+        # a terminal may not know every letter; stderr never fails
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = app(arguments, prog_name="quatuor", standalone_mode=False)
     except TyperException as error:  # a command line that cannot be read
@@ -218,7 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show_ray_token() -> None:
-    """Let Ray show its token to clusters that ask for one; a client that has one but no mode is turned away.
+    """Let Ray show its token to clusters that ask for one; a client that has one but no mode is
+    turned away.
 
     Ray reads this when it is imported. The token is made by the first cluster started on a machine.
     """

@@ -1,4 +1,6 @@
-"""A recipe: one YAML file, read, overridden and checked. The typed models are in actors/settings.py."""
+"""A recipe: one YAML file, read, overridden and checked. The typed models are in
+actors/settings.py.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,26 @@ from launch.files import file_problems
 from launch.keys import lookup, recipe_keys, renamed, required, suggest
 from learners.settings import UserError
 
-KINDS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "rm": RMRecipe, "ppo": PPORecipe, "grpo": GRPORecipe}
+KINDS: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "rm": RMRecipe,
+    "ppo": PPORecipe,
+    "grpo": GRPORecipe,
+}
 
 
 class RecipeError(UserError):
-    """What is wrong with a recipe: one line per problem, each with its place and what would be right."""
+    """What is wrong with a recipe: one line per problem, each with its place and what would be
+    right.
+    """
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: str | None = None) -> Recipe:
-    """Read a recipe, apply `key.sub=value` overrides, check keys, types and combinations; files are not looked at.
+    """Read a recipe, apply `key.sub=value` overrides, check keys, types and combinations; files are
+    not looked at.
 
-    `kind` is what the caller can run; without it the recipe says itself. Raises RecipeError with every problem.
+    `kind` is what the caller can run; without it the recipe says itself. Raises RecipeError with
+    every problem.
     """
     return read_recipe(path, overrides, kind)[0]
 
@@ -41,7 +52,8 @@ def read_recipe(
 ) -> tuple[Recipe, Document]:
     """Like load_recipe; also returns where every value was written.
 
-    `files` adds the checks of folders, models' JSON files and data columns; with `resume` the run folder must exist.
+    `files` adds the checks of folders, models' JSON files and data columns; with `resume` the run
+    folder must exist.
     """
     try:
         document = Document.read(path)
@@ -80,7 +92,11 @@ def _model(document: Document, kind: str | None) -> type[Recipe]:
     known = ", ".join(KINDS)
     written = document.values.setdefault("kind", kind)
     if not isinstance(written, str) or written not in KINDS:
-        problem = f"is {in_words(written)}; a recipe is one of {known}" if written else f"missing; one of {known}"
+        problem = (
+            f"is {in_words(written)}; a recipe is one of {known}"
+            if written
+            else f"missing; one of {known}"
+        )
     elif kind is not None and written != kind:
         problem = f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}"
     else:
@@ -88,11 +104,14 @@ def _model(document: Document, kind: str | None) -> type[Recipe]:
     raise RecipeError([*document.problems, located(Problem(("kind",), problem), document)])
 
 
-def _validated(document: Document, model: type[Recipe]) -> tuple[Recipe | None, list[Problem], set[str]]:
+def _validated(
+    document: Document, model: type[Recipe]
+) -> tuple[Recipe | None, list[Problem], set[str]]:
     """The typed recipe, its problems, and the keys that are not to be trusted.
 
-    Broken keys are replaced by what was meant (or any value of the right type) until the rest can be read, so that
-    the combinations among sound keys are checked in the same go. None when even that fails.
+    Broken keys are replaced by what was meant (or any value of the right type) until the rest can
+    be read, so that the combinations among sound keys are checked in the same go. None when even
+    that fails.
     """
     values: dict[str, Any] = json.loads(json.dumps(document.values))
     keys = recipe_keys(model)
@@ -103,7 +122,8 @@ def _validated(document: Document, model: type[Recipe]) -> tuple[Recipe | None, 
             return model.model_validate_json(json.dumps(values), strict=True), problems, broken
         except ValidationError as error:
             errors: list[Any] = error.errors(include_url=False)
-        # A misspelt required key is one mistake, not two: unknown keys first, then what is still wrong.
+        # A misspelt required key is one mistake, not two: unknown keys first, then what is still
+        # wrong.
         errors = [e for e in errors if e["type"] == "extra_forbidden"] or errors
         before = json.dumps(values)
         for one in errors:
@@ -128,7 +148,8 @@ def _repair(values: dict[str, Any], error: dict[str, Any], keys: dict[str, Any])
     place: Any = values
     for depth, part in enumerate(path):
         if isinstance(place[part], list) and (depth == len(path) - 1):
-            path, last = path[:depth], part  # a bad entry takes its whole list out
+            path = path[:depth]  # a bad entry takes its whole list out
+            last = part
             break
         place = place[part]
     if not isinstance(place, dict):
@@ -138,13 +159,19 @@ def _repair(values: dict[str, Any], error: dict[str, Any], keys: dict[str, Any])
         place[last] = entry.stand_in
         return
     value = place.pop(last, None)
-    if error["type"] == "extra_forbidden" and "." not in str(last) and (meant := renamed(name, keys)):
+    if (
+        error["type"] == "extra_forbidden"
+        and "." not in str(last)
+        and (meant := renamed(name, keys))
+    ):
         place.setdefault(meant, value)
 
 
 def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
     """One validation error as a person would say it."""
-    kind, got, limits = error["type"], in_words(error.get("input")), error.get("ctx", {})
+    kind = error["type"]
+    got = in_words(error.get("input"))
+    limits = error.get("ctx", {})
     if kind == "extra_forbidden" and "." in (name := str(error["loc"][-1])):
         nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
         return f"a key with dots is for the command line; here write {nested}"
@@ -156,16 +183,28 @@ def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
         return f"missing: {required(key, keys)}"
     if kind == "literal_error":
         return f"must be {limits['expected']}, not {got}"
-    bounds = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge"),
-              "less_than": ("below", "lt"), "less_than_equal": ("at most", "le")}  # fmt: skip
+    bounds = {
+        "greater_than": ("above", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("below", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
     if kind in bounds:
         word, name = bounds[kind]
         return f"must be {word} {limits[name]:g}, not {got}"
     if kind == "too_long":
         return f"must be a list of {limits['max_length']}, not of {limits['actual_length']}"
     section = "a section of keys"
-    wanted = {"int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false",
-              "string": "text", "model": section, "dict": section, "tuple": "a list"}  # fmt: skip
+    wanted = {
+        "int": "a whole number",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "true or false",
+        "string": "text",
+        "model": section,
+        "dict": section,
+        "tuple": "a list",
+    }
     for prefix, what in wanted.items():
         if kind.startswith(prefix):
             hint = _left_empty(key, keys) if got == "nothing" and what == section else ""
@@ -178,4 +217,8 @@ def _left_empty(key: str, keys: dict[str, Any]) -> str:
     entry = lookup(key, keys)
     if entry is None:
         return ""
-    return f": {required(key, keys)}" if entry.default == "required" else "; leave the key out for its defaults"
+    return (
+        f": {required(key, keys)}"
+        if entry.default == "required"
+        else "; leave the key out for its defaults"
+    )

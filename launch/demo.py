@@ -1,7 +1,8 @@
-"""`quatuor demo`: SFT, reward model, PPO and GRPO on a small task with verifiable answers, offline, on two CPU cores.
+"""`quatuor demo`: SFT, reward model, PPO and GRPO on a small task with verifiable answers, offline,
+on two CPU cores.
 
-The same recipes, engines and learners as a cluster run; only the models are tiny. See launch/tasks/unique_digits.py for
-the task and launch/recipes/demo_*.yaml for the settings.
+The same recipes, engines and learners as a cluster run; only the models are tiny. See
+launch/tasks/unique_digits.py for the task and launch/recipes/demo_*.yaml for the settings.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ from launch.demo_page import write_page
 from launch.tasks import unique_digits as task
 
 RECIPES = Path(__file__).parent / "recipes"
-SFT_EXAMPLES, PAIR_PROMPTS, RL_PROMPTS, VALIDATION_PROMPTS, TEST_PROMPTS = 20_000, 5_000, 8_000, 300, 1_000
+SFT_EXAMPLES = 20_000
+PAIR_PROMPTS = 5_000
+RL_PROMPTS = 8_000
+VALIDATION_PROMPTS = 300
+TEST_PROMPTS = 1_000
 CALIBRATION_RESPONSES = 1_000
 
 
 def run_demo(folder: Path, seed: int) -> dict[str, Any]:
-    """Run all four phases into `folder` (replaced), print the table, write summary.json and index.html."""
+    """Run all four phases into `folder` (replaced), print the table, write summary.json and
+    index.html.
+    """
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "data").mkdir(parents=True)
     (folder / ".quatuor-demo").touch()  # says that the next demo may replace this folder
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Transformers looks for DeepSpeed when it saves a model
+    # Transformers looks for DeepSpeed when it saves a model
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     connect(None, cpus=8)  # one cluster for all phases
     try:
         return Demo(folder, seed).run()
@@ -51,7 +59,9 @@ class Demo:
     """The four phases, one after the other, and how long each took."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.data, self.seed = folder, folder / "data", seed
+        self.folder = folder
+        self.data = folder / "data"
+        self.seed = seed
         self.seconds: dict[str, float] = {}
         self.console = Console()
 
@@ -62,7 +72,9 @@ class Demo:
         with self.phase("rm", "reward model on pairs of right and sampled wrong answers"):
             self.make_pairs()
             rm = supervised.run(self.recipe("rm"))
-        with self.phase("ppo", "PPO: Actor, Critic, Reference, Reward; the reward model's score alone"):
+        with self.phase(
+            "ppo", "PPO: Actor, Critic, Reference, Reward; the reward model's score alone"
+        ):
             ppo = driver.run(self.recipe("ppo"))
         with self.phase("grpo", "GRPO from the same SFT model, on the verifiable reward"):
             grpo = driver.run(self.recipe("grpo"))
@@ -82,25 +94,40 @@ class Demo:
         return summary
 
     def make_data(self) -> None:
-        """Tokenizer, untrained model, demonstrations and prompts; three disjoint sets of prompts."""
+        """Tokenizer, untrained model, demonstrations and prompts; three disjoint sets of
+        prompts.
+        """
         task.make_tokenizer(self.folder / "base")
         task.make_model(self.folder / "base", self.seed)
         task.write_rows(self.data / "sft.jsonl", task.make_demonstrations(SFT_EXAMPLES, self.seed))
-        task.write_rows(self.data / "prompts.jsonl", task.make_prompts(RL_PROMPTS, self.seed, "train"))
-        task.write_rows(self.data / "validation.jsonl", task.make_prompts(VALIDATION_PROMPTS, self.seed, "validation"))
-        task.write_rows(self.data / "test.jsonl", task.make_prompts(TEST_PROMPTS, self.seed, "test"))
+        task.write_rows(
+            self.data / "prompts.jsonl", task.make_prompts(RL_PROMPTS, self.seed, "train")
+        )
+        task.write_rows(
+            self.data / "validation.jsonl",
+            task.make_prompts(VALIDATION_PROMPTS, self.seed, "validation"),
+        )
+        task.write_rows(
+            self.data / "test.jsonl", task.make_prompts(TEST_PROMPTS, self.seed, "test")
+        )
 
     def make_pairs(self) -> None:
-        """Sample the SFT model once per prompt: pairs to learn from, pairs to test on, responses to calibrate on."""
+        """Sample the SFT model once per prompt: pairs to learn from, pairs to test on, responses to
+        calibrate on.
+        """
         train = [row["prompt"] for row in task.make_prompts(PAIR_PROMPTS, self.seed + 1, "train")]
         test = [row["prompt"] for row in task.make_prompts(TEST_PROMPTS, self.seed + 1, "test")]
         model = str(self.folder / "sft" / "model")
         generation = GenerationSettings(max_new_tokens=14, max_concurrent=512)
         responses = sample_responses(model, train + test, generation, self.seed)
-        sampled, sampled_test = ([[r] for r in part] for part in (responses[: len(train)], responses[len(train) :]))
+        sampled, sampled_test = (
+            [[r] for r in part] for part in (responses[: len(train)], responses[len(train) :])
+        )
         task.write_rows(self.data / "pairs.jsonl", task.make_pairs(train, sampled, self.seed))
         task.write_rows(self.data / "pairs_test.jsonl", task.make_sampled_pairs(test, sampled_test))
-        answered = [{"prompt": p, "response": r} for p, (r,) in zip(train, sampled, strict=True) if r]
+        answered = [
+            {"prompt": p, "response": r} for p, (r,) in zip(train, sampled, strict=True) if r
+        ]
         task.write_rows(self.data / "calibration.jsonl", answered[:CALIBRATION_RESPONSES])
 
     def recipe(self, phase: str) -> Any:
@@ -132,10 +159,12 @@ class Demo:
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    seconds, pairs = summary["seconds"], summary["rm_pair_accuracy"]
+    seconds = summary["seconds"]
+    pairs = summary["rm_pair_accuracy"]
     rows: list[tuple[str, ...]] = [("phase", "sampled", "greedy", "seconds")]
     for name, label in (("sft", "SFT"), ("ppo", "PPO"), ("grpo", "GRPO")):
-        sampled, greedy = summary[f"{name}_accuracy"], summary[f"{name}_accuracy_greedy"]
+        sampled = summary[f"{name}_accuracy"]
+        greedy = summary[f"{name}_accuracy_greedy"]
         rows.append((label, f"{sampled:.3f}", f"{greedy:.3f}", f"{seconds[name]:.0f}"))
     rows.insert(2, ("reward model (pairs won)", f"{pairs:.3f}", "", f"{seconds['rm']:.0f}"))
     return rows

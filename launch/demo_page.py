@@ -1,4 +1,6 @@
-"""One self-contained HTML page: a table of results and the curves of runs, as inline SVG. No network, no script."""
+"""One self-contained HTML page: a table of results and the curves of runs, as inline SVG. No
+network, no script.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,12 @@ CHARTS = {  # title: metric
     "KL to the reference, nats per sequence": "kl/sequence",
     "Response length, tokens": "response/length",
 }
-WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 36
+WIDTH = 460
+HEIGHT = 250
+LEFT = 44
+RIGHT = 12
+TOP = 10
+BOTTOM = 36
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2026; --faint: #6b7280; --rule: #dfe3e8; --paper: #fff; --card: #f8f9fb;
   --s0: #2563eb; --s1: #d9480f; --s2: #0f8a5f; --s3: #9333ea; }
@@ -49,17 +55,22 @@ def write_page(
     title: str = "Quatuor demo",
     note: str = "True accuracy: exact match, on prompts that no model was trained on.",
 ) -> None:
-    """Write the page. `table` is rows of cells, the header first; `runs` maps labels to metrics.jsonl files.
+    """Write the page. `table` is rows of cells, the header first; `runs` maps labels to
+    metrics.jsonl files.
 
-    Each metric of `metrics` (chart title to metric name) becomes a chart, with a curve for every run that has it.
+    Each metric of `metrics` (chart title to metric name) becomes a chart, with a curve for every
+    run that has it.
     """
     curves = {
         name: {label: read_curve(run, metric) for label, run in runs.items()}
         for name, metric in metrics.items()
     }
-    figures = "\n".join(_figure(name, of_run) for name, of_run in curves.items() if any(of_run.values()))
+    figures = "\n".join(
+        _figure(name, of_run) for name, of_run in curves.items() if any(of_run.values())
+    )
     Path(path).write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        '<!doctype html>\n<html lang="en"><head><meta '
+        f'charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n<p>{escape(note)}</p>\n"
         f"{_table(table)}\n<main>\n{figures}\n</main></body></html>\n",
@@ -69,13 +80,17 @@ def write_page(
 
 def read_curve(metrics_jsonl: str | Path, metric: str) -> Curve:
     """All finite values of a metric by step; where a step was logged twice, the later value."""
-    rows = [json.loads(line) for line in Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
+    ]
     return sorted({row["step"]: row[metric] for row in rows if row.get(metric) is not None}.items())
 
 
 def _table(table: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in table[0])
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table[1:])
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table[1:]
+    )
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table>"
 
 
@@ -103,11 +118,19 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in y_ticks:
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
     for tick in x_ticks:
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+        parts.append(
+            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+    )
     for i, (label, curve) in enumerate(curves.items()):
         if not curve:
             continue
@@ -116,7 +139,8 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
         for step, value in curve:
             tip = f"{escape(label)}, step {step}: {value:.4g}"
             parts.append(
-                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.2"><title>{tip}</title></circle>'
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" '
+                f'r="2.2"><title>{tip}</title></circle>'
             )
         parts.append("</g>")
     return "\n".join(parts) + "\n</svg>"
@@ -124,12 +148,15 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
 
 def _ticks(values: Sequence[float], whole: bool = False) -> list[float]:
     """About five round numbers around `values`; 0 to 1 for shares; whole numbers on request."""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     if not whole and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+        low = 0.0
+        high = 1.0
     rough = max(high - low, 1e-9 + abs(high) * 1e-6) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     size = max(size, 1.0) if whole else size
-    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    first = math.floor(low / size + 1e-9)
+    last = math.ceil(high / size - 1e-9)
     return [round(i * size, 12) for i in range(first, max(last, first + 1) + 1)]

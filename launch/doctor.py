@@ -1,7 +1,8 @@
 """`quatuor doctor`: whether this machine can run, one line per question, each with its remedy.
 
-What is measured is handed to the functions that judge it. Engine, ZeRO and Ray start in processes of their own with
-deadlines (`python -m launch.doctor engine cpu`), so that a crash or a hang is one failed line.
+What is measured is handed to the functions that judge it. Engine, ZeRO and Ray start in processes
+of their own with deadlines (`python -m launch.doctor engine cpu`), so that a crash or a hang is one
+failed line.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ GIB = 2**30
 LEAST_MEMORY_GIB = 15.0  # what a machine sold with 16 GB shows
 LEAST_DISK_GIB = 10.0
 MOST_DISK_USED = 0.95  # above it Ray refuses to put objects on the disk
-RAY_STORE_SHARE, RAY_STORE_GIB = 0.3, 1e10 / GIB  # Ray's object store: this share of the memory, at first up to this
+RAY_STORE_SHARE = 0.3  # Ray's object store: this share of the memory, at first up to this
+RAY_STORE_GIB = 1e10 / GIB
 LEAST_PORTS = 64
 HEAD_PORTS = (6379, 8265)
 PATIENCE_S = {"ray": 90.0, "engine": 240.0, "zero": 180.0}
@@ -38,7 +40,9 @@ ANSWER = "doctor: "  # begins the one line that a started process says to us
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and what to do about it when that is not enough."""
+    """One line: what was looked at, what was found, and what to do about it when that is not
+    enough.
+    """
 
     name: str
     found: str
@@ -46,7 +50,9 @@ class Finding:
 
     def __str__(self) -> str:
         verdict = "FAIL" if self.remedy else "pass"
-        return f"{verdict}  {self.name:<14} {self.found}" + (f"  -> {self.remedy}" if self.remedy else "")
+        return f"{verdict}  {self.name:<14} {self.found}" + (
+            f"  -> {self.remedy}" if self.remedy else ""
+        )
 
 
 def examine(device: str, start: bool) -> bool:
@@ -67,7 +73,11 @@ def looks_at(device: str) -> Iterator[Callable[[], Finding]]:
     """What can be seen without starting anything, cheapest first."""
     memory = memory_gib()
     yield lambda: versions(*locked_versions(device))
-    yield (lambda: processor(os.cpu_count() or 1, cpu_flags())) if device == "cpu" else (lambda: gpus(nvidia_smi()))
+    yield (
+        (lambda: processor(os.cpu_count() or 1, cpu_flags()))
+        if device == "cpu"
+        else (lambda: gpus(nvidia_smi()))
+    )
     yield lambda: memory_size(memory)
     yield lambda: disk("disk", Path.cwd(), *disk_of(Path.cwd()))
     yield lambda: disk("ray's disk", ray_folder(), *disk_of(ray_folder()))
@@ -81,11 +91,15 @@ def looks_at(device: str) -> Iterator[Callable[[], Finding]]:
 def starts(device: str) -> Iterator[Callable[[], Finding]]:
     """What can only be known by starting it."""
     yield lambda: started("ray", device, "if another Ray runs here, set RAY_ADDRESS to join it")
-    yield lambda: started("engine", device, "run make install again; on CUDA compare the driver with nvidia-smi")
-    yield lambda: started("zero", device, "run make install again; on CUDA compare the driver with nvidia-smi")
+    yield lambda: started(
+        "engine", device, "run make install again; on CUDA compare the driver with nvidia-smi"
+    )
+    yield lambda: started(
+        "zero", device, "run make install again; on CUDA compare the driver with nvidia-smi"
+    )
 
 
-# --- judging ----------------------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 
 def versions(lock: str, locked: Mapping[str, str], installed: Mapping[str, str | None]) -> Finding:
@@ -93,8 +107,16 @@ def versions(lock: str, locked: Mapping[str, str], installed: Mapping[str, str |
     python = ".".join(map(str, sys.version_info[:3]))
     variant = "gpu" if "gpu" in lock else "cpu"
     if not locked:
-        return Finding("versions", f"no {lock} for Python {python}", "use Python 3.11 or 3.12: PYTHON=... make install")
-    wrong = [f"{n} {installed.get(n) or 'missing'} (locked {v})" for n, v in locked.items() if installed.get(n) != v]
+        return Finding(
+            "versions",
+            f"no {lock} for Python {python}",
+            "use Python 3.11 or 3.12: PYTHON=... make install",
+        )
+    wrong = [
+        f"{n} {installed.get(n) or 'missing'} (locked {v})"
+        for n, v in locked.items()
+        if installed.get(n) != v
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         found = f"{', '.join(wrong[:3])}{more}"
@@ -105,40 +127,62 @@ def versions(lock: str, locked: Mapping[str, str], installed: Mapping[str, str |
 def processor(cores: int, flags: set[str]) -> Finding:
     wide = [name for name in ("avx2", "avx512f", "amx_tile") if name in flags]
     found = f"{cores} cores, {' '.join(wide) or 'no AVX'}"
-    return Finding("processor", found, "" if "avx2" in flags else "vLLM's CPU build needs AVX2: use a newer machine")
+    return Finding(
+        "processor",
+        found,
+        "" if "avx2" in flags else "vLLM's CPU build needs AVX2: use a newer machine",
+    )
 
 
 def gpus(listed: Sequence[str] | None) -> Finding:
     if listed is None:
-        return Finding("GPUs", "nvidia-smi does not answer", "install NVIDIA's driver; in Docker use --gpus all")
+        return Finding(
+            "GPUs",
+            "nvidia-smi does not answer",
+            "install NVIDIA's driver; in Docker use --gpus all",
+        )
     if not listed:
-        return Finding("GPUs", "none", "check nvidia-smi and CUDA_VISIBLE_DEVICES; in Docker use --gpus all")
+        return Finding(
+            "GPUs", "none", "check nvidia-smi and CUDA_VISIBLE_DEVICES; in Docker use --gpus all"
+        )
     return Finding("GPUs", f"{len(listed)}: {'; '.join(sorted(set(listed)))}")
 
 
 def memory_size(gib: float, least: float = LEAST_MEMORY_GIB) -> Finding:
-    remedy = f"the demo needs {math.ceil(least)} GiB: use a larger machine, or raise the container's limit"
+    remedy = (
+        f"the demo needs {math.ceil(least)} GiB: use a larger machine, or raise the "
+        "container's limit"
+    )
     return Finding("memory", f"{gib:.1f} GiB", "" if gib >= least else remedy)
 
 
 def disk(name: str, folder: Path, free_gib: float, used: float) -> Finding:
     found = f"{free_gib:.1f} GiB free, {used:.0%} used ({folder})"
     if free_gib < LEAST_DISK_GIB:
-        return Finding(name, found, f"free some: checkpoints and objects need {LEAST_DISK_GIB:.0f} GiB")
+        return Finding(
+            name, found, f"free some: checkpoints and objects need {LEAST_DISK_GIB:.0f} GiB"
+        )
     if used > MOST_DISK_USED:
-        return Finding(name, found, f"free some: above {MOST_DISK_USED:.0%} Ray puts no more objects on this disk")
+        return Finding(
+            name,
+            found,
+            f"free some: above {MOST_DISK_USED:.0%} Ray puts no more objects on this disk",
+        )
     return Finding(name, found)
 
 
 def shared_memory(gib: float, memory_gib: float) -> Finding:
     """Ray's object store lies in /dev/shm, or, much slower, on a disk when it does not fit there.
 
-    What counts is how large that is, not what is free of it: a run that is going on has its objects there already.
+    What counts is how large that is, not what is free of it: a run that is going on has its objects
+    there already.
     """
     need = min(RAY_STORE_SHARE * memory_gib, RAY_STORE_GIB)
     found = f"{gib:.1f} GiB in /dev/shm, Ray's object store takes {need:.1f}"
     size = f"{math.ceil(need)}g"
-    remedy = f"in Docker: --shm-size={size}; elsewhere as root: mount -o remount,size={size} /dev/shm"
+    remedy = (
+        f"in Docker: --shm-size={size}; elsewhere as root: mount -o remount,size={size} /dev/shm"
+    )
     return Finding("shared memory", found, "" if gib >= need else remedy)
 
 
@@ -146,34 +190,55 @@ def ports(free: int, taken: Sequence[int]) -> Finding:
     if free < LEAST_PORTS:
         remedy = "see who holds them with ss -tan, or widen net.ipv4.ip_local_port_range"
         return Finding("ports", f"only {free} of {LEAST_PORTS} could be had at once", remedy)
-    heads = f"{', '.join(map(str, taken))} taken: perhaps by a Ray head" if taken else "a Ray head's 6379 and 8265 free"
+    heads = (
+        f"{', '.join(map(str, taken))} taken: perhaps by a Ray head"
+        if taken
+        else "a Ray head's 6379 and 8265 free"
+    )
     return Finding("ports", f"{free} had at once; {heads}")
 
 
-def network(host: str | None, addresses: Mapping[str, str], named: tuple[str, str] | None) -> Finding:
-    """Where processes of several machines would meet: the interface named for them, or that of the host's name."""
+def network(
+    host: str | None, addresses: Mapping[str, str], named: tuple[str, str] | None
+) -> Finding:
+    """Where processes of several machines would meet: the interface named for them, or that of the
+    host's name.
+    """
     seen = ", ".join(f"{name} {address}" for name, address in addresses.items())
     if named is not None and named[1] not in addresses:
-        return Finding("network", f"{named[0]}={named[1]} has no address", f"set it to one of: {seen or 'none'}")
+        return Finding(
+            "network",
+            f"{named[0]}={named[1]} has no address",
+            f"set it to one of: {seen or 'none'}",
+        )
     outside = [name for name, address in addresses.items() if not address.startswith("127.")]
     if not outside:
         return Finding("network", f"{seen}: enough for one machine")
     if named is None and (host is None or host.startswith("127.")):
         name = socket.gethostname()
-        return Finding("network", f"{seen}; {name} is {host or 'nowhere'}: across machines set GLOO_SOCKET_IFNAME")
+        return Finding(
+            "network",
+            f"{seen}; {name} is {host or 'nowhere'}: across machines set GLOO_SOCKET_IFNAME",
+        )
     return Finding("network", seen)
 
 
 def ray_cluster(address: str, answered: bool) -> Finding:
     found = f"RAY_ADDRESS={address} {'answers' if answered else 'does not answer'}"
-    return Finding("ray cluster", found, "" if answered else "start Ray there, or unset RAY_ADDRESS to start one here")
+    return Finding(
+        "ray cluster",
+        found,
+        "" if answered else "start Ray there, or unset RAY_ADDRESS to start one here",
+    )
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def locked_versions(device: str) -> tuple[str, dict[str, str], dict[str, str | None]]:
-    """The lock file of this Python, what it asks for (nothing when there is none), and what is installed."""
+    """The lock file of this Python, what it asks for (nothing when there is none), and what is
+    installed.
+    """
     variant = "gpu" if device == "cuda" else "cpu"
     lock = f"docker/requirements-{variant}-py{sys.version_info.major}{sys.version_info.minor}.txt"
     text = (ROOT / lock).read_text() if (ROOT / lock).is_file() else ""
@@ -195,7 +260,11 @@ def cpu_flags() -> set[str]:
 
 def nvidia_smi() -> list[str] | None:
     """Name, memory and driver of every GPU; None when the driver's tool does not answer."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -256,7 +325,12 @@ def interfaces() -> dict[str, str]:
     import psutil  # type: ignore[import-untyped]
 
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = {n: a.address for n, all_of in psutil.net_if_addrs().items() for a in all_of if a.family == socket.AF_INET}
+    found = {
+        n: a.address
+        for n, all_of in psutil.net_if_addrs().items()
+        for a in all_of
+        if a.family == socket.AF_INET
+    }
     return {name: address for name, address in found.items() if name in up}
 
 
@@ -277,7 +351,7 @@ def answers(address: str) -> bool:
     return True
 
 
-# --- starting ---------------------------------------------------------------------------------------------------------
+# --- starting -------------------------------------------------------------------------------------
 
 
 def started(part: str, device: str, remedy: str) -> Finding:
@@ -286,9 +360,16 @@ def started(part: str, device: str, remedy: str) -> Finding:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": device}
     clock = time.monotonic()
-    with tempfile.NamedTemporaryFile("w+", prefix=f"quatuor-doctor-{part}-", suffix=".log", delete=False) as log:
+    with tempfile.NamedTemporaryFile(
+        "w+", prefix=f"quatuor-doctor-{part}-", suffix=".log", delete=False
+    ) as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
         try:
             code: int | None = process.wait(PATIENCE_S[part])
@@ -298,7 +379,9 @@ def started(part: str, device: str, remedy: str) -> Finding:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    finding = verdict(part, code, Path(log.name).read_text(errors="replace"), time.monotonic() - clock)
+    finding = verdict(
+        part, code, Path(log.name).read_text(errors="replace"), time.monotonic() - clock
+    )
     if not finding.remedy:
         os.unlink(log.name)
         return finding
@@ -306,12 +389,18 @@ def started(part: str, device: str, remedy: str) -> Finding:
 
 
 def verdict(part: str, code: int | None, output: str, seconds: float) -> Finding:
-    """What became of a started part, by its exit code (None: it was still running) and its words."""
+    """What became of a started part, by its exit code (None: it was still running) and its
+    words.
+    """
     said = [line.removeprefix(ANSWER) for line in output.splitlines() if line.startswith(ANSWER)]
     last = said[-1] if said else (output.strip().splitlines() or ["without a word"])[-1]
     name = {"ray": "Ray", "zero": "ZeRO"}.get(part, part)
     if code is None:
-        return Finding(name, f"not ready within {PATIENCE_S[part]:.0f} s; its last words: {last[:200]}", "see its log")
+        return Finding(
+            name,
+            f"not ready within {PATIENCE_S[part]:.0f} s; its last words: {last[:200]}",
+            "see its log",
+        )
     if code != 0 or not said:
         ended = f"was ended by signal {-code}" if code < 0 else f"failed, exit code {code}"
         return Finding(name, f"{ended}: {last[:200]}", "see its log")
@@ -319,7 +408,9 @@ def verdict(part: str, code: int | None, output: str, seconds: float) -> Finding
 
 
 def start_ray(device: str) -> str:
-    """Start Ray, or join the cluster of RAY_ADDRESS as `cluster.address: auto` would, and have a process answer."""
+    """Start Ray, or join the cluster of RAY_ADDRESS as `cluster.address: auto` would, and have a
+    process answer.
+    """
     import ray
 
     from actors.placement import connect
@@ -343,8 +434,13 @@ def start_engine(device: str) -> str:
     settings = GenerationSettings(kv_cache_gib=0.125, max_concurrent=8, gpu_memory_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, seed=0)
-        engine = GenerationEngine(ModelSettings(path=folder), settings, "cuda" if device == "cuda" else "cpu",
-                                  MAX_POSITIONS, eos_token_id=None)  # fmt: skip
+        engine = GenerationEngine(
+            ModelSettings(path=folder),
+            settings,
+            "cuda" if device == "cuda" else "cpu",
+            MAX_POSITIONS,
+            eos_token_id=None,
+        )
         ((group,),) = engine.generate([PromptRequest(0, 0, [1, 5, 6, 7], 2, 1.0, 8, seeds=(1, 2))])
         engine.close()
     tokens = sum(len(rollout.response_ids) for rollout in group)
@@ -364,25 +460,35 @@ def start_zero(device: str) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = Place(0, 1, "127.0.0.1", port, "cuda" if device == "cuda" else "cpu", timeout_s=PATIENCE_S["zero"])
+    place = Place(
+        0, 1, "127.0.0.1", port, "cuda" if device == "cuda" else "cpu", timeout_s=PATIENCE_S["zero"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, seed=0)
         optimizer = OptimizerSettings(learning_rate=1e-3)
-        learner = SFTLearner(LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, place)
+        learner = SFTLearner(
+            LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, place
+        )
     before = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
     metrics = learner.train(Experience.from_ids([[1, 5, 6]], [[7, 8, 2]]))
     after = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
     moved = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     if not moved or not math.isfinite(metrics["loss"]):
-        raise RuntimeError(f"the optimizer step moved {moved} parameters at a loss of {metrics['loss']}")
+        raise RuntimeError(
+            f"the optimizer step moved {moved} parameters at a loss of {metrics['loss']}"
+        )
     version = importlib.metadata.version("deepspeed")
-    return f"DeepSpeed {version} took an optimizer step (loss {metrics['loss']:.2f}, {moved} tensors moved)"
+    return (
+        f"DeepSpeed {version} took an optimizer step (loss {metrics['loss']:.2f}, {moved} "
+        "tensors moved)"
+    )
 
 
 def main(part: str, device: str) -> int:
     """What the started process does: one line for whoever started it."""
     try:
-        print(f"\n{ANSWER}{ {'ray': start_ray, 'engine': start_engine, 'zero': start_zero}[part](device) }", flush=True)
+        start = {"ray": start_ray, "engine": start_engine, "zero": start_zero}[part]
+        print(f"\n{ANSWER}{start(device)}", flush=True)
     except Exception as error:
         import traceback
 

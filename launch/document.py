@@ -1,4 +1,6 @@
-"""A YAML file as plain values that remember where they were written, and `key.sub=value` overrides on top of it."""
+"""A YAML file as plain values that remember where they were written, and `key.sub=value` overrides
+on top of it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ COMMAND_LINE = "command line"
 _DEEPEST = 50  # recipes are 5 deep; parsers of YAML and JSON give up at some hundreds
 _MERGE = "tag:yaml.org,2002:merge"
 
-# YAML 1.2 scalars. PyYAML's own (1.1) read 1e-6 as text, `on` as true, 010 as eight and 2026-01-01 as a date.
+# YAML 1.2 scalars. PyYAML's own (1.1) read 1e-6 as text, `on` as true, 010 as eight and 2026-01-01
+# as a date.
 _RESOLVERS = {
     None: [
         (f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"))
@@ -24,7 +27,10 @@ _RESOLVERS = {
             ("null", r"~|null|Null|NULL|"),
             ("bool", r"true|True|TRUE|false|False|FALSE"),
             ("int", r"[-+]?(?:0|[1-9][0-9_]*)"),
-            ("float", r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
+            (
+                "float",
+                r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
+            ),
             ("float", r"[-+]?\.inf|\.nan"),
             ("merge", r"<<"),
         )
@@ -40,7 +46,10 @@ class RecipeLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if isinstance(node, yaml.ScalarNode):
-                str(value).encode()  # half a surrogate pair is no text, and JSON has no numbers without bounds
+                str(
+                    value
+                    # half a surrogate pair is no text, and JSON has no numbers without bounds
+                ).encode()
             return value
         except (ValueError, KeyError, AttributeError):
             problem = f"{in_words(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
@@ -49,7 +58,9 @@ class RecipeLoader(yaml.SafeLoader):
 
 @dataclass
 class Document:
-    """`values` as written, `origins` of every written key ("file:line" or "command line"), and what was wrong."""
+    """`values` as written, `origins` of every written key ("file:line" or "command line"), and what
+    was wrong.
+    """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +76,9 @@ class Document:
         except FileNotFoundError:
             raise UserError(f"{name}: no such recipe file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+            raise UserError(
+                f"{name}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+            ) from None
         return cls.parse(text, name)
 
     @classmethod
@@ -76,7 +89,9 @@ class Document:
         except (yaml.YAMLError, RecursionError) as error:
             raise UserError(_malformed(error, name)) from None
         if not isinstance(values, dict):
-            raise UserError(f"{name}: a recipe is a list of keys and values, not {in_words(values)}")
+            raise UserError(
+                f"{name}: a recipe is a list of keys and values, not {in_words(values)}"
+            )
         document.values = values
         return document
 
@@ -87,7 +102,8 @@ class Document:
         if not equals or not all(parts):
             self.problems.append(f"{COMMAND_LINE}: {text}: an override reads key.sub=value")
             return
-        origins, self.origins = self.origins, {}
+        origins = self.origins
+        self.origins = {}
         try:
             value = self._parse(written, key, lambda node: COMMAND_LINE)
         except (yaml.YAMLError, RecursionError) as error:
@@ -119,13 +135,21 @@ class Document:
             loader.dispose()
 
     def _note(
-        self, node: yaml.Node, prefix: str, origin: Callable[[yaml.Node], str], above: tuple[yaml.Node, ...]
+        self,
+        node: yaml.Node,
+        prefix: str,
+        origin: Callable[[yaml.Node], str],
+        above: tuple[yaml.Node, ...],
     ) -> None:
         """Remember the origin of every key below a node; report keys that are written twice."""
         if any(node is outer for outer in above):
-            raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "an alias that contains itself", node.start_mark
+            )
         if len(above) > _DEEPEST:
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "nested too deeply", node.start_mark
+            )
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
@@ -141,7 +165,9 @@ class Document:
                     continue
                 name = f"{prefix}.{key.value}" if prefix else str(key.value)
                 if name in written:
-                    self.problems.append(f"{origin(key)}: {name}: written twice, first at {written[name]}")
+                    self.problems.append(
+                        f"{origin(key)}: {name}: written twice, first at {written[name]}"
+                    )
                 written[name] = origin(key)
                 self._enter(name, key, value, origin, above)
 

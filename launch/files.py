@@ -1,4 +1,5 @@
-"""A recipe against this machine: GPUs, the run folder, models' JSON files, data columns, reward functions.
+"""A recipe against this machine: GPUs, the run folder, models' JSON files, data columns, reward
+functions.
 
 Small files alone are read, and nothing heavy is imported, except by `function_problems`.
 """
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,63 @@ from learners.settings import PairData, PromptData, SFTData, UserError
 
 Data = PromptData | SFTData | PairData
 
-# What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when it complains.
+# What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when
+# it complains.
 MAY_CHANGE = (
-    "run.checkpoint", "run.keep", "run.samples", "run.tensorboard", "run.wandb", "run.progress", "run.max_skipped",
-    "run.folder", "step.steps", "train.steps", "train.epochs", "train.evaluate", "cluster.", "alarms.", "evaluation.",
-    "generation.threads", "generation.max_concurrent", "generation.kv_cache", "generation.gpu_memory", "sync.",
-)  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
-ENCODERS = frozenset((
-    "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert",
-    "longformer", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta", "xlm-roberta-xl",
-))  # fmt: skip
+    "run.checkpoint",
+    "run.keep",
+    "run.samples",
+    "run.tensorboard",
+    "run.wandb",
+    "run.progress",
+    "run.max_skipped",
+    "run.folder",
+    "step.steps",
+    "train.steps",
+    "train.epochs",
+    "train.evaluate",
+    "cluster.",
+    "alarms.",
+    "evaluation.",
+    "generation.threads",
+    "generation.max_concurrent",
+    "generation.kv_cache",
+    "generation.gpu_memory",
+    "sync.",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+)
+ENCODERS = frozenset(
+    (
+        "albert",
+        "bert",
+        "camembert",
+        "convbert",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "eurobert",
+        "longformer",
+        "modernbert",
+        "mpnet",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    )
+)
 
 
 def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
-    """GPUs, the run folder, models' JSON files and data columns, as far as they are on this machine.
+    """GPUs, the run folder, models' JSON files and data columns, as far as they are on this
+    machine.
 
     A cluster that is joined is asked for its GPUs once it answers.
     """
@@ -56,7 +99,9 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path means this machine's disk: it exists, or cannot be a hub's `organisation/name`."""
+    """Whether a path means this machine's disk: it exists, or cannot be a hub's
+    `organisation/name`.
+    """
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         return True
     return os.path.isdir(os.path.dirname(path))
@@ -74,16 +119,23 @@ def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
         if not os.path.isdir(path):
             yield Problem(("run.folder",), f"{folder} does not exist: nothing to resume")
         elif all(checkpoint.suffix == ".tmp" for checkpoint in path.glob("checkpoints/step-*")):
-            yield Problem(("run.folder",), f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)")
+            yield Problem(
+                ("run.folder",),
+                f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)",
+            )
         return
     if os.path.exists(path):
-        yield Problem(("run.folder",), f"{folder} exists; choose another folder, or --resume to go on with that run")
+        yield Problem(
+            ("run.folder",),
+            f"{folder} exists; choose another folder, or --resume to go on with that run",
+        )
         return
     above = next(parent for parent in path.parents if os.path.exists(parent))
     if not above.is_dir():
         yield Problem(("run.folder",), f"{folder} cannot be made: {above} is a file")
         return
-    try:  # permissions alone do not tell: the disk may be read-only, the user root, or the name too long
+    # permissions alone do not tell: the disk may be read-only, the user root, or the name too long
+    try:
         with tempfile.TemporaryDirectory(dir=above) as trial:
             Path(trial, path.relative_to(above)).mkdir(parents=True)
     except (OSError, ValueError) as error:
@@ -92,42 +144,70 @@ def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
 
 
 def _changed(recipe: Recipe) -> Iterator[Problem]:
-    """A resumed run goes on as if it had never stopped: what decides its numbers must be what it was."""
+    """A resumed run goes on as if it had never stopped: what decides its numbers must be what it
+    was.
+    """
     before = Path(recipe.run.folder) / "config.yaml"
     if not os.path.isfile(before):
         return
     try:
-        old, new = flat(Document.read(before).values), flat(recipe.model_dump(mode="json"))
+        old = flat(Document.read(before).values)
+        new = flat(recipe.model_dump(mode="json"))
     except UserError as error:
-        yield Problem(("run.folder",), f"{error.problems[0]}; the run to resume must say what it was")
+        yield Problem(
+            ("run.folder",), f"{error.problems[0]}; the run to resume must say what it was"
+        )
         return
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
-            message = f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}; "
-            yield Problem((key, "run.folder"), f"{message}a changed recipe is a new run: choose another run.folder")
+            message = (
+                f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}; "
+            )
+            yield Problem(
+                (key, "run.folder"),
+                f"{message}a changed recipe is a new run: choose another run.folder",
+            )
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested sections and lists as key.sub names."""
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
-    if items is None or not values:
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list):
+        items = enumerate(values)
+    if not isinstance(values, dict | list) or not values:
         return {prefix: values}
-    return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        k: v
+        for name, value in items
+        for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
     named = (f"{key}.path",)
     folder = Path(path)
     if not os.path.isdir(path):
-        what = "is a file, not a model folder" if os.path.exists(path) else "no such model folder (and no hub name)"
+        what = (
+            "is a file, not a model folder"
+            if os.path.exists(path)
+            else "no such model folder (and no hub name)"
+        )
         yield Problem(named, f"{path}: {what}")
         return
     config = read_json(folder / "config.json")
     if config is None:
-        what = "is not valid JSON" if (folder / "config.json").exists() else "is missing: not a Hugging Face model"
+        what = (
+            "is not valid JSON"
+            if (folder / "config.json").exists()
+            else "is missing: not a Hugging Face model"
+        )
         yield Problem(named, f"{path}: config.json {what}")
         return
-    if not key.startswith(("critic", "reference")) and not any((folder / f).exists() for f in TOKENIZER_FILES):
+    if not key.startswith(("critic", "reference")) and not any(
+        (folder / f).exists() for f in TOKENIZER_FILES
+    ):
         yield Problem(named, f"{path}: has no tokenizer ({TOKENIZER_FILES[0]} and the like)")
     if malformed := list(_malformed(config)):
         yield from (Problem(named, f"{path}: config.json: {message}") for message in malformed)
@@ -157,15 +237,22 @@ def _malformed(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _room_for_a_prompt(config: dict[str, Any], recipe: RLRecipe) -> Iterator[Problem]:
-    longest, wanted = config.get("max_position_embeddings"), recipe.generation.max_new_tokens
+    longest = config.get("max_position_embeddings")
+    wanted = recipe.generation.max_new_tokens
     if longest is not None and wanted >= longest:
         keys = ("generation.max_new_tokens", "actor.model.path")
-        yield Problem(keys, f"{wanted} leaves no room for a prompt in the model's {longest} positions")
+        yield Problem(
+            keys, f"{wanted} leaves no room for a prompt in the model's {longest} positions"
+        )
 
 
 def _model_sampling(folder: Path, recipe: RLRecipe) -> Iterator[Problem]:
-    """Sampling defaults that came with the model. They are never applied; whoever expects them should know."""
-    message = model_sampling_problem(read_json(folder / "generation_config.json") or {}, recipe.generation)
+    """Sampling defaults that came with the model. They are never applied; whoever expects them
+    should know.
+    """
+    message = model_sampling_problem(
+        read_json(folder / "generation_config.json") or {}, recipe.generation
+    )
     if message is not None:
         yield Problem(("actor.model.path", "generation.model_sampling"), f"{folder}: {message}")
 
@@ -177,34 +264,62 @@ def _wrong_architecture(key: str, config: dict[str, Any], recipe: Recipe) -> str
     causal = name.endswith(("ForCausalLM", "LMHeadModel"))
     scorer = name.endswith("ForSequenceClassification")
     if key.startswith("rewards"):
-        labels = len(config.get("id2label") or range(2))  # a config.json leaves the usual two labels unwritten
+        # a config.json leaves the usual two labels unwritten
+        labels = len(config.get("id2label") or range(2))
         if not scorer:
-            return f"has no score head: {name or 'it'} is not a ...ForSequenceClassification; train one with quatuor rm"
+            return (
+                f"has no score head: {name or 'it'} is not a ...ForSequenceClassification; "
+                "train one with quatuor rm"
+            )
         return None if labels == 1 else f"has {labels} labels; a reward model gives one score"
     if key == "critic.model" and is_encoder(config):
         kind = config.get("model_type") or name
-        return f"is an encoder ({kind}); a critic reads the Actor's tokens one by one: use a decoder"
+        return (
+            f"is an encoder ({kind}); a critic reads the Actor's tokens one by one: use a decoder"
+        )
     if key == "critic.model":
         fits = causal or scorer or name.endswith("ForTokenClassification")
-        return None if fits or not name else f"{name} cannot become a critic; start from a reward model or an SFT model"
+        return (
+            None
+            if fits or not name
+            else f"{name} cannot become a critic; start from a reward model or an SFT model"
+        )
     if isinstance(recipe, RMRecipe):
         return None  # any backbone may get a score head
-    return None if causal or not name else f"{name} has no language-model head; a ...ForCausalLM is needed"
+    return (
+        None
+        if causal or not name
+        else f"{name} has no language-model head; a ...ForCausalLM is needed"
+    )
 
 
 def pad_problem(folder: Path, config: dict[str, Any]) -> str | None:
-    """Whether a decoder reward model exported from here would know PAD from EOS, by its JSON files."""
+    """Whether a decoder reward model exported from here would know PAD from EOS, by its JSON
+    files.
+    """
     tokens = {
         **(read_json(folder / "special_tokens_map.json") or {}),
-        **{k: v for k, v in (read_json(folder / "tokenizer_config.json") or {}).items() if v is not None},
+        **{
+            k: v
+            for k, v in (read_json(folder / "tokenizer_config.json") or {}).items()
+            if v is not None
+        },
     }
-    pad, eos = _token(tokens.get("pad_token")), _token(tokens.get("eos_token"))
+    pad = _token(tokens.get("pad_token"))
+    eos = _token(tokens.get("eos_token"))
     if pad is None:
-        pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
+        pad = config.get("pad_token_id")
+        eos = config.get("eos_token_id")
     if pad is None:
-        return "its tokenizer has no PAD token, which an exported reward model needs; add one that is not EOS"
+        return (
+            "its tokenizer has no PAD token, which an exported reward model needs; add one that "
+            "is not EOS"
+        )
     if pad == eos or (isinstance(eos, list) and pad in eos):
-        return f"PAD equals EOS ({pad}), so an exported reward model would skip the EOS; give PAD a token of its own"
+        return (
+            f"PAD equals EOS ({pad}), so an exported reward model would skip the EOS; give PAD "
+            "a token of its own"
+        )
     return None
 
 
@@ -236,8 +351,11 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:
 
 
 def _data_file(key: str, data: Data) -> Iterator[Problem]:
-    """The file is there, in a format we read and, when it holds JSON lines, its first row has the columns."""
-    named, path = (f"{key}.path",), Path(data.path)
+    """The file is there, in a format we read and, when it holds JSON lines, its first row has the
+    columns.
+    """
+    named = (f"{key}.path",)
+    path = Path(data.path)
     if not os.path.exists(path):
         yield Problem(named, f"{data.path}: no such data file or folder (and no hub name)")
         return
@@ -251,7 +369,9 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         return
     try:
         with files[0].open(encoding="utf-8") as lines:
-            number, line = next(((n, text) for n, text in enumerate(lines, 1) if text.strip()), (0, ""))
+            number, line = next(
+                ((n, text) for n, text in enumerate(lines, 1) if text.strip()), (0, "")
+            )
     except (OSError, UnicodeDecodeError):
         yield Problem(named, f"{files[0]}: cannot be read as UTF-8 text")
         return
@@ -266,7 +386,9 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         yield Problem(named, f"{files[0]}:{number}: not a line of JSON")
         return
     if not isinstance(row, dict):
-        yield Problem(named, f'{files[0]}:{number}: not a row of columns, such as {{"prompt": "..."}}')
+        yield Problem(
+            named, f'{files[0]}:{number}: not a row of columns, such as {{"prompt": "..."}}'
+        )
         return
     for name, column in _columns(key, data):
         if column not in row:
@@ -284,11 +406,13 @@ def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
         yield f"{key}.answer_columns.{i}", column
 
 
-# --- functions --------------------------------------------------------------------------------------------------------
+# --- functions ------------------------------------------------------------------------------------
 
 
 def function_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Import the recipe's Python functions, as the workers will. User code may import anything, so this comes last."""
+    """Import the recipe's Python functions, as the workers will. User code may import anything, so
+    this comes last.
+    """
     for key, name, columns in _functions(recipe):
         from actors.functions import load_function
 
@@ -328,5 +452,8 @@ def _signature_problem(function: Any, columns: set[str]) -> str | None:
         signature.bind([], [], **given)
     except TypeError as error:
         have = ", ".join(sorted(offered))
-        return f"cannot be called with prompts, responses and the columns {have}: {error}; see prompts.answer_columns"
+        return (
+            f"cannot be called with prompts, responses and the columns {have}: {error}; see "
+            "prompts.answer_columns"
+        )
     return None

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Key:
-    """One key. In `name`, N stands for a place in a list. `stand_in` is a harmless value of the right type."""
+    """One key. In `name`, N stands for a place in a list. `stand_in` is a harmless value of the
+    right type.
+    """
 
     name: str
     kind: str
@@ -41,7 +43,10 @@ def suggest(unknown: str, keys: dict[str, Key]) -> str:
         return f"did you mean {here}{close[0]}?"
     elsewhere = [k for k in keys if k.rpartition(".")[2] == last]
     if elsewhere:
-        nearest = max(elsewhere, key=lambda k: (k.startswith(above), difflib.SequenceMatcher(a=unknown, b=k).ratio()))
+        nearest = max(
+            elsewhere,
+            key=lambda k: (k.startswith(above), difflib.SequenceMatcher(a=unknown, b=k).ratio()),
+        )
         return f"did you mean {nearest}?"
     return f"known here: {', '.join(s for s in siblings if s != 'N')}"
 
@@ -65,7 +70,9 @@ def required(key: str, keys: dict[str, Key]) -> str:
     name = _numberless(key)
     if name not in keys:
         return "a required key"
-    inside = [k.name for k in keys.values() if k.name.startswith(f"{name}.") and k.default == "required"]
+    inside = [
+        k.name for k in keys.values() if k.name.startswith(f"{name}.") and k.default == "required"
+    ]
     leaves = [k for k in inside if not any(other.startswith(f"{k}.") for other in inside)]
     if keys[name].kind == "section":
         return f"set {' and '.join(leaves)}" if leaves else f"write {name}: {{}} for its defaults"
@@ -74,10 +81,15 @@ def required(key: str, keys: dict[str, Key]) -> str:
 
 def listing(model: type[BaseModel]) -> str:
     """The keys as an aligned table: name, type, default, description."""
-    rows = [(k.name, k.kind, k.default, k.description) for k in recipe_keys(model).values() if k.kind != "section"]
+    rows = [
+        (k.name, k.kind, k.default, k.description)
+        for k in recipe_keys(model).values()
+        if k.kind != "section"
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
     )
 
 
@@ -87,7 +99,8 @@ def _numberless(key: str) -> str:
 
 def _walk(section: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Key]:
     for name, written in section["properties"].items():
-        full, required = f"{prefix}{name}", name in section.get("required", ())
+        full = f"{prefix}{name}"
+        required = name in section.get("required", ())
         options = [_resolve(o, definitions) for o in written.get("anyOf", [written])]
         shape = next(o for o in options if o.get("type") != "null")
         default = "required" if required else _default(written)
@@ -123,7 +136,10 @@ def _type_in_words(shape: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "section"
     if shape["type"] == "array":
         if "prefixItems" in shape:
-            return f"list of {len(shape['prefixItems'])} {_plural(shape['prefixItems'][0], definitions)}"
+            return (
+                f"list of {len(shape['prefixItems'])} "
+                f"{_plural(shape['prefixItems'][0], definitions)}"
+            )
         return f"list of {_plural(shape['items'], definitions)}"
     words = {"integer": "int", "number": "float", "boolean": "true|false", "string": "text"}
     return words.get(shape["type"], shape["type"]) + _bounds(shape)

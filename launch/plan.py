@@ -1,8 +1,9 @@
-"""`quatuor plan`: what a recipe will do and need, by arithmetic alone; nothing starts and nothing heavy is imported.
+"""`quatuor plan`: what a recipe will do and need, by arithmetic alone; nothing starts and nothing
+heavy is imported.
 
-Memory comes from launch/memory.py, times (rough) from launch/timing.py, places from launch/arrangement.py over
-actors/layout.py, which also places the real run. docs/plan.md says what is exact and what is an estimate, and what the
-JSON holds.
+Memory comes from launch/memory.py, times (rough) from launch/timing.py, places from
+launch/arrangement.py over actors/layout.py, which also places the real run. docs/plan.md says what
+is exact and what is an estimate, and what the JSON holds.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Memory:
-    """GPUs, or CPU memories of nodes, that hold the same: where they are, how many bytes each has, and what is there:
-    roles, what one process of it holds in each phase, and how many processes there are."""
+    """GPUs, or CPU memories of nodes, that hold the same: where they are, how many bytes each has,
+    and what is there: roles, what one process of it holds in each phase, and how many processes
+    there are.
+    """
 
     places: list[Spot]
     limit: int | None
@@ -71,7 +74,10 @@ class Memory:
     @cached_property
     def peak(self) -> tuple[str, int]:
         """The phase that holds most, and how much."""
-        sizes = {phase: sum(total(use[phase]) * count for _, use, count in self.held) for phase in self.phases}
+        sizes = {
+            phase: sum(total(use[phase]) * count for _, use, count in self.held)
+            for phase in self.phases
+        }
         return max(sizes.items(), key=lambda item: item[1])
 
     @property
@@ -108,7 +114,8 @@ class Plan:
 
 def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     """Raises UserError with every model whose shape is not known on this machine."""
-    models, where = _models(recipe, read_shapes(recipe, document)), arranged(recipe)
+    models = _models(recipe, read_shapes(recipe, document))
+    where = arranged(recipe)
     footprints = _footprints(recipe, models, where)
     memories = _memories(recipe, footprints, where)
     lacking = [f"cluster: {reason}"] if (reason := lacking_gpus(recipe)) else []
@@ -121,8 +128,11 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
 
 
 def excess(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[int, int]:
-    """How far a recipe is from fitting: what keeps it from starting at all, and bytes too many over all devices."""
-    models, where = _models(recipe, shapes), arranged(recipe)
+    """How far a recipe is from fitting: what keeps it from starting at all, and bytes too many over
+    all devices.
+    """
+    models = _models(recipe, shapes)
+    where = arranged(recipe)
     if missing := missing_nodes(where):
         return missing, 0
     memories = _memories(recipe, _footprints(recipe, models, where), where)
@@ -130,11 +140,13 @@ def excess(recipe: Recipe, shapes: Mapping[str, Shape]) -> tuple[int, int]:
     return len(list(_model_problems(recipe, models))), over
 
 
-# --- models and batches -----------------------------------------------------------------------------------------------
+# --- models and batches ---------------------------------------------------------------------------
 
 
 def read_shapes(recipe: Recipe, document: Document | None = None) -> dict[str, Shape]:
-    """By path, of all models. Raises UserError with every model that cannot be planned, and where it is written."""
+    """By path, of all models. Raises UserError with every model that cannot be planned, and where
+    it is written.
+    """
     found: dict[str, Shape] = {}
     problems: dict[str, str] = {}
     for _, key, model, head in _roles(recipe):
@@ -147,14 +159,23 @@ def read_shapes(recipe: Recipe, document: Document | None = None) -> dict[str, S
                 problems[f"{key}.path"] = f"{model.path} is an encoder; a decoder is needed"
     if problems:
         told = (Problem((key,), message) for key, message in problems.items())
-        raise UserError([located(p, document) if document else f"{p.keys[0]}: {p.message}" for p in told])
+        raise UserError(
+            [located(p, document) if document else f"{p.keys[0]}: {p.message}" for p in told]
+        )
     return found
 
 
 def _roles(recipe: Recipe) -> Iterator[tuple[str, str, ModelSettings, Head]]:
-    """Every role that holds a model, in placement order: the key that names its model, the model and the head."""
+    """Every role that holds a model, in placement order: the key that names its model, the model
+    and the head.
+    """
     if isinstance(recipe, SFTRecipe | RMRecipe):
-        yield recipe.kind, "learner.model", recipe.learner.model, "lm" if isinstance(recipe, SFTRecipe) else "score"
+        yield (
+            recipe.kind,
+            "learner.model",
+            recipe.learner.model,
+            "lm" if isinstance(recipe, SFTRecipe) else "score",
+        )
         return
     yield "engine", "actor.model", recipe.actor.model, "lm"
     yield "actor", "actor.model", recipe.actor.model, "lm"
@@ -162,7 +183,12 @@ def _roles(recipe: Recipe) -> Iterator[tuple[str, str, ModelSettings, Head]]:
         yield "critic", "critic.model", recipe.critic.model, "value"
     if needs_reference(recipe):
         own = recipe.reference.model
-        yield "reference", "reference.model" if own else "actor.model", own or recipe.actor.model, "lm"
+        yield (
+            "reference",
+            "reference.model" if own else "actor.model",
+            own or recipe.actor.model,
+            "lm",
+        )
     for i, reward in enumerate(recipe.rewards):
         if reward.model is not None:
             yield f"reward {reward.name}", f"rewards.{i}.model", reward.model, "score"
@@ -175,7 +201,9 @@ def _models(recipe: Recipe, shapes: Mapping[str, Shape]) -> dict[str, Model]:
 def learners_of(recipe: Recipe) -> dict[str, LearnerSettings]:
     if isinstance(recipe, SFTRecipe | RMRecipe):
         return {recipe.kind: recipe.learner}
-    return {"actor": recipe.actor} | ({"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {})
+    return {"actor": recipe.actor} | (
+        {"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {}
+    )
 
 
 def _longest(recipe: Recipe, models: Mapping[str, Model]) -> int:
@@ -186,28 +214,47 @@ def _longest(recipe: Recipe, models: Mapping[str, Model]) -> int:
 
 
 def batch(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:
-    """The batch arithmetic: from what one step reads to optimizer steps. Micro-batches are those of longest rows."""
+    """The batch arithmetic: from what one step reads to optimizer steps. Micro-batches are those of
+    longest rows.
+    """
     sequences, rows, together = _rows(recipe)
     if isinstance(recipe, RL):
-        step, mini_batches = recipe.step, math.ceil(sequences / rows)
+        step = recipe.step
+        mini_batches = math.ceil(sequences / rows)
         per_step = step.ppo_epochs * mini_batches
         head: dict[str, Any] = {
-            "prompts": step.prompts_per_step, "group_size": step.group_size, "sequences": sequences,
-            "mini_batches": mini_batches, "mini_batch_size": rows, "epochs": step.ppo_epochs,
-            "optimizer_steps_per_step": per_step, "steps": step.steps, "optimizer_steps": per_step * step.steps,
-        }  # fmt: skip
+            "prompts": step.prompts_per_step,
+            "group_size": step.group_size,
+            "sequences": sequences,
+            "mini_batches": mini_batches,
+            "mini_batch_size": rows,
+            "epochs": step.ppo_epochs,
+            "optimizer_steps_per_step": per_step,
+            "steps": step.steps,
+            "optimizer_steps": per_step * step.steps,
+        }
     else:
         head = {
-            "examples": recipe.train.batch_size, "sequences": rows, "mini_batches": 1, "mini_batch_size": rows,
-            "optimizer_steps_per_step": 1, "steps": recipe.train.steps, "optimizer_steps": recipe.train.steps,
-        }  # fmt: skip
+            "examples": recipe.train.batch_size,
+            "sequences": rows,
+            "mini_batches": 1,
+            "mini_batch_size": rows,
+            "optimizer_steps_per_step": 1,
+            "steps": recipe.train.steps,
+            "optimizer_steps": recipe.train.steps,
+        }
     longest = _longest(recipe, models)
-    ranks = {role: _cut(rows, learner, longest, together) for role, learner in learners_of(recipe).items()}
+    ranks = {
+        role: _cut(rows, learner, longest, together)
+        for role, learner in learners_of(recipe).items()
+    }
     return {**head, "longest_sequence_tokens": longest, "ranks": ranks}
 
 
 def _rows(recipe: Recipe) -> tuple[int, int, int]:
-    """Sequences that are read at a time, those of a mini-batch, and how many of them stay together."""
+    """Sequences that are read at a time, those of a mini-batch, and how many of them stay
+    together.
+    """
     if isinstance(recipe, RL):
         return recipe.step.prompts_per_step * recipe.step.group_size, recipe.step.mini_batch_size, 1
     together = 2 if isinstance(recipe, RMRecipe) else 1
@@ -220,7 +267,9 @@ def _share(rows: int, processes: int, together: int) -> int:
 
 
 def _cut(rows: int, learner: LearnerSettings, longest: int, together: int) -> dict[str, int]:
-    """How a mini-batch is cut for one role: rows of a rank, and its micro-batches when every row is a longest one."""
+    """How a mini-batch is cut for one role: rows of a rank, and its micro-batches when every row is
+    a longest one.
+    """
     mine = _share(rows, learner.ranks, together)
     at_once = max(together, learner.micro_batch_tokens // longest // together * together)
     return {
@@ -235,13 +284,14 @@ def _sync(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:
     """What one weight sync moves."""
     if not isinstance(recipe, RL):
         return {"bytes": 0, "engines": 0, "devices": 0}
-    actor, generation = models["actor"], recipe.generation
+    actor = models["actor"]
+    generation = recipe.generation
     width = memory.BYTES[actor.settings.dtype]
     devices = generation.engines * generation.tensor_parallel
     return {"bytes": width * actor.parameters, "engines": generation.engines, "devices": devices}
 
 
-# --- placement and memory ---------------------------------------------------------------------------------------------
+# --- placement and memory -------------------------------------------------------------------------
 
 
 def arranged(recipe: Recipe) -> Arrangement:
@@ -252,45 +302,65 @@ def missing_nodes(where: Arrangement) -> int:
     return NEVER if where.nodes is None else max(0, where.nodes - where.cluster.nodes)
 
 
-def _footprints(recipe: Recipe, models: Mapping[str, Model], where: Arrangement) -> dict[Kind, Footprint]:
+def _footprints(
+    recipe: Recipe, models: Mapping[str, Model], where: Arrangement
+) -> dict[Kind, Footprint]:
     """What one process of every kind takes."""
     found = {(role, False): _footprint(recipe, models, role) for role, _ in where.need}
     if actor := models.get("actor"):
-        found["actor", True] = memory.sending(found["actor", False], actor.shape, actor.settings, recipe.cluster)
+        found["actor", True] = memory.sending(
+            found["actor", False], actor.shape, actor.settings, recipe.cluster
+        )
     return found
 
 
 def _footprint(recipe: Recipe, models: Mapping[str, Model], role: str) -> Footprint:
     """What one process of a role takes, but for sending weights."""
-    cluster, model = recipe.cluster, models.get(role)
+    cluster = recipe.cluster
+    model = models.get(role)
     if model is None:
         return memory.function()
     if isinstance(recipe, RL) and role == "engine":
         return memory.engine(model.shape, model.settings, recipe.generation, cluster)
-    longest, (read, learned, together) = _longest(recipe, models), _rows(recipe)
+    longest = _longest(recipe, models)
+    (read, learned, together) = _rows(recipe)
 
     def load(rows: int, processes: int, budget: int) -> Load:
         return Load.of(budget, longest, _share(rows, processes, together), together)
 
     if learner := learners_of(recipe).get(role):
-        reading, learning = (load(rows, learner.ranks, learner.micro_batch_tokens) for rows in (read, learned))
+        reading, learning = (
+            load(rows, learner.ranks, learner.micro_batch_tokens) for rows in (read, learned)
+        )
         return memory.learner(role, model.shape, model.head, learner, reading, learning, cluster)
     assert isinstance(recipe, RL)
-    worker = recipe.reference if role == "reference" else next(r for r in recipe.rewards if role == f"reward {r.name}")
+    worker = (
+        recipe.reference
+        if role == "reference"
+        else next(r for r in recipe.rewards if role == f"reward {r.name}")
+    )
     reading = load(read, worker.workers, worker.micro_batch_tokens)
     return memory.frozen(model.shape, model.head, model.settings, reading, cluster)
 
 
-def _memories(recipe: Recipe, footprints: Mapping[Kind, Footprint], where: Arrangement) -> list[Memory]:
+def _memories(
+    recipe: Recipe, footprints: Mapping[Kind, Footprint], where: Arrangement
+) -> list[Memory]:
     """Every GPU in use, and every node's CPU memory; those that hold the same together."""
     cluster = recipe.cluster
-    gpu, node = int(cluster.gpu_memory_gib * GIB), cluster.node_memory_gib
+    gpu = int(cluster.gpu_memory_gib * GIB)
+    node = cluster.node_memory_gib
     host = None if node is None else int(node * GIB)
-    phases = PHASES if isinstance(recipe, RL) else ("start", *(["score"] if recipe.held_out else []), "learn")
+    phases: Sequence[str] = PHASES
+    if not isinstance(recipe, RL):
+        phases = ("start", "score", "learn") if recipe.held_out else ("start", "learn")
     found = []
     for places, kinds in where.alike:
         on_gpu = places[0][1] is not None
-        held = [(k[0], footprints[k].device if on_gpu else footprints[k].host, count) for k, count in kinds.items()]
+        held = [
+            (k[0], footprints[k].device if on_gpu else footprints[k].host, count)
+            for k, count in kinds.items()
+        ]
         found.append(Memory(places, gpu if on_gpu else host, held, phases))
     return found
 
@@ -299,36 +369,61 @@ def _model_problems(recipe: Recipe, models: Mapping[str, Model]) -> Iterator[str
     """What keeps an engine from starting, whatever the memory."""
     if not isinstance(recipe, RL):
         return
-    shape, generation, parallel = models["engine"].shape, recipe.generation, recipe.generation.tensor_parallel
-    wanted, longest = generation.max_model_tokens or 0, shape.positions
+    shape = models["engine"].shape
+    generation = recipe.generation
+    parallel = recipe.generation.tensor_parallel
+    wanted = generation.max_model_tokens or 0
+    longest = shape.positions
     if wanted > longest:
         yield f"generation.max_model_tokens: {wanted} is more than the model's {longest} positions"
     if generation.max_new_tokens >= longest:
         wanted = generation.max_new_tokens
-        yield f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's {longest} positions"
-    parts = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.intermediate}
+        yield (
+            f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's "
+            f"{longest} positions"
+        )
+    parts = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "MLP columns": shape.intermediate,
+    }
     doubled = parallel % shape.kv_heads == 0  # fewer key-value heads than GPUs are copied
-    uneven = [f"{n} {what}" for what, n in parts.items() if n % parallel and not (doubled and "key" in what)]
+    uneven = [
+        f"{n} {what}"
+        for what, n in parts.items()
+        if n % parallel and not (doubled and "key" in what)
+    ]
     if uneven:
-        yield f"generation.tensor_parallel: {parallel} does not divide the model's {', '.join(uneven)}"
+        yield (
+            f"generation.tensor_parallel: {parallel} does not divide the model's "
+            f"{', '.join(uneven)}"
+        )
     if kv_room(recipe, models) < 1:
         one = f"one sequence of {_longest(recipe, models)} tokens"
         if recipe.cluster.device == "cpu":
-            yield f"generation.kv_cache_gib: {generation.kv_cache_gib:g} GiB of KV cache do not hold {one}"
+            yield (
+                f"generation.kv_cache_gib: {generation.kv_cache_gib:g} GiB of KV cache do not "
+                f"hold {one}"
+            )
         else:
-            share, whole = generation.gpu_memory_fraction, recipe.cluster.gpu_memory_gib
+            share = generation.gpu_memory_fraction
+            whole = recipe.cluster.gpu_memory_gib
             yield f"generation: an engine's {share:g} of {whole:g} GiB leaves no KV cache for {one}"
 
 
 def kv_room(recipe: RL, models: Mapping[str, Model]) -> int:
-    """Sequences of the longest length that an engine's KV cache holds at once, counted in blocks as vLLM does: without
-    one block that it keeps."""
-    model, generation = models["engine"], recipe.generation
+    """Sequences of the longest length that an engine's KV cache holds at once, counted in blocks as
+    vLLM does: without one block that it keeps.
+    """
+    model = models["engine"]
+    generation = recipe.generation
     footprint = memory.engine(model.shape, model.settings, generation, recipe.cluster)
     room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
     parts = min(generation.tensor_parallel, model.shape.kv_heads)
     block = memory.KV_BLOCK[recipe.cluster.device]
-    blocks = room * parts // (block * memory.BYTES[model.settings.dtype] * model.shape.kv_elements) - 1
+    blocks = (
+        room * parts // (block * memory.BYTES[model.settings.dtype] * model.shape.kv_elements) - 1
+    )
     return max(0, blocks) // math.ceil(_longest(recipe, models) / block)
 
 
@@ -377,12 +472,15 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
-    """Everything as plain data; sizes in bytes, times in seconds. docs/plan.md lists the keys, which stay."""
-    seconds, whole = plan.seconds, sum(plan.seconds.values())
+    """Everything as plain data; sizes in bytes, times in seconds. docs/plan.md lists the keys,
+    which stay.
+    """
+    seconds = plan.seconds
+    whole = sum(plan.seconds.values())
     return {
         "kind": plan.recipe.kind,
         "fits": plan.fits,
@@ -394,12 +492,14 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
         },
         "batch": plan.batch,
         "placement": [
-            {"process": p.name, "role": p.role, "node": p.node, "gpus": list(p.gpus)} for p in plan.where.processes
+            {"process": p.name, "role": p.role, "node": p.node, "gpus": list(p.gpus)}
+            for p in plan.where.processes
         ],
         "memory": [_device(plan, m, place) for m in plan.memories for place in m.places],
         "sync": plan.sync,
         "estimated_phases": {
-            phase: {"seconds": time, "share": time / whole if whole else 0.0} for phase, time in seconds.items()
+            phase: {"seconds": time, "share": time / whole if whole else 0.0}
+            for phase, time in seconds.items()
         },
     }
 
@@ -408,13 +508,19 @@ def _device(plan: Plan, memory: Memory, place: Spot) -> dict[str, Any]:
     """One GPU or one node's CPU memory, process by process."""
     held = {p.name: plan.footprints[p.kind] for p in plan.where.on[place]}
     return {
-        "node": place[0], "gpu": place[1], "limit_bytes": memory.limit, "largest_phase": memory.peak[0],
-        "peak_bytes": memory.peak[1], "headroom_bytes": memory.headroom,
+        "node": place[0],
+        "gpu": place[1],
+        "limit_bytes": memory.limit,
+        "largest_phase": memory.peak[0],
+        "peak_bytes": memory.peak[1],
+        "headroom_bytes": memory.headroom,
         "phases": {
-            phase: {name: (f.device if memory.is_gpu else f.host)[phase] for name, f in held.items()}
+            phase: {
+                name: (f.device if memory.is_gpu else f.host)[phase] for name, f in held.items()
+            }
             for phase in memory.phases
         },
-    }  # fmt: skip
+    }
 
 
 def _written(value: Any) -> str:

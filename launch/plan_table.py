@@ -29,14 +29,19 @@ COLUMNS = {
 }
 
 
-def show_plan(recipe: Recipe, json_file: Path | None = None, document: Document | None = None) -> bool:
-    """Print the plan, write it as JSON if asked, and say whether the recipe fits. `document` knows where every value is
-    written."""
+def show_plan(
+    recipe: Recipe, json_file: Path | None = None, document: Document | None = None
+) -> bool:
+    """Print the plan, write it as JSON if asked, and say whether the recipe fits. `document` knows
+    where every value is written.
+    """
     plan = make_plan(recipe, document)
     changes = [] if plan.fits else enough(recipe)
     if json_file is not None:
         try:
-            json_file.write_text(json.dumps(as_json(plan, changes), indent=2) + "\n", encoding="utf-8")
+            json_file.write_text(
+                json.dumps(as_json(plan, changes), indent=2) + "\n", encoding="utf-8"
+            )
         except OSError as error:
             raise UserError(f"--json: {json_file} cannot be written: {error.strerror}") from None
     print_plan(plan, changes)
@@ -74,15 +79,20 @@ def _batch(plan: Plan) -> Iterator[str]:
     if "prompts" in b:
         yield (
             f"{b['prompts']} prompts × {b['group_size']} = {b['sequences']} sequences of up to "
-            f"{b['longest_sequence_tokens']} tokens → {_many(b['mini_batches'], 'mini-batch', 'es')} of "
+            f"{b['longest_sequence_tokens']} tokens → "
+            f"{_many(b['mini_batches'], 'mini-batch', 'es')} of "
             f"{b['mini_batch_size']}" + (f" × {b['epochs']} epochs" if b["epochs"] > 1 else "")
         )
     else:
-        yield f"{b['examples']} examples = {b['sequences']} sequences of up to {b['longest_sequence_tokens']} tokens"
+        yield (
+            f"{b['examples']} examples = {b['sequences']} sequences of up to "
+            f"{b['longest_sequence_tokens']} tokens"
+        )
     for role, r in b["ranks"].items():
         yield (
             f"{role}: {_many(r['ranks'], 'rank')} × {r['sequences_per_rank']} sequences, in up to "
-            f"{_many(r['micro_batches_at_most'], 'micro-batch', 'es')} of {r['micro_batch_tokens']} tokens"
+            f"{_many(r['micro_batches_at_most'], 'micro-batch', 'es')} of "
+            f"{r['micro_batch_tokens']} tokens"
         )
     run = f", {b['optimizer_steps']} in the run of {b['steps']}" if b["steps"] else ""
     yield f"→ {_many(b['optimizer_steps_per_step'], 'optimizer step')} a step{run}"
@@ -91,10 +101,16 @@ def _batch(plan: Plan) -> Iterator[str]:
 def _sync(plan: Plan) -> Iterator[str]:
     if not isinstance(plan.recipe, RL):
         return
-    s, room = plan.sync, kv_room(plan.recipe, plan.models)
-    engines = _many(s["engines"], "engine") + (f" on {s['devices']} GPUs" if s["devices"] > s["engines"] else "")
+    s = plan.sync
+    room = kv_room(plan.recipe, plan.models)
+    engines = _many(s["engines"], "engine") + (
+        f" on {s['devices']} GPUs" if s["devices"] > s["engines"] else ""
+    )
     yield f"{_size(s['bytes'])} of weights a step to {engines}"
-    yield f"an engine's KV cache holds {room} of {plan.recipe.generation.max_concurrent} sequences at full length"
+    yield (
+        f"an engine's KV cache holds {room} of {plan.recipe.generation.max_concurrent} "
+        "sequences at full length"
+    )
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -112,7 +128,9 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _rows(one: Memory, gpus: bool) -> Iterator[list[str]]:
-    """One row per role, and one for all where several share the device. CPU memory beside GPUs is one row."""
+    """One row per role, and one for all where several share the device. CPU memory beside GPUs is
+    one row.
+    """
     phase, size = one.peak
     uses = one.uses[phase]
     bound = [_gib(size), _gib(one.limit), _gib(one.headroom)]
@@ -145,7 +163,10 @@ def _time(plan: Plan) -> str:
 
 def _changes(changes: list[Change]) -> Iterator[str]:
     if not changes:
-        yield "No change that was tried is enough: it takes a smaller model, shorter sequences or more memory."
+        yield (
+            "No change that was tried is enough: it takes a smaller model, shorter sequences or "
+            "more memory."
+        )
     elif len(changes) == 1 and len(changes[0].values) > 1:
         yield f"Together these are enough: {changes[0]}"
     elif len(changes) == 1:

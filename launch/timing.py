@@ -1,6 +1,8 @@
-"""A rough guess at how long the phases of a step take: FLOPs and bytes over the speeds below, nothing measured.
+"""A rough guess at how long the phases of a step take: FLOPs and bytes over the speeds below,
+nothing measured.
 
-Good for "most of a step is generation", not for a schedule: kernels, networks and response lengths differ too much.
+Good for "most of a step is generation", not for a schedule: kernels, networks and response lengths
+differ too much.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ RESPONSE_SHARE = 0.5  # of max_new_tokens that a response has on average; prompt
 
 @dataclass(frozen=True)
 class Speed:
-    """What one process reaches of its device's peak: FLOP/s, bytes/s of its memory and of a weight sync. `call` is the
-    least time of one layer of a forward pass, `trip` of asking a role for something and waiting; seconds."""
+    """What one process reaches of its device's peak: FLOP/s, bytes/s of its memory and of a weight
+    sync. `call` is the least time of one layer of a forward pass, `trip` of asking a role for
+    something and waiting; seconds.
+    """
 
     flops: float
     memory: float
@@ -33,12 +37,17 @@ class Speed:
     trip: float
 
 
-GPU = Speed(flops=0.4 * 312e12, memory=0.6 * 2.0e12, transfer=20e9, call=50e-6, trip=0.05)  # an A100, bfloat16
+# an A100, bfloat16
+GPU = Speed(flops=0.4 * 312e12, memory=0.6 * 2.0e12, transfer=20e9, call=50e-6, trip=0.05)
 CPU_THREAD = Speed(flops=40e9, memory=5e9, transfer=1e9, call=3e-3, trip=0.1)
 
 
-def step_seconds(recipe: Recipe, shapes: Mapping[str, Shape], longest: int, cached: float = 0) -> dict[str, float]:
-    """Seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit an engine's KV cache."""
+def step_seconds(
+    recipe: Recipe, shapes: Mapping[str, Shape], longest: int, cached: float = 0
+) -> dict[str, float]:
+    """Seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit an
+    engine's KV cache.
+    """
     if not isinstance(recipe, PPORecipe | GRPORecipe):
         learner = recipe.learner
         head: Head = "lm" if recipe.kind == "sft" else "score"
@@ -65,11 +74,15 @@ def _speed(recipe: Recipe, threads: int) -> Speed:
 
 
 def _generating(recipe: RL, shape: Shape, sequences: int, length: float, cached: float) -> float:
-    """Waves of concurrent sequences, and a last one that waits for the longest response. A decoding step reads all
-    weights and the cache of the sequences in it."""
-    generation, speed = recipe.generation, _speed(recipe, recipe.generation.threads)
-    width, parallel = BYTES[recipe.actor.model.dtype], generation.tensor_parallel
-    parameters, least = shape.parameters("lm"), shape.layers * speed.call
+    """Waves of concurrent sequences, and a last one that waits for the longest response. A decoding
+    step reads all weights and the cache of the sequences in it.
+    """
+    generation = recipe.generation
+    speed = _speed(recipe, recipe.generation.threads)
+    width = BYTES[recipe.actor.model.dtype]
+    parallel = generation.tensor_parallel
+    parameters = shape.parameters("lm")
+    least = shape.layers * speed.call
     mine = math.ceil(sequences / generation.engines)
     at_once = max(1, min(mine, generation.max_concurrent, int(cached / length)))
     response = min(length, generation.max_new_tokens * RESPONSE_SHARE)
@@ -78,12 +91,21 @@ def _generating(recipe: RL, shape: Shape, sequences: int, length: float, cached:
     computing = 2 * parameters * at_once / (speed.flops * parallel)
     decoding = mine / at_once * response * max(weights + cache, computing, least)
     waiting = max(0, generation.max_new_tokens - response) * max(weights, least)
-    prefill = 2 * parameters * mine / recipe.step.group_size * max(0.0, length - response) / (speed.flops * parallel)
+    prefill = (
+        2
+        * parameters
+        * mine
+        / recipe.step.group_size
+        * max(0.0, length - response)
+        / (speed.flops * parallel)
+    )
     return decoding + waiting + prefill + speed.trip
 
 
 def _scoring(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
-    """One forward pass of every role that reads; together they take as long as the slowest, or turns on shared GPUs."""
+    """One forward pass of every role that reads; together they take as long as the slowest, or
+    turns on shared GPUs.
+    """
     heads: dict[str, Head] = {"actor": "lm", "critic": "value", "reference": "lm"}
     times = []
     for role, shape in shapes.items():
@@ -92,7 +114,9 @@ def _scoring(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
         processes, threads = _processes(recipe, role)
         flops = 2 * shape.parameters(heads.get(role, "score")) * tokens / processes
         times.append(flops / _speed(recipe, threads).flops)
-    return (sum(times) if shares_gpus(recipe.cluster) else max(times, default=0.0)) + _speed(recipe, 1).trip
+    return (sum(times) if shares_gpus(recipe.cluster) else max(times, default=0.0)) + _speed(
+        recipe, 1
+    ).trip
 
 
 def _processes(recipe: RL, role: str) -> tuple[int, int]:
@@ -107,20 +131,34 @@ def _processes(recipe: RL, role: str) -> tuple[int, int]:
 
 def _learning_all(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
     """Actor and Critic learn at the same time; on shared GPUs they take turns."""
-    passes, step = recipe.step.ppo_epochs, recipe.step
+    passes = recipe.step.ppo_epochs
+    step = recipe.step
     updates = passes * math.ceil(step.prompts_per_step * step.group_size / step.mini_batch_size)
-    times = [_learning(shapes["actor"].parameters("lm"), tokens, passes, recipe.actor, recipe, shapes["actor"])]
+    times = [
+        _learning(
+            shapes["actor"].parameters("lm"), tokens, passes, recipe.actor, recipe, shapes["actor"]
+        )
+    ]
     if isinstance(recipe, PPORecipe):
         critic = shapes["critic"]
-        times.append(_learning(critic.parameters("value"), tokens, passes, recipe.critic, recipe, critic))
+        times.append(
+            _learning(critic.parameters("value"), tokens, passes, recipe.critic, recipe, critic)
+        )
     waiting = updates * _speed(recipe, 1).trip
     return (sum(times) if shares_gpus(recipe.cluster) else max(times)) + waiting
 
 
 def _learning(
-    parameters: int, tokens: float, passes: int, learner: LearnerSettings, recipe: Recipe, shape: Shape
+    parameters: int,
+    tokens: float,
+    passes: int,
+    learner: LearnerSettings,
+    recipe: Recipe,
+    shape: Shape,
 ) -> float:
-    """Forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed twice."""
+    """Forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed
+    twice.
+    """
     speed = _speed(recipe, learner.threads)
     factor = 8 if learner.model.gradient_checkpointing else 6
     micro_batches = tokens * passes / learner.ranks / learner.micro_batch_tokens

@@ -16,7 +16,8 @@ from learners.zero import Stats, ZeroEngine
 
 
 class ActorLearner(ZeroEngine):
-    """One rank of the Actor. `infer` gives `old_logprobs` [B,T] at the sampling temperature, `train` takes a step.
+    """One rank of the Actor. `infer` gives `old_logprobs` [B,T] at the sampling temperature,
+    `train` takes a step.
 
     `max_response_tokens` is the constant that "constant" loss aggregation divides each sequence by.
     """
@@ -30,7 +31,8 @@ class ActorLearner(ZeroEngine):
         total_steps: int,
         place: Place,
     ) -> None:
-        self.algorithm, self.temperature = algorithm, temperature
+        self.algorithm = algorithm
+        self.temperature = temperature
         self.max_response_tokens = max_response_tokens
         super().__init__(partial(load_causal_lm, settings.model), settings, place, total_steps)
 
@@ -48,15 +50,21 @@ class ActorLearner(ZeroEngine):
         return loss, {
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
-            "entropy": (-outputs.detach()[mask].sum(), mask.sum()),  # an estimate, from the sampled tokens
+            "entropy": (
+                -outputs.detach()[mask].sum(),
+                mask.sum(),
+            ),  # an estimate, from the sampled tokens
             "log_ratio": (drift.abs().sum(), mask.sum()),  # its size, whatever its sign
             "max_log_ratio": (drift.abs().amax(), mask.sum()),
             "max_ratio_deviation": (drift.expm1().abs().amax(), mask.sum()),
         }
 
     def probe(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on every rank."""
-        temperature, self.temperature = self.temperature, 1.0
+        """Log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on every
+        rank.
+        """
+        temperature = self.temperature
+        self.temperature = 1.0
         try:
             return self.infer(Experience.from_ids([ids[:1]], [ids[1:]]))[0].tolist()
         finally:

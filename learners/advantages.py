@@ -1,7 +1,8 @@
 """From scores to advantages: KL penalties, dense rewards, GAE, group normalisation, whitening.
 
-Shapes and conventions everywhere: tensors are [B, T], right-padded; `mask` (bool or 0/1) is 1 on response
-tokens; any float dtype comes in, float32 goes out; a masked position influences nothing and comes out as 0.
+Shapes and conventions everywhere: tensors are [B, T], right-padded; `mask` (bool or 0/1) is 1 on
+response tokens; any float dtype comes in, float32 goes out; a masked position influences nothing
+and comes out as 0.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from torch import Tensor
 from learners.logprobs import LOG_RATIO_LIMIT, clean
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = None) -> Tensor:
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = None
+) -> Tensor:
     """Estimate of KL(policy || reference) per token, in nats, for tokens sampled from the policy.
 
-    logprobs, ref_logprobs (and mask) of one shape -> the same shape. With d = logprobs - ref_logprobs: "k1"
-    is d (unbiased, may be negative), "k2" is d²/2, "k3" is exp(-d) + d - 1 (unbiased, never negative), with d
-    clamped to ±20. Source: J. Schulman, "Approximating KL divergence" (2020). Raises ValueError for another
-    kind.
+    logprobs, ref_logprobs (and mask) of one shape -> the same shape. With d = logprobs -
+    ref_logprobs: "k1" is d (unbiased, may be negative), "k2" is d²/2, "k3" is exp(-d) + d - 1
+    (unbiased, never negative), with d clamped to ±20. Source: J. Schulman, "Approximating KL
+    divergence" (2020). Raises ValueError for another kind.
     """
     if mask is None:
         mask = torch.ones_like(logprobs, dtype=torch.bool)
@@ -49,35 +52,42 @@ def token_rewards(
     kl: str = "k1",
     score_clip: float | None = None,
 ) -> Tensor:
-    """Dense rewards: -beta * KL_t on every token, plus the sequence's score on its last response token.
+    """Dense rewards: -beta * KL_t on every token, plus the sequence's score on its last response
+    token.
 
-    scores [B], the rest [B, T] -> [B, T]. `score_clip` clamps the score (not the KL) to ±score_clip first. An
-    empty response has reward 0. A sequence whose score is NaN could not be scored: its rewards are 0
-    everywhere, since a KL penalty without the score it belongs to would only teach the Actor to be the
-    Reference. Source: Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences". Raises
-    ValueError when shapes do not match.
+    scores [B], the rest [B, T] -> [B, T]. `score_clip` clamps the score (not the KL) to ±score_clip
+    first. An empty response has reward 0. A sequence whose score is NaN could not be scored: its
+    rewards are 0 everywhere, since a KL penalty without the score it belongs to would only teach
+    the Actor to be the Reference. Source: Ziegler et al. (2019), "Fine-Tuning Language Models from
+    Human Preferences". Raises ValueError when shapes do not match.
     """
     if scores.shape != mask.shape[:1]:
-        raise ValueError(f"one score per sequence expected: [{mask.shape[0]}], not {list(scores.shape)}")
+        raise ValueError(
+            f"one score per sequence expected: [{mask.shape[0]}], not {list(scores.shape)}"
+        )
     mask = mask.bool() & ~scores.isnan().unsqueeze(1)
     scores = scores.float()
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
-    # The last token is the valid one with no valid token after it. Its column is not the length minus one:
-    # the mask may have gaps. `where`, not a product with 0/1, keeps an infinite score off the other tokens.
+    # The last token is the valid one with no valid token after it. Its column is not the length
+    # minus one: the mask may have gaps. `where`, not a product with 0/1, keeps an infinite score
+    # off the other tokens.
     valid_from_here = mask.flip(1).cumsum(1).flip(1)
     last = mask & (valid_from_here == 1)
     penalty = -beta * kl_estimate(logprobs, ref_logprobs, kl, mask)
     return torch.where(last, penalty + scores.unsqueeze(1), penalty)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: A_t = delta_t + gamma lam A_next, delta_t = r_t + gamma V_next - V_t.
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: A_t = delta_t + gamma lam A_next, delta_t = r_t + gamma
+    V_next - V_t.
 
-    rewards, values, mask [B, T] -> (advantages, returns), both [B, T], where returns = advantages + values.
-    `next` is the next *valid* token: tokens masked out in the middle are skipped as if they were absent.
-    After the last valid token value and advantage are 0. Source: Schulman et al. (2016), "High-Dimensional
-    Continuous Control Using Generalized Advantage Estimation".
+    rewards, values, mask [B, T] -> (advantages, returns), both [B, T], where returns = advantages +
+    values. `next` is the next *valid* token: tokens masked out in the middle are skipped as if they
+    were absent. After the last valid token value and advantage are 0. Source: Schulman et al.
+    (2016), "High-Dimensional Continuous Control Using Generalized Advantage Estimation".
     """
     mask, rewards, values = clean(mask, rewards, values)
     advantages = torch.zeros_like(rewards)
@@ -97,11 +107,14 @@ def value_targets(
 ) -> Tensor:
     """The Critic's label, [B, T] -> [B, T].
 
-    "mc" is the discounted sum of the rewards to come, "td" is r_t + gamma V_next, "gae" is the lambda-return
-    A_t + V_t that lies between them. `lam` matters to "gae" alone. Raises ValueError for another kind.
+    "mc" is the discounted sum of the rewards to come, "td" is r_t + gamma V_next, "gae" is the
+    lambda-return A_t + V_t that lies between them. `lam` matters to "gae" alone. Raises ValueError
+    for another kind.
     """
     match kind:
-        case "mc":  # with lambda = 1 the values cancel; leaving them out cancels them without rounding
+        case (
+            "mc"
+        ):  # with lambda = 1 the values cancel; leaving them out cancels them without rounding
             return gae(rewards, torch.zeros_like(values), mask, gamma=gamma, lam=1.0)[1]
         case "td":
             return gae(rewards, values, mask, gamma=gamma, lam=0.0)[1]
@@ -110,25 +123,30 @@ def value_targets(
     raise ValueError(f"unknown critic label {kind!r}: choose mc, td or gae")
 
 
-def group_advantages(scores: Tensor, group_size: int, *, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+def group_advantages(
+    scores: Tensor, group_size: int, *, kind: str = "grpo", eps: float = 1e-6
+) -> Tensor:
     """Advantage of every sample against the other samples of its prompt.
 
-    scores [N], where each run of `group_size` neighbours is one group -> [N]. With the group's mean: "grpo"
-    is (r - mean) / (std + eps), std with n - 1 (Shao et al. 2024, DeepSeekMath); "dr_grpo" is r - mean (Liu
-    et al. 2025, "Understanding R1-Zero-Like Training"); "rloo" is r - mean of the others (Ahmadian et al.
-    2024, "Back to Basics"). A score that is not finite is left out of the statistics and gets 0; so does
-    everyone in a group without spread, or with a single finite score: there is nobody to compare with. Raises
-    ValueError when N is not a multiple of group_size, and for another kind.
+    scores [N], where each run of `group_size` neighbours is one group -> [N]. With the group's
+    mean: "grpo" is (r - mean) / (std + eps), std with n - 1 (Shao et al. 2024, DeepSeekMath);
+    "dr_grpo" is r - mean (Liu et al. 2025, "Understanding R1-Zero-Like Training"); "rloo" is r -
+    mean of the others (Ahmadian et al. 2024, "Back to Basics"). A score that is not finite is left
+    out of the statistics and gets 0; so does everyone in a group without spread, or with a single
+    finite score: there is nobody to compare with. Raises ValueError when N is not a multiple of
+    group_size, and for another kind.
     """
     if group_size < 1 or scores.numel() % group_size:
         raise ValueError(f"{scores.numel()} scores cannot be cut into groups of {group_size}")
-    groups = scores.double().reshape(-1, group_size)  # scores far from 0 differ in digits that float32 has not
+    # scores far from 0 differ in digits that float32 has not
+    groups = scores.double().reshape(-1, group_size)
     finite = groups.isfinite()
     n = finite.sum(1, keepdim=True)
     groups = groups.masked_fill(~finite, 0.0)
 
-    # Equal scores are recognised by comparison: the rounding error of their mean, divided by an equally small
-    # std, would otherwise turn a group that teaches nothing into advantages of order 1.
+    # Equal scores are recognised by comparison: the rounding error of their mean, divided by an
+    # equally small std, would otherwise turn a group that teaches nothing into advantages of order
+    # 1.
     highest = groups.masked_fill(~finite, -math.inf).amax(1, keepdim=True)
     lowest = groups.masked_fill(~finite, math.inf).amin(1, keepdim=True)
     informative = finite & (highest > lowest)
@@ -150,16 +168,18 @@ def group_advantages(scores: Tensor, group_size: int, *, kind: str = "grpo", eps
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps), with the mean and the population variance of all valid tokens together.
+    """(x - mean) / sqrt(var + eps), with the mean and the population variance of all valid tokens
+    together.
 
-    x, mask [B, T] -> [B, T]. `shift_mean=False` adds the mean back: only the scale changes. With nothing
-    valid the result is 0. Source: the PPO of Ziegler et al. (2019).
+    x, mask [B, T] -> [B, T]. `shift_mean=False` adds the mean back: only the scale changes. With
+    nothing valid the result is 0. Source: the PPO of Ziegler et al. (2019).
     """
     mask, x = clean(mask, x)
     n = mask.sum().clamp(min=1)
     mean = x.sum() / n
     centred = (x - mean).masked_fill(~mask, 0.0)
-    # A second pass removes the rounding error of the mean, which the division magnifies when x is constant.
+    # A second pass removes the rounding error of the mean, which the division magnifies when x is
+    # constant.
     centred = (centred - centred.sum() / n).masked_fill(~mask, 0.0)
     whitened = centred * torch.rsqrt(centred.square().sum() / n + eps)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
@@ -167,10 +187,12 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
 
 @dataclass
 class AdaptiveKL:
-    """Moves `beta`, the weight of the KL penalty, so that the KL per sequence approaches `target` (nats).
+    """Moves `beta`, the weight of the KL penalty, so that the KL per sequence approaches `target`
+    (nats).
 
-    The proportional controller of Ziegler et al. (2019). `horizon` is counted in sequences: at the largest
-    error, beta changes by a fifth per `horizon` of them. Raises ValueError unless all three are positive.
+    The proportional controller of Ziegler et al. (2019). `horizon` is counted in sequences: at the
+    largest error, beta changes by a fifth per `horizon` of them. Raises ValueError unless all three
+    are positive.
     """
 
     beta: float
@@ -180,15 +202,17 @@ class AdaptiveKL:
     def __post_init__(self) -> None:
         for name in ("beta", "target", "horizon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} of the adaptive KL must be positive, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} of the adaptive KL must be positive, not {getattr(self, name)}"
+                )
 
     def update(self, sequence_kl: float | Tensor, n: int) -> None:
         """beta *= 1 + clip(sequence_kl / target - 1, ±0.2) * n / horizon.
 
-        `sequence_kl` is the mean over n sequences of the KL summed over a sequence. One that is not finite
-        says nothing about the policy and leaves beta alone; clipped, an overflow would pass for the largest
-        error. Raises ValueError when n is so large for the horizon that beta would stop being positive and
-        reward divergence.
+        `sequence_kl` is the mean over n sequences of the KL summed over a sequence. One that is not
+        finite says nothing about the policy and leaves beta alone; clipped, an overflow would pass
+        for the largest error. Raises ValueError when n is so large for the horizon that beta would
+        stop being positive and reward divergence.
         """
         kl = float(sequence_kl)
         if not math.isfinite(kl):

@@ -15,9 +15,13 @@ from learners.zero import Stats, ZeroEngine
 
 
 class CriticLearner(ZeroEngine):
-    """One rank of the Critic. `infer` gives `values` [B,T]: row t is read before response token t."""
+    """One rank of the Critic. `infer` gives `values` [B,T]: row t is read before response
+    token t.
+    """
 
-    def __init__(self, settings: LearnerSettings, value_clip: float | None, total_steps: int, place: Place) -> None:
+    def __init__(
+        self, settings: LearnerSettings, value_clip: float | None, total_steps: int, place: Place
+    ) -> None:
         self.value_clip = value_clip
         super().__init__(partial(load_critic, settings.model), settings, place, total_steps)
 
@@ -26,9 +30,14 @@ class CriticLearner(ZeroEngine):
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         assert batch.values is not None and batch.returns is not None
-        per_token, stats = value_loss(outputs, batch.values, batch.returns, batch.mask, clip=self.value_clip)
+        per_token, stats = value_loss(
+            outputs, batch.values, batch.returns, batch.mask, clip=self.value_clip
+        )
         loss = aggregate(per_token, batch.mask, how="token_mean", denominator=denominator)
-        return loss, {**stats, "loss": (loss.detach() * denominator, torch.tensor(self.count(batch)))}
+        return loss, {
+            **stats,
+            "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
+        }
 
     def count(self, shard: Experience) -> float:
         return shard.count("token_mean")

@@ -1,8 +1,9 @@
-"""Prompts, SFT examples and preference pairs: read through Hugging Face datasets, checked, tokenised once.
+"""Prompts, SFT examples and preference pairs: read through Hugging Face datasets, checked,
+tokenised once.
 
-Tokenising rules: a text prompt gets the special tokens its tokenizer puts in front (BOS, [CLS]), never those
-it puts behind; a chat prompt is what the tokenizer's template renders, ready for the answer; a response gets
-no special tokens but the closing EOS ([SEP] on an encoder).
+Tokenising rules: a text prompt gets the special tokens its tokenizer puts in front (BOS, [CLS]),
+never those it puts behind; a chat prompt is what the tokenizer's template renders, ready for the
+answer; a response gets no special tokens but the closing EOS ([SEP] on an encoder).
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class DataError(UserError):
-    """Data that cannot be used. Rows are counted from 1, so in a JSON-lines file they are line numbers."""
+    """Data that cannot be used. Rows are counted from 1, so in a JSON-lines file they are line
+    numbers.
+    """
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`index` is the row in the data, from 0; reward functions see `text` and the answer `columns`."""
+    """`index` is the row in the data, from 0; reward functions see `text` and the answer
+    `columns`.
+    """
 
     index: int
     ids: list[int]
@@ -57,7 +62,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both answers end with EOS ([SEP] on an encoder); `margin` is what the chosen score must win by."""
+    """Both answers end with EOS ([SEP] on an encoder); `margin` is what the chosen score must win
+    by.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -83,7 +90,9 @@ class Rows(list[T]):
 
 
 def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
-    """Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless `long_prompts` is drop."""
+    """Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless `long_prompts`
+    is drop.
+    """
     rows: Rows[Prompt] = Rows()
     for i, row in enumerate(read_rows(data, [data.prompt_column, *data.answer_columns])):
         text, ids = _prompt(data, tokenizer, i, row[data.prompt_column])
@@ -93,9 +102,11 @@ def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
             rows.dropped["too long"] += 1
         else:
             raise _row_error(
-                data, i, f"the prompt has {len(ids)} tokens, max_prompt_tokens is {data.max_prompt_tokens}; "
-                "raise it, or set long_prompts: drop"
-            )  # fmt: skip
+                data,
+                i,
+                f"the prompt has {len(ids)} tokens, max_prompt_tokens is {data.max_prompt_tokens}; "
+                "raise it, or set long_prompts: drop",
+            )
     return _not_empty(data, rows)
 
 
@@ -106,7 +117,9 @@ def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
         _, prompt = _prompt(data, tokenizer, i, row[data.prompt_column])
         answer = _text(data, i, data.response_column, row)
         if not answer:
-            raise _row_error(data, i, f"{data.response_column} is empty: there is no answer to learn")
+            raise _row_error(
+                data, i, f"{data.response_column} is empty: there is no answer to learn"
+            )
         response = encode_response(tokenizer, answer)
         if len(prompt) + len(response) <= data.max_tokens:
             rows.append(Example(prompt, response))
@@ -116,10 +129,14 @@ def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
 
 
 def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
-    """Raises DataError on bad rows. Pairs over `max_tokens` and pairs of equal answers are dropped."""
+    """Raises DataError on bad rows. Pairs over `max_tokens` and pairs of equal answers are
+    dropped.
+    """
     rows: Rows[Pair] = Rows()
     columns = [data.prompt_column, data.chosen_column, data.rejected_column]
-    for i, row in enumerate(read_rows(data, columns + ([data.margin_column] if data.margin_column else []))):
+    for i, row in enumerate(
+        read_rows(data, columns + ([data.margin_column] if data.margin_column else []))
+    ):
         _, prompt = _prompt(data, tokenizer, i, row[data.prompt_column])
         chosen = encode_response(tokenizer, _text(data, i, data.chosen_column, row), encoder)
         rejected = encode_response(tokenizer, _text(data, i, data.rejected_column, row), encoder)
@@ -132,18 +149,25 @@ def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
     return _not_empty(data, rows)
 
 
-# -- tokenising --------------------------------------------------------------------------------------------
+# --- tokenising -----------------------------------------------------------------------------------
 
 
-def encode_texts(tokenizer: Any, prompt: str, response: str, encoder: bool) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote them."""
+def encode_texts(
+    tokenizer: Any, prompt: str, response: str, encoder: bool
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote
+    them.
+    """
     return encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, encoder)
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids with the tokenizer's leading special tokens (once, even if the text has them), no trailing ones."""
+    """Ids with the tokenizer's leading special tokens (once, even if the text has them), no
+    trailing ones.
+    """
     encoded = tokenizer(text, return_special_tokens_mask=True)
-    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    ids = encoded["input_ids"]
+    added = encoded["special_tokens_mask"]
     end = len(ids)
     while end and added[end - 1]:
         end -= 1
@@ -152,40 +176,61 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
-    """Ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer has none."""
+    """Ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer has
+    none.
+    """
     end = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
     if end is None:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path} has no {'SEP' if encoder else 'EOS'} token")
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no {'SEP' if encoder else 'EOS'} token"
+        )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes when a text would become other ids: by another vocabulary, other special tokens or other splitting."""
-    seen: list[Any] = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())]
+    """Changes when a text would become other ids: by another vocabulary, other special tokens or
+    other splitting.
+    """
+    seen: list[Any] = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.special_tokens_map.items()),
+    ]
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(backend.to_str())
         seen += [rules[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "model")]
-    return hashlib.blake2b(json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8
+    ).hexdigest()
 
 
 def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[str, list[int]]:
     """Text and ids of a prompt, given as text or as chat messages."""
     if isinstance(value, str):
-        text, ids = value, encode_prompt(tokenizer, value)
+        text = value
+        ids = encode_prompt(tokenizer, value)
     elif _is_chat(value):
         if not tokenizer.chat_template:
-            raise _row_error(data, row, "the prompt is chat messages, but the tokenizer has no chat template")
+            raise _row_error(
+                data, row, "the prompt is chat messages, but the tokenizer has no chat template"
+            )
         # Columns are typed, so a key that any message has comes back as None in all the others.
         messages = [{k: v for k, v in message.items() if v is not None} for message in value]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put in what it wants
+        # the template has put in what it wants
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        raise _row_error(data, row, "a prompt must be text, or a list of messages with role and content")
+        raise _row_error(
+            data, row, "a prompt must be text, or a list of messages with role and content"
+        )
     if not text or not ids:
         raise _row_error(data, row, "the prompt is empty")
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise _row_error(data, row, f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer")
+        raise _row_error(
+            data,
+            row,
+            f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer",
+        )
     return text, ids
 
 
@@ -194,16 +239,21 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and value.get("content") is not None
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and value.get("content") is not None
+    )
 
 
-# -- reading -----------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_rows(data: DataSettings, columns: Sequence[str]) -> Any:
     """The rows as a `datasets.Dataset` with just these columns; needs no tokenizer.
 
-    Raises DataError when there is nothing at the path, when it cannot be read, has no rows, or lacks columns.
+    Raises DataError when there is nothing at the path, when it cannot be read, has no rows, or
+    lacks columns.
     """
     rows = _open(data)
     missing = [name for name in columns if name not in rows.column_names]
@@ -231,14 +281,19 @@ def _open(data: DataSettings) -> Any:
         cause = error.__cause__ or error
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         what = (
-            "cannot be read" if os.path.exists(path) else "no file or folder here, and cannot be read from the hub"
+            "cannot be read"
+            if os.path.exists(path)
+            else "no file or folder here, and cannot be read from the hub"
         )
         raise DataError(f"{data.path}: {what} (split {data.split}): {first_line}") from error
 
 
 def check_path(name: str) -> None:
-    """Raise DataError unless there is a file or folder of a known format, or the name may be one on the hub."""
-    path, formats = Path(name), ", ".join(FORMATS)
+    """Raise DataError unless there is a file or folder of a known format, or the name may be one on
+    the hub.
+    """
+    path = Path(name)
+    formats = ", ".join(FORMATS)
     if os.path.isdir(name):
         if not any(file.suffix in FORMATS for file in path.rglob("*")):
             raise DataError(f"{name}: the folder holds no {formats} files")
@@ -253,7 +308,8 @@ def check_path(name: str) -> None:
 
 def _load(datasets: Any, source: str, **where: Any) -> Any:
     rows = datasets.load_dataset(source, **where)
-    # Text that looks like a date in every row is read from JSON as one; as free-form JSON it stays text.
+    # Text that looks like a date in every row is read from JSON as one; as free-form JSON it stays
+    # text.
     dates = [name for name, feature in rows.features.items() if "timestamp" in str(feature)]
     if rows.info.builder_name != "json" or not dates:
         return rows

@@ -1,7 +1,8 @@
-"""What a batch becomes on its way through a step: rollouts from the engines, experience for the learners.
+"""What a batch becomes on its way through a step: rollouts from the engines, experience for the
+learners.
 
-Shapes: `B` sequences, `L` = longest prompt + response, `T` = longest response. Everything is right-padded; masks come
-from lengths, never from comparing ids with PAD.
+Shapes: `B` sequences, `L` = longest prompt + response, `T` = longest response. Everything is
+right-padded; masks come from lengths, never from comparing ids with PAD.
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-PER_TOKEN = ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "advantages", "returns", "valid")
+PER_TOKEN = (
+    "old_logprobs",
+    "ref_logprobs",
+    "rollout_logprobs",
+    "values",
+    "advantages",
+    "returns",
+    "valid",
+)
 
 
 @dataclass(frozen=True)
 class PromptRequest:
     """One prompt sent to an engine: `group_size` responses are wanted for it.
 
-    `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a prompt may come twice
-    in one). `seeds` has one seed per response, or is None for unseeded sampling. Temperature 0 means greedy decoding.
-    `distortions` are sampling parameters that change the distribution (top_p, penalties), by vLLM's names.
+    `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a
+    prompt may come twice in one). `seeds` has one seed per response, or is None for unseeded
+    sampling. Temperature 0 means greedy decoding. `distortions` are sampling parameters that change
+    the distribution (top_p, penalties), by vLLM's names.
     """
 
     prompt_index: int
@@ -36,10 +46,11 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response as an engine sampled it. `logprobs` are the engine's own, of each response id, after temperature.
+    """One response as an engine sampled it. `logprobs` are the engine's own, of each response id,
+    after temperature.
 
-    `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length". `weight_versions` are those
-    the first and the last token were sampled with.
+    `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length".
+    `weight_versions` are those the first and the last token were sampled with.
     """
 
     prompt_index: int
@@ -56,9 +67,10 @@ class Rollout:
 class Experience:
     """A batch of sequences (prompt + response) and what is known about them.
 
-    `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; per-token tensors [B,T], row t of `values` being the
-    critic's reading before response token t; `scores` [B]; `margins` [B] (preference pairs: the chosen sequence of
-    pair i is row 2i, the rejected one row 2i+1). `valid` [B,T] takes single tokens out of `mask`.
+    `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; per-token tensors [B,T], row t of
+    `values` being the critic's reading before response token t; `scores` [B]; `margins` [B]
+    (preference pairs: the chosen sequence of pair i is row 2i, the rejected one row 2i+1). `valid`
+    [B,T] takes single tokens out of `mask`.
     """
 
     input_ids: Tensor
@@ -75,9 +87,14 @@ class Experience:
     margins: Tensor | None = None
 
     @classmethod
-    def from_ids(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Experience:
+    def from_ids(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> Experience:
         """Right-pad token ids (with 0: the value never matters) into one batch."""
-        rows = [torch.tensor([*p, *r], dtype=torch.long) for p, r in zip(prompts, responses, strict=True)]
+        rows = [
+            torch.tensor([*p, *r], dtype=torch.long)
+            for p, r in zip(prompts, responses, strict=True)
+        ]
         return cls(
             input_ids=_pad(rows, dtype=torch.long),
             prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.long),
@@ -87,13 +104,20 @@ class Experience:
     @classmethod
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> Experience:
         batch = cls.from_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        return replace(batch, rollout_logprobs=_pad([torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32))
+        return replace(
+            batch,
+            rollout_logprobs=_pad(
+                [torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32
+            ),
+        )
 
     @classmethod
     def placeholder(cls, rows: int = 1) -> Experience:
-        """A batch without a single response token: what a rank computes when its share of the work is done.
+        """A batch without a single response token: what a rank computes when its share of the work
+        is done.
 
-        Collectives inside forward and backward (ZeRO-3) need every rank; a masked batch adds exactly nothing.
+        Collectives inside forward and backward (ZeRO-3) need every rank; a masked batch adds
+        exactly nothing.
         """
         zeros = torch.zeros(rows, 1)
         return cls(
@@ -127,17 +151,21 @@ class Experience:
         return mask if self.valid is None else mask & self.valid[:, :width].bool()
 
     def count(self, how: str, longest_response: int = 0) -> float:
-        """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences × `longest_response`."""
+        """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences ×
+        `longest_response`.
+        """
         if how == "token_mean":
             return float(self.mask.sum())
         sequences = float(self.mask.any(1).sum()) if len(self) else 0.0
         return sequences if how == "sequence_mean" else sequences * longest_response
 
     def response_part(self, per_position: Tensor) -> Tensor:
-        """Pick the T entries that speak about response tokens out of [B,L] or [B,L-1]: entry p-1+t for token t.
+        """Pick the T entries that speak about response tokens out of [B,L] or [B,L-1]: entry p-1+t
+        for token t.
 
-        Position p-1+t has read everything before response token t, so this serves log-probs (entry i is about token
-        i+1) and values (the critic's reading before the token) alike. Entries past a response are arbitrary: mask them.
+        Position p-1+t has read everything before response token t, so this serves log-probs (entry
+        i is about token i+1) and values (the critic's reading before the token) alike. Entries past
+        a response are arbitrary: mask them.
         """
         steps = torch.arange(_longest(self.response_lengths), device=per_position.device)
         index = self.prompt_lengths[:, None] - 1 + steps
@@ -146,8 +174,11 @@ class Experience:
     def select(self, rows: Sequence[int]) -> Experience:
         """The given rows, trimmed to their own longest sequence and response."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        width, longest = _longest(self.response_lengths[index]), _longest(self.lengths[index])
-        picked = {f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        width = _longest(self.response_lengths[index])
+        longest = _longest(self.lengths[index])
+        picked = {
+            f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None
+        }
         for name in PER_TOKEN:
             if name in picked:
                 picked[name] = picked[name][:, :width]
@@ -159,12 +190,14 @@ class Experience:
         return Experience(**{name: x.to(device) for name, x in known.items()})
 
     def shard(self, ranks: int, group: int = 1) -> list[list[int]]:
-        """Rows for each rank: consecutive `group` rows stay together, token counts are balanced, nothing is dropped.
+        """Rows for each rank: consecutive `group` rows stay together, token counts are balanced,
+        nothing is dropped.
 
         A rank may get no rows at all.
         """
         lengths = self.lengths.reshape(-1, group).sum(1).tolist()
-        loads, shares = [0] * ranks, [[] for _ in range(ranks)]  # type: ignore[var-annotated]
+        loads = [0] * ranks
+        shares: list[list[int]] = [[] for _ in range(ranks)]
         for unit in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             rank = min(range(ranks), key=lambda r: (loads[r], len(shares[r]), r))
             loads[rank] += lengths[unit]
@@ -172,7 +205,9 @@ class Experience:
         return shares
 
     def micro_batches(self, token_budget: int, group: int = 1) -> list[list[int]]:
-        """Rows of each micro-batch: similar lengths together, rows × longest within the budget, at least one group."""
+        """Rows of each micro-batch: similar lengths together, rows × longest within the budget, at
+        least one group.
+        """
         longest = self.lengths.reshape(-1, group).amax(1).tolist() if len(self) else []
         batches: list[list[int]] = []
         width = 0
@@ -185,12 +220,18 @@ class Experience:
 
 
 def map_rows(
-    batch: Experience, token_budget: int, compute: Callable[[Experience], Tensor], device: str = "cpu", rounds: int = 0
+    batch: Experience,
+    token_budget: int,
+    compute: Callable[[Experience], Tensor],
+    device: str = "cpu",
+    rounds: int = 0,
 ) -> Tensor:
-    """Run `compute` without gradient over micro-batches and return its rows in the batch's own order, on the CPU.
+    """Run `compute` without gradient over micro-batches and return its rows in the batch's own
+    order, on the CPU.
 
-    `compute` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T. `rounds` asks for at
-    least that many calls, the surplus ones on placeholders (collective forwards need the same number on every rank).
+    `compute` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T.
+    `rounds` asks for at least that many calls, the surplus ones on placeholders (collective
+    forwards need the same number on every rank).
     """
     micro_batches = batch.micro_batches(token_budget)
     results: list[Tensor | None] = [None] * len(batch)

@@ -1,4 +1,6 @@
-"""GRPO: scores normalised inside each group instead of a critic, KL in the loss (Shao et al. 2024, DeepSeekMath)."""
+"""GRPO: scores normalised inside each group instead of a critic, KL in the loss (Shao et al. 2024,
+DeepSeekMath).
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,26 @@ from learners.settings import GRPOSettings
 
 
 class GRPO:
-    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the Actor's ranks call
-    `actor_loss` on every micro-batch."""
+    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the
+    Actor's ranks call `actor_loss` on every micro-batch.
+    """
 
     def __init__(self, settings: GRPOSettings, group_size: int) -> None:
-        self.settings, self.group_size = settings, group_size
+        self.settings = settings
+        self.group_size = group_size
 
     def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
-        """Fill `advantages` [B,T] (the same on every token of a response); returns metrics beside them."""
+        """Fill `advantages` [B,T] (the same on every token of a response); returns metrics beside
+        them.
+        """
         assert batch.scores is not None
         per_sequence = group_advantages(batch.scores, self.group_size, kind=self.settings.advantage)
         advantages = per_sequence[:, None] * batch.mask.float()
         spread = per_sequence.reshape(-1, self.group_size).any(1)
-        metrics = {"group/with_spread": float(spread.float().mean()), "advantage/std": float(per_sequence.std())}
+        metrics = {
+            "group/with_spread": float(spread.float().mean()),
+            "advantage/std": float(per_sequence.std()),
+        }
         if batch.ref_logprobs is not None and batch.old_logprobs is not None:
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
             metrics["kl/sequence"] = float(kl.sum() / batch.mask.any(1).sum().clamp(min=1))
@@ -34,17 +43,31 @@ class GRPO:
     def learned(self, batch: Experience) -> None:
         """Nothing follows from a step but the Actor."""
 
-    def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:
-        """Clipped policy loss plus `kl_beta` times the k3 KL, both divided by the mini-batch's `denominator`."""
-        s, mask = self.settings, batch.mask
+    def actor_loss(
+        self, logprobs: Tensor, batch: Experience, denominator: float
+    ) -> tuple[Tensor, dict]:
+        """Clipped policy loss plus `kl_beta` times the k3 KL, both divided by the mini-batch's
+        `denominator`.
+        """
+        s = self.settings
+        mask = batch.mask
         per_token, stats = policy_loss(
-            logprobs, batch.old_logprobs, batch.advantages, mask,
-            clip_low=s.clip_low, clip_high=s.clip_high, dual_clip=s.dual_clip, ratio=s.ratio,
-        )  # fmt: skip
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            mask,
+            clip_low=s.clip_low,
+            clip_high=s.clip_high,
+            dual_clip=s.dual_clip,
+            ratio=s.ratio,
+        )
         if s.rollout_correction is not None:
             correction = s.rollout_correction.model_dump()
-            weights, more = rollout_correction(batch.old_logprobs, batch.rollout_logprobs, mask, **correction)
-            per_token, stats = per_token * weights, stats | more
+            weights, more = rollout_correction(
+                batch.old_logprobs, batch.rollout_logprobs, mask, **correction
+            )
+            per_token = per_token * weights
+            stats = stats | more
         if s.kl_beta > 0:
             kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", mask)
             per_token = per_token + s.kl_beta * kl

@@ -17,8 +17,8 @@ def token_logprobs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) 
     """Log-probability of every next token under softmax(logits / temperature), in nats.
 
     logits [B, L, V] of any float dtype, input_ids [B, L] -> [B, L-1] in float32. Column t is the
-    log-probability of `input_ids[:, t + 1]`, read from `logits[:, t]`. Raises ValueError for a temperature
-    that is not positive and finite, and for shapes that do not belong together.
+    log-probability of `input_ids[:, t + 1]`, read from `logits[:, t]`. Raises ValueError for a
+    temperature that is not positive and finite, and for shapes that do not belong together.
     """
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
@@ -32,8 +32,9 @@ def token_logprobs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) 
 
 
 def _row_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    # One sequence at a time, gather minus logsumexp: without gradient the float32 copy of the logits is
-    # [L, V] instead of [B, L, V]; with gradient it is kept once, where a log-softmax would keep a second one.
+    # One sequence at a time, gather minus logsumexp: without gradient the float32 copy of the
+    # logits is [L, V] instead of [B, L, V]; with gradient it is kept once, where a log-softmax
+    # would keep a second one.
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
@@ -43,12 +44,15 @@ def _row_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The mask as bool, then every tensor in float32 with 0 wherever the mask is not set.
 
-    Filling *before* the arithmetic is what keeps NaN out of gradients: masking a result afterwards multiplies
-    the infinite or NaN local derivative of a masked input by 0, which is NaN. Raises ValueError when a tensor
-    does not have the shape of the mask, because broadcasting would silently mix up sequences and tokens.
+    Filling *before* the arithmetic is what keeps NaN out of gradients: masking a result afterwards
+    multiplies the infinite or NaN local derivative of a masked input by 0, which is NaN. Raises
+    ValueError when a tensor does not have the shape of the mask, because broadcasting would
+    silently mix up sequences and tokens.
     """
     mask = mask.bool()
     for tensor in tensors:
         if tensor.shape != mask.shape:
-            raise ValueError(f"a tensor of shape {list(tensor.shape)} has a mask of shape {list(mask.shape)}")
+            raise ValueError(
+                f"a tensor of shape {list(tensor.shape)} has a mask of shape {list(mask.shape)}"
+            )
     return [mask, *(tensor.float().masked_fill(~mask, 0.0) for tensor in tensors)]

@@ -1,9 +1,10 @@
-"""The losses: the clipped objective of PPO and GRPO, the Critic's error, and how tokens become one number.
+"""The losses: the clipped objective of PPO and GRPO, the Critic's error, and how tokens become one
+number.
 
-Shapes and conventions as in `advantages`: [B, T], right-padded, float32 out, nothing behind the mask counts.
-Per-token losses leave here unreduced, so that one global denominator can serve every micro-batch and every
-rank. Statistics are (sum, count) pairs of detached scalars for the same reason: sums and counts add up, means
-do not.
+Shapes and conventions as in `advantages`: [B, T], right-padded, float32 out, nothing behind the
+mask counts. Per-token losses leave here unreduced, so that one global denominator can serve every
+micro-batch and every rank. Statistics are (sum, count) pairs of detached scalars for the same
+reason: sums and counts add up, means do not.
 """
 
 from __future__ import annotations
@@ -29,23 +30,25 @@ def policy_loss(
     dual_clip: float | None = None,
     ratio: str = "token",
 ) -> tuple[Tensor, Stats]:
-    """The clipped surrogate: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token, all [B, T].
+    """The clipped surrogate: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token,
+    all [B, T].
 
-    `ratio="token"` is exp(logprobs - old_logprobs) (Schulman et al. 2017, PPO); `"sequence"` is exp of its
-    mean over the response, the same on every token (Zheng et al. 2025, GSPO). `dual_clip` c > 1 bounds the
-    objective from below by c A where A < 0 (Ye et al. 2020), so that one token that became very likely cannot
-    dominate a batch. Only `logprobs` gets a gradient. Raises ValueError for another ratio or a dual_clip not
-    above 1.
+    `ratio="token"` is exp(logprobs - old_logprobs) (Schulman et al. 2017, PPO); `"sequence"` is exp
+    of its mean over the response, the same on every token (Zheng et al. 2025, GSPO). `dual_clip` c
+    > 1 bounds the objective from below by c A where A < 0 (Ye et al. 2020), so that one token that
+    became very likely cannot dominate a batch. Only `logprobs` gets a gradient. Raises ValueError
+    for another ratio or a dual_clip not above 1.
 
-    Statistics, over valid tokens: `clip_fraction`, tokens held by the clip, which get no gradient (the ratio
-    is outside the range *and* the advantage pushes it further out); `dual_clip_fraction` (with dual_clip),
-    tokens held by c A; `approx_kl`, k3 of KL(old || new); `ratio`.
+    Statistics, over valid tokens: `clip_fraction`, tokens held by the clip, which get no gradient
+    (the ratio is outside the range *and* the advantage pushes it further out); `dual_clip_fraction`
+    (with dual_clip), tokens held by c A; `approx_kl`, k3 of KL(old || new); `ratio`.
     """
     if ratio not in ("token", "sequence"):
         raise ValueError(f"unknown ratio {ratio!r}: choose token or sequence")
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
+    old_logprobs = old_logprobs.detach()
+    advantages = advantages.detach()
     mask, logprobs, old_logprobs, advantages = clean(mask, logprobs, old_logprobs, advantages)
 
     log_ratio = logprobs - old_logprobs
@@ -67,7 +70,9 @@ def policy_loss(
         held = (advantages < 0) & (objective < floor)
         objective = torch.where(held, floor, objective)
         stats["dual_clip_fraction"] = _stat(held, mask)
-    return -objective.masked_fill(~mask, 0.0), stats  # a NaN of one token must not spread with a sequence's ratio
+    return -objective.masked_fill(
+        ~mask, 0.0
+    ), stats  # a NaN of one token must not spread with a sequence's ratio
 
 
 def value_loss(
@@ -75,13 +80,13 @@ def value_loss(
 ) -> tuple[Tensor, Stats]:
     """The clipped error 0.5 * max((V - R)², (clip(V, old ± clip) - R)²) per token, all [B, T].
 
-    clip=None is the plain 0.5 * (V - R)². A value that already moved further than `clip` towards its return
-    gets no more gradient. Only `values` gets one at all. Source: the PPO implementation of OpenAI Baselines;
-    `clip` is in units of the value, not relative.
+    clip=None is the plain 0.5 * (V - R)². A value that already moved further than `clip` towards
+    its return gets no more gradient. Only `values` gets one at all. Source: the PPO implementation
+    of OpenAI Baselines; `clip` is in units of the value, not relative.
 
-    Statistics, over valid tokens: `clip_fraction` (tokens without gradient), `value`, `return`, and the
-    squares `error_squared` and `return_squared`, from which a reader of globally reduced means gets the
-    explained variance.
+    Statistics, over valid tokens: `clip_fraction` (tokens without gradient), `value`, `return`, and
+    the squares `error_squared` and `return_squared`, from which a reader of globally reduced means
+    gets the explained variance.
     """
     mask, values, old_values, returns = clean(mask, values, old_values.detach(), returns.detach())
     squared = (values - returns).square()
@@ -102,17 +107,18 @@ def value_loss(
 def rollout_correction(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, kind: str, cap: float
 ) -> tuple[Tensor, Stats]:
-    """Importance weights for tokens sampled by an engine whose probabilities are not the learner's, [B, T].
+    """Importance weights for tokens sampled by an engine whose probabilities are not the learner's,
+    [B, T].
 
-    w = exp(old_logprobs - rollout_logprobs), per token ("token_...") or its product over the response, the
-    same on every token ("sequence_..."). "..._truncate" keeps min(w, cap); "..._mask" keeps w up to the cap
-    and drops what lies above (weight 0). The weights multiply a per-token loss; its denominator stays as it
-    is, so dropping a token never makes the others heavier. Source: Yao et al. (2025), "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training". No gradient. Raises ValueError for another kind or
-    a cap that is not positive.
+    w = exp(old_logprobs - rollout_logprobs), per token ("token_...") or its product over the
+    response, the same on every token ("sequence_..."). "..._truncate" keeps min(w, cap); "..._mask"
+    keeps w up to the cap and drops what lies above (weight 0). The weights multiply a per-token
+    loss; its denominator stays as it is, so dropping a token never makes the others heavier.
+    Source: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training". No gradient. Raises ValueError for another kind or a cap that is not positive.
 
-    Statistics, over valid tokens: `rollout_weight` (after the cap), `rollout_capped` (tokens whose w is above
-    it), `rollout_kl`, k3 of KL(engine || learner).
+    Statistics, over valid tokens: `rollout_weight` (after the cap), `rollout_capped` (tokens whose
+    w is above it), `rollout_kl`, k3 of KL(engine || learner).
     """
     level, _, treatment = kind.partition("_")
     if level not in ("token", "sequence") or treatment not in ("truncate", "mask"):
@@ -122,14 +128,18 @@ def rollout_correction(
         )
     if not cap > 0.0:
         raise ValueError(f"the cap of the rollout correction must be positive, not {cap}")
-    mask, old_logprobs, rollout_logprobs = clean(mask, old_logprobs.detach(), rollout_logprobs.detach())
+    mask, old_logprobs, rollout_logprobs = clean(
+        mask, old_logprobs.detach(), rollout_logprobs.detach()
+    )
 
     log_weight = old_logprobs - rollout_logprobs
     if level == "sequence":
         log_weight = log_weight.sum(1, keepdim=True).expand_as(mask)
     weights = log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     above = weights > cap
-    weights = weights.masked_fill(above, cap if treatment == "truncate" else 0.0).masked_fill(~mask, 0.0)
+    weights = weights.masked_fill(above, cap if treatment == "truncate" else 0.0).masked_fill(
+        ~mask, 0.0
+    )
     return weights, {
         "rollout_weight": _stat(weights, mask),
         "rollout_capped": _stat(above, mask),
@@ -142,25 +152,31 @@ def aggregate(
 ) -> Tensor:
     """One number from a per-token loss [B, T].
 
-    "token_mean" divides the sum over tokens by the count of valid tokens; "sequence_mean" divides the sum of
-    the per-sequence means by the count of non-empty sequences; "constant" divides the sum by `denominator`,
-    whatever the lengths are (Liu et al. 2025, Dr. GRPO). `denominator` replaces the local count: given the
-    count of the whole mini-batch, the results of all micro-batches and ranks *add up* to the loss of the
-    uncut mini-batch. Nothing valid gives 0 with a graph, so that a rank without tokens still takes part in
-    backward. Raises ValueError for another `how`, and for "constant" without a denominator.
+    "token_mean" divides the sum over tokens by the count of valid tokens; "sequence_mean" divides
+    the sum of the per-sequence means by the count of non-empty sequences; "constant" divides the
+    sum by `denominator`, whatever the lengths are (Liu et al. 2025, Dr. GRPO). `denominator`
+    replaces the local count: given the count of the whole mini-batch, the results of all
+    micro-batches and ranks *add up* to the loss of the uncut mini-batch. Nothing valid gives 0 with
+    a graph, so that a rank without tokens still takes part in backward. Raises ValueError for
+    another `how`, and for "constant" without a denominator.
     """
     mask, per_token = clean(mask, per_token)
     lengths = mask.sum(1)
     count: float | Tensor | None
     match how:
         case "token_mean":
-            total, count = per_token.sum(), lengths.sum()
+            total = per_token.sum()
+            count = lengths.sum()
         case "sequence_mean":
-            total, count = (per_token.sum(1) / lengths.clamp(min=1)).sum(), (lengths > 0).sum()
+            total = (per_token.sum(1) / lengths.clamp(min=1)).sum()
+            count = (lengths > 0).sum()
         case "constant":
-            total, count = per_token.sum(), None
+            total = per_token.sum()
+            count = None
         case _:
-            raise ValueError(f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant")
+            raise ValueError(
+                f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant"
+            )
     count = count if denominator is None else denominator
     if count is None:
         raise ValueError("aggregation 'constant' needs a denominator")
@@ -169,17 +185,22 @@ def aggregate(
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor | None = None) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), per pair; scores and margin of one shape, usually [B].
+    """-log sigmoid(chosen - rejected - margin), per pair; scores and margin of one shape, usually
+    [B].
 
-    The Bradley-Terry likelihood of the preference (Ouyang et al. 2022), with the margin of Touvron et al.
-    (2023, Llama 2). Finite, in value and gradient, for any finite difference. Raises ValueError when chosen and
-    rejected are not as many.
+    The Bradley-Terry likelihood of the preference (Ouyang et al. 2022), with the margin of Touvron
+    et al. (2023, Llama 2). Finite, in value and gradient, for any finite difference. Raises
+    ValueError when chosen and rejected are not as many.
     """
     if chosen.shape != rejected.shape:
-        raise ValueError(f"pairs expected, not chosen {list(chosen.shape)} and rejected {list(rejected.shape)}")
+        raise ValueError(
+            f"pairs expected, not chosen {list(chosen.shape)} and rejected {list(rejected.shape)}"
+        )
     difference = chosen.float() - rejected.float()
     if margin is not None:
-        difference = difference - torch.as_tensor(margin, dtype=torch.float32, device=difference.device)
+        difference = difference - torch.as_tensor(
+            margin, dtype=torch.float32, device=difference.device
+        )
     return -F.logsigmoid(difference)
 
 

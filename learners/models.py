@@ -1,7 +1,7 @@
 """Models as Hugging Face saves them, and what each role reads from them: log-probs, values, scores.
 
-Every head is one that plain Transformers knows, so that whatever is trained here loads there. Masks come from
-lengths: neither the padding's side nor its token ids move any number.
+Every head is one that plain Transformers knows, so that whatever is trained here loads there. Masks
+come from lengths: neither the padding's side nor its token ids move any number.
 """
 
 from __future__ import annotations
@@ -47,14 +47,21 @@ class Calibration(NamedTuple):
 
 def read_calibration(config: Any) -> Calibration:
     """The calibration saved in a model's config; (0, 1) where there is none."""
-    return Calibration(float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0)))
+    return Calibration(
+        float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
+    )
 
 
 def write_calibration(config: Any, calibration: Calibration) -> None:
-    """Put it where `save_pretrained` keeps it. Raises UserError unless both are finite, std positive."""
+    """Put it where `save_pretrained` keeps it. Raises UserError unless both are finite, std
+    positive.
+    """
     if not (0 < calibration.std < math.inf and math.isfinite(calibration.mean)):
-        raise UserError(f"scores with {calibration} cannot be calibrated: are they all equal, or not finite?")
-    config.score_mean, config.score_std = float(calibration.mean), float(calibration.std)
+        raise UserError(
+            f"scores with {calibration} cannot be calibrated: are they all equal, or not finite?"
+        )
+    config.score_mean = float(calibration.mean)
+    config.score_std = float(calibration.std)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -72,7 +79,9 @@ def load_config(path: str) -> Any:
 
 
 def sampling_defaults(path: str) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json says; nothing where there is none. UserError if it is broken."""
+    """What the checkpoint's generation_config.json says; nothing where there is none. UserError if
+    it is broken.
+    """
     with _one_line(path):
         try:
             return GenerationConfig.from_pretrained(path).to_diff_dict()
@@ -85,12 +94,17 @@ def vocabulary_problems(key: str, path: str, ids: Iterable[Sequence[int]]) -> li
 
     Some tokenizers know more tokens than their model; what counts is what the data use.
     """
-    size, last = load_config(path).get_text_config().vocab_size, max(map(max, filter(None, ids)))
-    return [f"{key}: {path} knows {size} ids, the data hold ids up to {last}"] if size <= last else []
+    size = load_config(path).get_text_config().vocab_size
+    last = max(map(max, filter(None, ids)))
+    return (
+        [f"{key}: {path} knows {size} ids, the data hold ids up to {last}"] if size <= last else []
+    )
 
 
 def length_problems(key: str, path: str, tokens: int) -> list[str]:
-    """What speaks against giving the model at `path` sequences of `tokens`: it is not there, or has fewer positions."""
+    """What speaks against giving the model at `path` sequences of `tokens`: it is not there, or has
+    fewer positions.
+    """
     try:
         config = load_config(path)
     except UserError as error:
@@ -98,17 +112,25 @@ def length_problems(key: str, path: str, tokens: int) -> list[str]:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return []
-    return [f"{key}: {path} has {limit} positions, prompt + response need up to {tokens}: shorten one of them"]
+    return [
+        f"{key}: {path} has {limit} positions, prompt + response need up to {tokens}: shorten "
+        "one of them"
+    ]
 
 
 def is_encoder(config: Any) -> bool:
-    """True for BERT-style models, whose tokens also see what comes after them; False for causal decoders."""
+    """True for BERT-style models, whose tokens also see what comes after them; False for causal
+    decoders.
+    """
     kind = config.model_type
-    return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (
+        kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
 
 
 def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
-    """Raise UserError where plain Transformers would read a decoder's score at another token than we do.
+    """Raise UserError where plain Transformers would read a decoder's score at another token than
+    we do.
 
     It looks for the last token that is not PAD; a response that ends with PAD would lose its end.
     """
@@ -117,17 +139,19 @@ def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         raise UserError(
-            "the tokenizer has no PAD token, which a reward model needs in plain Transformers; add one"
+            "the tokenizer has no PAD token, which a reward model needs in plain "
+            "Transformers; add one"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if pad in (tokenizer.eos_token_id, *ends):
         raise UserError(
-            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers would read the "
+            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers "
+            "would read the "
             "score before the EOS; give the tokenizer a PAD token of its own"
         )
 
 
-# -- loading -----------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_causal_lm(settings: ModelSettings) -> Any:
@@ -141,10 +165,12 @@ def load_causal_lm(settings: ModelSettings) -> Any:
 
 
 def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
-    """A reward model, finished, or with a new head (torch's generator draws it) on an SFT or base checkpoint.
+    """A reward model, finished, or with a new head (torch's generator draws it) on an SFT or base
+    checkpoint.
 
-    `pad_token_id` is written into a decoder's config for plain Transformers; None keeps what is there. Raises
-    UserError when weights are missing beside the new head, or the model has no head we know how to read.
+    `pad_token_id` is written into a decoder's config for plain Transformers; None keeps what is
+    there. Raises UserError when weights are missing beside the new head, or the model has no head
+    we know how to read.
     """
     config = load_config(settings.path)
     _refuse_encoder_decoder(config, settings.path)
@@ -152,42 +178,53 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
     if finished and config.num_labels != 1:
         raise UserError(f"{settings.path}: a reward model has one label, not {config.num_labels}")
     config.num_labels = 1
-    if pad_token_id is not None and not is_encoder(config):  # RoBERTa counts its positions from its own PAD
+    if pad_token_id is not None and not is_encoder(
+        config
+    ):  # RoBERTa counts its positions from its own PAD
         config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     model, missing = _load(AutoModelForSequenceClassification, settings, config)
     if not is_encoder(config) and not hasattr(model, "score"):
         raise UserError(
-            f"{settings.path}: {type(model).__name__} has no head named score, read at the last token"
+            f"{settings.path}: {type(model).__name__} has no head named score, read at the "
+            "last token"
         )
     _refuse_missing(missing if finished else missing - _new_head(model, missing), settings.path)
     return model
 
 
 def load_critic(settings: ModelSettings) -> Any:
-    """A decoder with a value head on every token: a finished critic, or one begun from a reward or SFT model.
+    """A decoder with a value head on every token: a finished critic, or one begun from a reward or
+    SFT model.
 
-    From a reward model it takes the score head over, calibration folded in: values start as calibrated scores
-    of the text so far. From any other checkpoint the head is zero, and so are the values. Raises UserError
-    for an encoder, which would see the future, and for missing weights.
+    From a reward model it takes the score head over, calibration folded in: values start as
+    calibrated scores of the text so far. From any other checkpoint the head is zero, and so are the
+    values. Raises UserError for an encoder, which would see the future, and for missing weights.
     """
     config = load_config(settings.path)
     _refuse_encoder_decoder(config, settings.path)
     if is_encoder(config):
         raise UserError(
-            f"{settings.path}: {config.model_type} sees the future; a critic must be a causal decoder"
+            f"{settings.path}: {config.model_type} sees the future; a critic must be a "
+            "causal decoder"
         )
     mean, std = read_calibration(config)
-    from_reward_model, finished = _is_a(config, REWARD_MODEL), _is_a(config, CRITIC)
+    from_reward_model = _is_a(config, REWARD_MODEL)
+    finished = _is_a(config, CRITIC)
     config.num_labels = 1
-    config.score_mean, config.score_std = 0.0, 1.0
+    config.score_mean = 0.0
+    config.score_std = 1.0
     model, missing = _load(AutoModelForTokenClassification, settings, config)
     head = set() if finished else _new_head(model, missing)
     if from_reward_model and head - {"score.bias"}:
         raise UserError(
-            f"{settings.path}: {type(model).__name__} cannot take over the reward model's score head"
+            f"{settings.path}: {type(model).__name__} cannot take over the reward model's "
+            "score head"
         )
     _refuse_missing(missing - head, settings.path)
-    with torch.no_grad(), _whole(model.score.parameters() if from_reward_model else map(model.get_parameter, head)):
+    with (
+        torch.no_grad(),
+        _whole(model.score.parameters() if from_reward_model else map(model.get_parameter, head)),
+    ):
         for name in head:
             model.get_parameter(name).zero_()
         if from_reward_model:
@@ -199,7 +236,9 @@ def load_critic(settings: ModelSettings) -> Any:
 def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, set[str]]:
     """The model in eval mode, and the names of weights its checkpoint did not have."""
     if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa")
+        raise UserError(
+            f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa"
+        )
     with _quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,
@@ -208,7 +247,8 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
             attn_implementation=settings.attention,
             output_loading_info=True,
         )
-    # An embedding's padding_idx keeps that token from learning: wrong when PAD means something (EOS).
+    # An embedding's padding_idx keeps that token from learning: wrong when PAD means something
+    # (EOS).
     model.get_input_embeddings().padding_idx = None
     return model, set(info["missing_keys"])
 
@@ -225,13 +265,20 @@ def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """Transformers' errors about what it finds at `path` run over many lines: the first one says it.
+    """Transformers' errors about what it finds at `path` run over many lines: the first one says
+    it.
 
-    A file that is not what it should be may raise anything; the kind of the error is then part of what it says.
+    A file that is not what it should be may raise anything; the kind of the error is then part of
+    what it says.
     """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
+    except (
+        MemoryError,
+        torch.OutOfMemoryError,
+        torch.AcceleratorError,
+        torch.distributed.DistError,
+    ):
         raise  # not the files' fault
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
@@ -242,8 +289,11 @@ def _one_line(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' table of new heads and its progress bar: we check missing weights ourselves."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Without Transformers' table of new heads and its progress bar: we check missing weights
+    ourselves.
+    """
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -261,7 +311,9 @@ def _without_dropout(config: Any) -> None:
             _without_dropout(value)
         elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
             setattr(config, name, 0.0)
-    config.classifier_dropout = 0.0  # where it is absent or None, token classification falls back to 0.1
+    config.classifier_dropout = (
+        0.0  # where it is absent or None, token classification falls back to 0.1
+    )
 
 
 def _is_a(config: Any, architecture: str) -> bool:
@@ -269,7 +321,9 @@ def _is_a(config: Any, architecture: str) -> bool:
 
 
 def _new_head(model: Any, missing: set[str]) -> set[str]:
-    """The missing weights that lie outside the backbone; an encoder's pooler belongs to the head."""
+    """The missing weights that lie outside the backbone; an encoder's pooler belongs to the
+    head.
+    """
     backbone = model.base_model_prefix + "."
     return {name for name in missing if not name.startswith(backbone) or ".pooler." in name}
 
@@ -282,26 +336,35 @@ def _refuse_missing(names: set[str], path: str) -> None:
 
 def _refuse_encoder_decoder(config: Any, path: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{path}: {config.model_type} is an encoder-decoder; use a decoder or an encoder")
+        raise UserError(
+            f"{path}: {config.model_type} is an encoder-decoder; use a decoder or an encoder"
+        )
 
 
-# -- reading -----------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def response_logprobs(model: Any, batch: Experience, temperature: float) -> Tensor:
     """Log-probs of the response tokens, [B,T] in float32, 0 where `batch.mask` is not set."""
-    # The vocabulary is the widest dimension there is: no logits for positions that lie in every row's prompt.
+    # The vocabulary is the widest dimension there is: no logits for positions that lie in every
+    # row's prompt.
     length = batch.input_ids.shape[1]
     keep = min(length, length - int(batch.prompt_lengths.min()) + 1)
-    output = model(batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False)
+    output = model(
+        batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False
+    )
     logprobs = token_logprobs(output.logits, batch.input_ids[:, length - keep :], temperature)
     aligned = F.pad(logprobs, (length - keep, 0))  # [B,L-1] again
     return torch.where(batch.mask, batch.response_part(aligned), 0.0)
 
 
 def response_values(model: Any, batch: Experience) -> Tensor:
-    """The critic's readings before each response token, [B,T] in float32, 0 where `batch.mask` is not set."""
-    values = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.squeeze(-1)
+    """The critic's readings before each response token, [B,T] in float32, 0 where `batch.mask` is
+    not set.
+    """
+    values = model(
+        batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).logits.squeeze(-1)
     return torch.where(batch.mask, batch.response_part(values.float()), 0.0)
 
 
@@ -310,25 +373,34 @@ def sequence_scores(
 ) -> Tensor:
     """Raw score of each sequence, [B] in float32; the padding's side does not move it.
 
-    A decoder's `score` head is applied at the last real token. An encoder goes through its own pooling, which
-    in many models reads the first column; position ids do not help that: its rows always start in column 0.
+    A decoder's `score` head is applied at the last real token. An encoder goes through its own
+    pooling, which in many models reads the first column; position ids do not help that: its rows
+    always start in column 0.
     """
     if is_encoder(model.config):
         inputs = _inputs(model, batch.input_ids, batch.attention_mask, _first_position(model))
         return model(**inputs).logits.squeeze(-1).float()
-    ids, mask, last = batch.input_ids, batch.attention_mask, batch.lengths - 1
+    ids = batch.input_ids
+    mask = batch.attention_mask
+    last = batch.lengths - 1
     if padding_side == "left":
-        columns = torch.arange(ids.shape[1], device=ids.device) - (ids.shape[1] - batch.lengths[:, None])
+        columns = torch.arange(ids.shape[1], device=ids.device) - (
+            ids.shape[1] - batch.lengths[:, None]
+        )
         mask = (columns >= 0).long()
         ids = ids.gather(1, columns.clamp(min=0))
         last = torch.full_like(last, ids.shape[1] - 1)
-    hidden = model.base_model(**_inputs(model.base_model, ids, mask), use_cache=False).last_hidden_state
+    hidden = model.base_model(
+        **_inputs(model.base_model, ids, mask), use_cache=False
+    ).last_hidden_state
     rows = torch.arange(len(batch), device=ids.device)
     return model.score(hidden[rows, last]).squeeze(-1).float()
 
 
 def _inputs(model: Any, ids: Tensor, mask: Tensor, first_position: int = 0) -> dict[str, Tensor]:
-    """Arguments of a forward pass; where the model takes positions, they count from the first real token."""
+    """Arguments of a forward pass; where the model takes positions, they count from the first real
+    token.
+    """
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + first_position

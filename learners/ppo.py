@@ -1,4 +1,6 @@
-"""PPO: dense rewards, GAE, clipped Actor loss (Schulman et al. 2017; for language models Ziegler et al. 2019)."""
+"""PPO: dense rewards, GAE, clipped Actor loss (Schulman et al. 2017; for language models Ziegler et
+al. 2019).
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,30 @@ from learners.settings import PPOSettings
 
 
 class PPO:
-    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the Actor's ranks call
-    `actor_loss` on every micro-batch."""
+    """The driver calls `advantages` once a step, and `learned` unless the step is skipped; the
+    Actor's ranks call `actor_loss` on every micro-batch.
+    """
 
     def __init__(self, settings: PPOSettings) -> None:
-        self.settings, self.beta = settings, settings.kl_beta
+        self.settings = settings
+        self.beta = settings.kl_beta
 
     def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
-        """Fill `advantages` and `returns` [B,T] from `scores`, log-probs and `values`; returns metrics beside them."""
-        s, mask = self.settings, batch.mask
+        """Fill `advantages` and `returns` [B,T] from `scores`, log-probs and `values`; returns
+        metrics beside them.
+        """
+        s = self.settings
+        mask = batch.mask
         assert batch.scores is not None and batch.old_logprobs is not None
         assert batch.ref_logprobs is not None and batch.values is not None
-        rewards = token_rewards(batch.scores, batch.old_logprobs, batch.ref_logprobs, mask, beta=self.beta, kl=s.kl)
+        rewards = token_rewards(
+            batch.scores, batch.old_logprobs, batch.ref_logprobs, mask, beta=self.beta, kl=s.kl
+        )
         advantages, returns = gae(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam)
         if s.critic_target != "gae":
-            returns = value_targets(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target)
+            returns = value_targets(
+                rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target
+            )
         sequences = mask.any(1)  # an unscorable or empty response counts in no mean
         metrics = {
             "kl/sequence": _sequence_kl(batch),
@@ -45,23 +56,37 @@ class PPO:
 
     def learned(self, batch: Experience) -> None:
         """The step was learned from: with a target for the KL, beta follows it."""
-        s, sequences = self.settings, int(batch.mask.any(1).sum())
+        s = self.settings
+        sequences = int(batch.mask.any(1).sum())
         if s.kl_target is not None and sequences:
             controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
             controller.update(_sequence_kl(batch), sequences)
             self.beta = controller.beta
 
-    def actor_loss(self, logprobs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, dict]:
-        """Clipped policy loss of a micro-batch, divided by the mini-batch's `denominator`; and its statistics."""
-        s, mask = self.settings, batch.mask
+    def actor_loss(
+        self, logprobs: Tensor, batch: Experience, denominator: float
+    ) -> tuple[Tensor, dict]:
+        """Clipped policy loss of a micro-batch, divided by the mini-batch's `denominator`; and its
+        statistics.
+        """
+        s = self.settings
+        mask = batch.mask
         per_token, stats = policy_loss(
-            logprobs, batch.old_logprobs, batch.advantages, mask,
-            clip_low=s.clip_low, clip_high=s.clip_high, dual_clip=s.dual_clip,
-        )  # fmt: skip
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            mask,
+            clip_low=s.clip_low,
+            clip_high=s.clip_high,
+            dual_clip=s.dual_clip,
+        )
         if s.rollout_correction is not None:
             correction = s.rollout_correction.model_dump()
-            weights, more = rollout_correction(batch.old_logprobs, batch.rollout_logprobs, mask, **correction)
-            per_token, stats = per_token * weights, stats | more
+            weights, more = rollout_correction(
+                batch.old_logprobs, batch.rollout_logprobs, mask, **correction
+            )
+            per_token = per_token * weights
+            stats = stats | more
         return aggregate(per_token, mask, how=s.loss_aggregation, denominator=denominator), stats
 
     def state(self) -> dict[str, float]:
@@ -88,6 +113,8 @@ def _std(x: Tensor, mask: Tensor) -> float:
 
 
 def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(return - value) / Var(return): 1 when the critic foresees every return, 0 when it knows nothing."""
+    """1 - Var(return - value) / Var(return): 1 when the critic foresees every return, 0 when it
+    knows nothing.
+    """
     variance = returns[mask].var(correction=0) if mask.any() else torch.zeros(())
     return float(1 - (returns - values)[mask].var(correction=0) / variance) if variance > 0 else 0.0

@@ -1,4 +1,6 @@
-"""RewardModelLearner: a score per sequence, trained so that the chosen answer beats the rejected one."""
+"""RewardModelLearner: a score per sequence, trained so that the chosen answer beats the rejected
+one.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,22 @@ class RewardModelLearner(ZeroEngine):
     ) -> None:
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
-        super().__init__(partial(load_reward_model, settings.model, pad_token_id), settings, place, total_steps)
+        super().__init__(
+            partial(load_reward_model, settings.model, pad_token_id), settings, place, total_steps
+        )
 
     def compute(self, model: nn.Module, batch: Experience) -> Tensor:
         return sequence_scores(model, batch, self.reward_model.padding_side)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         chosen, rejected = outputs.reshape(-1, 2).unbind(1)
-        real = (batch.response_lengths > 0).reshape(-1, 2).all(1).float()  # placeholders weigh nothing
+        # placeholders weigh nothing
+        real = (batch.response_lengths > 0).reshape(-1, 2).all(1).float()
         margin = None if batch.margins is None else batch.margins[::2]
-        per_pair = pairwise_loss(chosen, rejected, margin) + self.reward_model.centring * (chosen + rejected) ** 2
+        per_pair = (
+            pairwise_loss(chosen, rejected, margin)
+            + self.reward_model.centring * (chosen + rejected) ** 2
+        )
         difference = (chosen - rejected).detach()
         return (per_pair * real).sum() / max(denominator, 1.0), {
             "loss": ((per_pair.detach() * real).sum(), real.sum()),
@@ -55,9 +63,13 @@ class RewardModelLearner(ZeroEngine):
         return len(shard) / 2
 
     def remember_tokenizer(self, digest: str) -> None:
-        """Store in the model's config which tokenizer it was trained with; whoever judges with it compares."""
+        """Store in the model's config which tokenizer it was trained with; whoever judges with it
+        compares.
+        """
         self.model.config.tokenizer_digest = digest
 
     def calibrate(self, mean: float, std: float) -> None:
-        """Store the scores' mean and std in the model's config; our workers then report (score - mean) / std."""
+        """Store the scores' mean and std in the model's config; our workers then report (score -
+        mean) / std.
+        """
         write_calibration(self.model.config, Calibration(mean, std))

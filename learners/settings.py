@@ -1,4 +1,6 @@
-"""What a recipe may say about models, optimisation, algorithms and data. Pydantic only: imports in milliseconds."""
+"""What a recipe may say about models, optimisation, algorithms and data. Pydantic only: imports in
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,14 @@ Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]  # ~ is the home folder
+# ~ is the home folder
+DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class UserError(ValueError):
-    """Bad input, answered in one line per problem: what is wrong, where, and what would be right."""
+    """Bad input, answered in one line per problem: what is wrong, where, and what would be
+    right.
+    """
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else problems
@@ -28,24 +33,34 @@ class UserError(ValueError):
 
 
 class Settings(BaseModel):
-    """Base of every settings class: unknown keys are errors, values never change after validation."""
+    """Base of every settings class: unknown keys are errors, values never change after
+    validation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
-        """All values, defaults included, as YAML: every key on a line of its own, with the whole of its value."""
+        """All values, defaults included, as YAML: every key on a line of its own, with the whole of
+        its value.
+        """
         import yaml
 
         class Dumper(yaml.SafeDumper):
             pass
 
-        def text(dumper: Any, value: str) -> Any:  # in quotes if it has line breaks, or YAML 1.2 may see a number
+        def text(
+            dumper: Any, value: str
+        ) -> Any:  # in quotes if it has line breaks, or YAML 1.2 may see a number
             plain = value.isprintable() and not re.match(r"[-+.]*[0-9]", value)
-            return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+            return dumper.represent_scalar(
+                "tag:yaml.org,2002:str", value, style=None if plain else '"'
+            )
 
         Dumper.add_representer(str, text)
         values = self.model_dump(mode="json")
-        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+        return yaml.dump(
+            values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize
+        )
 
 
 Device = Literal["cpu", "cuda"]
@@ -53,7 +68,9 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the environment."""
+    """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the
+    environment.
+    """
 
     rank: int
     world_size: int
@@ -66,16 +83,24 @@ class Place:
 class ModelSettings(Settings):
     path: DiskPath = Field(description="folder of a Hugging Face model, or a hub name")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward to save memory")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward to save memory"
+    )
 
 
 S = TypeVar("S", bound=Settings)
 
 
 def located(settings: S) -> S:
-    """The same with local model folders as absolute paths, for processes that stand elsewhere. Hub names stay."""
-    changes: dict[str, Any] = {name: located(value) for name, value in settings if isinstance(value, Settings)}
+    """The same with local model folders as absolute paths, for processes that stand elsewhere. Hub
+    names stay.
+    """
+    changes: dict[str, Any] = {
+        name: located(value) for name, value in settings if isinstance(value, Settings)
+    }
     if isinstance(settings, ModelSettings) and Path(settings.path).is_dir():
         changes["path"] = str(Path(settings.path).absolute())
     return settings.model_copy(update=changes)
@@ -87,10 +112,16 @@ class OptimizerSettings(Settings):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW moment decays")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm here; 0 turns clipping off")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="clip the global gradient norm here; 0 turns clipping off"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    final_fraction: Fraction = Field(0.1, description="share of the peak learning rate a decay ends at")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up"
+    )
+    final_fraction: Fraction = Field(
+        0.1, description="share of the peak learning rate a decay ends at"
+    )
 
 
 class LearnerSettings(Settings):
@@ -102,17 +133,23 @@ class LearnerSettings(Settings):
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(False, description="keep optimizer states in CPU memory")
     offload_parameters: bool = Field(False, description="keep parameters in CPU memory (ZeRO-3)")
-    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward/backward of one rank")
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="padded tokens in one forward/backward of one rank"
+    )
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
 
 
 class TrainSettings(Settings):
     """A supervised phase (SFT or reward model): batches and length."""
 
-    batch_size: PositiveInt = Field(64, description="examples (SFT) or pairs (reward model) per optimizer step")
+    batch_size: PositiveInt = Field(
+        64, description="examples (SFT) or pairs (reward model) per optimizer step"
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the data; ignored when steps is set")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
-    evaluate_every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
+    evaluate_every: int = Field(
+        0, ge=0, description="steps between evaluations on held-out data; 0: only at the end"
+    )
 
 
 class DataSettings(Settings):
@@ -125,32 +162,50 @@ class DataSettings(Settings):
 
 class PromptData(DataSettings):
     prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
-    answer_columns: tuple[str, ...] = Field((), description="columns handed to reward functions under their own names")
-    max_prompt_tokens: PositiveInt = Field(1024, description="longer prompts are refused or dropped, see long_prompts")
-    long_prompts: Literal["refuse", "drop"] = Field("refuse", description="what to do with prompts that are too long")
+    answer_columns: tuple[str, ...] = Field(
+        (), description="columns handed to reward functions under their own names"
+    )
+    max_prompt_tokens: PositiveInt = Field(
+        1024, description="longer prompts are refused or dropped, see long_prompts"
+    )
+    long_prompts: Literal["refuse", "drop"] = Field(
+        "refuse", description="what to do with prompts that are too long"
+    )
 
 
 class SFTData(DataSettings):
     prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     response_column: str = Field("response", description="column with the answer to learn")
-    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer ones are dropped and counted")
+    max_tokens: PositiveInt = Field(
+        2048, description="longest prompt + answer; longer ones are dropped and counted"
+    )
 
 
 class PairData(DataSettings):
     prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     chosen_column: str = Field("chosen", description="column with the better answer")
     rejected_column: str = Field("rejected", description="column with the worse answer")
-    margin_column: str | None = Field(None, description="column with the margin the chosen score must win by")
-    max_tokens: PositiveInt = Field(2048, description="longest prompt + answer; longer pairs are dropped and counted")
+    margin_column: str | None = Field(
+        None, description="column with the margin the chosen score must win by"
+    )
+    max_tokens: PositiveInt = Field(
+        2048, description="longest prompt + answer; longer pairs are dropped and counted"
+    )
 
 
 class RewardModelSettings(Settings):
     """What is particular to training a reward model."""
 
-    padding_side: Literal["right", "left"] = Field("right", description="side of the padding in training and scoring")
-    centring: float = Field(0.0, ge=0, description="weight of mean((chosen + rejected)^2), keeping scores around 0")
+    padding_side: Literal["right", "left"] = Field(
+        "right", description="side of the padding in training and scoring"
+    )
+    centring: float = Field(
+        0.0, ge=0, description="weight of mean((chosen + rejected)^2), keeping scores around 0"
+    )
     calibration: SFTData | None = Field(
-        None, description="prompt/response rows whose scores set the mean and std of calibrated scores; null: none"
+        None,
+        description="prompt/response rows whose scores set the mean and std of calibrated "
+        "scores; null: none",
     )
 
 
@@ -158,17 +213,22 @@ class RolloutCorrectionSettings(Settings):
     """Weights that make up for the difference between the engine's log-probs and the Actor's."""
 
     kind: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
-        "token_truncate", description="weight per token or per response; bounded by the cap, or left out above it"
+        "token_truncate",
+        description="weight per token or per response; bounded by the cap, or left out above it",
     )
     cap: float = Field(2.0, gt=0, description="largest weight")
 
 
 OldLogprobs = Annotated[
     Literal["actor", "engine"],
-    Field(description="log-probs the ratio starts from: the Actor reads them anew, or the engine's (saves a forward)"),
+    Field(
+        description="log-probs the ratio starts from: the Actor reads them anew, or the "
+        "engine's (saves a forward)"
+    ),
 ]
 RolloutCorrection = Annotated[
-    RolloutCorrectionSettings | None, Field(description="weigh tokens by Actor / engine probability; null: off")
+    RolloutCorrectionSettings | None,
+    Field(description="weigh tokens by Actor / engine probability; null: off"),
 ]
 
 
@@ -176,18 +236,30 @@ class PPOSettings(Settings):
     kind: Literal["ppo"] = "ppo"
     clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
     clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
-    dual_clip: float | None = Field(None, gt=1, description="bound on the ratio for negative advantages")
+    dual_clip: float | None = Field(
+        None, gt=1, description="bound on the ratio for negative advantages"
+    )
     gamma: Fraction = Field(1.0, description="discount per token")
     lam: Fraction = Field(0.95, description="GAE lambda")
     critic_target: Literal["mc", "td", "gae"] = Field("gae", description="the critic's label")
-    value_clip: float | None = Field(0.2, gt=0, description="largest change of a value per step; null: unclipped")
+    value_clip: float | None = Field(
+        0.2, gt=0, description="largest change of a value per step; null: unclipped"
+    )
     kl: Literal["k1", "k2", "k3"] = Field("k1", description="KL estimate in the reward")
     kl_beta: float = Field(0.1, ge=0, description="weight of the KL penalty per token")
-    kl_target: float | None = Field(None, gt=0, description="adapt kl_beta towards this KL per sequence, nats")
+    kl_target: float | None = Field(
+        None, gt=0, description="adapt kl_beta towards this KL per sequence, nats"
+    )
     kl_horizon: PositiveInt = Field(10_000, description="sequences over which kl_beta adapts")
-    score_clip: float | None = Field(None, gt=0, description="clamp scores to ± this before they become rewards")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the score of a truncated response")
-    whiten_advantages: bool = Field(True, description="whiten advantages over all tokens of the step")
+    score_clip: float | None = Field(
+        None, gt=0, description="clamp scores to ± this before they become rewards"
+    )
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the score of a truncated response"
+    )
+    whiten_advantages: bool = Field(
+        True, description="whiten advantages over all tokens of the step"
+    )
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         "token_mean", description="how the losses of tokens become one number"
     )
@@ -199,12 +271,22 @@ class GRPOSettings(Settings):
     kind: Literal["grpo"] = "grpo"
     clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
     clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
-    dual_clip: float | None = Field(None, gt=1, description="bound on the ratio for negative advantages")
-    ratio: Literal["token", "sequence"] = Field("token", description="importance ratio per token or per sequence")
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field("grpo", description="how scores are normalised in a group")
-    kl_beta: float = Field(0.0, ge=0, description="weight of the k3 KL in the loss; 0: no Reference is started")
+    dual_clip: float | None = Field(
+        None, gt=1, description="bound on the ratio for negative advantages"
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="importance ratio per token or per sequence"
+    )
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+        "grpo", description="how scores are normalised in a group"
+    )
+    kl_beta: float = Field(
+        0.0, ge=0, description="weight of the k3 KL in the loss; 0: no Reference is started"
+    )
     score_clip: float | None = Field(None, gt=0, description="clamp scores to ± this")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the score of a truncated response")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the score of a truncated response"
+    )
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         "sequence_mean", description="how the losses of tokens become one number"
     )

@@ -1,7 +1,9 @@
-"""ZeroEngine: a model trained by DeepSpeed ZeRO 0-3, on any number of ranks, one optimizer step per mini-batch.
+"""ZeroEngine: a model trained by DeepSpeed ZeRO 0-3, on any number of ranks, one optimizer step per
+mini-batch.
 
-Every trained role (Actor, Critic, reward model, SFT) is a subclass that says what it computes on a batch and what its
-loss is. Cutting the mini-batch into micro-batches and ranks, accumulation, stepping, saving and exporting live here.
+Every trained role (Actor, Critic, reward model, SFT) is a subclass that says what it computes on a
+batch and what its loss is. Cutting the mini-batch into micro-batches and ranks, accumulation,
+stepping, saving and exporting live here.
 """
 
 from __future__ import annotations
@@ -29,26 +31,35 @@ from learners.experience import Experience, map_rows
 from learners.settings import LearnerSettings, OptimizerSettings, Place
 
 Stats = dict[str, tuple[Tensor, Tensor]]
-"""Statistics as (sum, count) pairs, reduced over micro-batches and ranks; names that start with "max_" by maximum."""
+"""Statistics as (sum, count) pairs, reduced over micro-batches and ranks; names that start with
+"max_" by maximum.
+"""
 
 
 class ZeroEngine(ABC):
     """One rank of a trained role.
 
-    Subclasses implement `compute` (a forward pass), `loss` and `count`; the denominator handed to `loss` is the whole
-    mini-batch's count, over all micro-batches and ranks, so that the gradient does not depend on how it was cut.
+    Subclasses implement `compute` (a forward pass), `loss` and `count`; the denominator handed to
+    `loss` is the whole mini-batch's count, over all micro-batches and ranks, so that the gradient
+    does not depend on how it was cut.
     """
 
     rows_together = 1  # preference pairs stay together: 2
 
     def __init__(
-        self, model: nn.Module | Callable[[], nn.Module], settings: LearnerSettings, place: Place, total_steps: int
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        settings: LearnerSettings,
+        place: Place,
+        total_steps: int,
     ) -> None:
         """`model` may be what loads it: under ZeRO-3 it then never stands whole in one process."""
         start_process_group(place)
         if not isinstance(model, nn.Module):
             model = load_sharded(model, settings) if settings.zero_stage == 3 else model()
-        self.model, self.settings, self.place = model, settings, place
+        self.model = model
+        self.settings = settings
+        self.place = place
         self.device = f"cuda:{torch.cuda.current_device()}" if place.device == "cuda" else "cpu"
         if settings.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -76,10 +87,12 @@ class ZeroEngine(ABC):
         """This rank's share of the denominator."""
 
     def train(self, shard: Experience) -> dict[str, float]:
-        """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes part.
+        """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes
+        part.
 
-        Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm` (before clipping),
-        `learning_rate`, and `skipped_updates`: 1 when loss or gradient was not finite and nothing was updated, else 0.
+        Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm`
+        (before clipping), `learning_rate`, and `skipped_updates`: 1 when loss or gradient was not
+        finite and nothing was updated, else 0.
         """
         metrics = self._pass(shard, learn=True)
         learning_rate = self.engine.get_lr()[0]
@@ -92,11 +105,19 @@ class ZeroEngine(ABC):
         }
 
     def _step(self) -> float:
-        """The optimizer step, unless the gradient is not finite; returns its norm, the same on every rank."""
-        if self.settings.zero_stage > 0:  # ZeRO computes the norm of its shards, and skips by itself
+        """The optimizer step, unless the gradient is not finite; returns its norm, the same on
+        every rank.
+        """
+        if (
+            self.settings.zero_stage > 0
+        ):  # ZeRO computes the norm of its shards, and skips by itself
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        norm = float(
+            torch.nn.utils.get_total_norm(
+                [p.grad for p in self.model.parameters() if p.grad is not None]
+            )
+        )
         if math.isfinite(norm):
             self.engine.step()
         else:
@@ -109,7 +130,9 @@ class ZeroEngine(ABC):
             return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
-        """`compute` on every row without gradient: [b] or [b,T] on the CPU, in the shard's order."""
+        """`compute` on every row without gradient: [b] or [b,T] on the CPU, in the shard's
+        order.
+        """
         budget = self.settings.micro_batch_tokens
         rounds = int(self._reduce([len(shard.micro_batches(budget))], dist.ReduceOp.MAX)[0])
         return map_rows(shard, budget, self.engine, self.device, rounds)
@@ -121,17 +144,23 @@ class ZeroEngine(ABC):
         totals: dict[str, list[float]] = {}
         for i in range(rounds):
             mine = i < len(micro_batches)
-            batch = shard.select(micro_batches[i]) if mine else Experience.placeholder(self.rows_together)
+            batch = (
+                shard.select(micro_batches[i])
+                if mine
+                else Experience.placeholder(self.rows_together)
+            )
             batch = batch.to(self.device)
-            # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's gradient.
+            # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's
+            # gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
             outputs = self.engine(batch)
             loss, stats = self.loss(outputs, batch, denominator)
             if learn:
-                # A loss that overflowed may have a finite gradient, or none behind a clip: a NaN that enters where the
-                # model's outputs leave it is seen by every rank in the norm.
+                # A loss that overflowed may have a finite gradient, or none behind a clip: a NaN
+                # that enters where the model's outputs leave it is seen by every rank in the norm.
                 poison = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
-                # DeepSpeed averages gradients over ranks; the denominator is global already, so undo that.
+                # DeepSpeed averages gradients over ranks; the denominator is global already, so
+                # undo that.
                 self.engine.backward((loss + outputs.sum() * poison) * self.place.world_size)
             _accumulate(totals, stats)
         return self._reduce_stats(totals)
@@ -153,10 +182,11 @@ class ZeroEngine(ABC):
             dist.all_reduce(values, op=how)
         return values.cpu()
 
-    # -- shared GPUs --------------------------------------------------------------------------------------------------
+    # --- shared GPUs ------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory. Nothing can be computed then.
+        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory. Nothing can be
+        computed then.
 
         Not with ZeRO 1 in bfloat16, where DeepSpeed cannot.
         """
@@ -177,25 +207,29 @@ class ZeroEngine(ABC):
         self._move_optimizer(self.device)
 
     def _movable(self) -> list[OffloadStateTypeEnum]:
-        """What DeepSpeed moves. It would take step counters along, and refuses, under ZeRO-3, master weights and states
-        of any optimizer but its own FusedAdam: these we move ourselves."""
+        """What DeepSpeed moves. It would take step counters along, and refuses, under ZeRO-3,
+        master weights and states of any optimizer but its own FusedAdam: these we move ourselves.
+        """
         ours = {OffloadStateTypeEnum.optim_states}
         if self.settings.zero_stage == 3:
             ours.add(OffloadStateTypeEnum.hp_params)
         return [state for state in OffloadStateTypeEnum if state not in ours]
 
     def _move_optimizer(self, device: str) -> None:
-        """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are always on the CPU."""
+        """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are
+        always on the CPU.
+        """
         if self.settings.offload_optimizer:
             return
         states = self.optimizer.state.values()
-        tensors = [x for s in states for x in s.values() if torch.is_tensor(x) and x.ndim]  # step counters stay
+        # step counters stay
+        tensors = [x for s in states for x in s.values() if torch.is_tensor(x) and x.ndim]
         if self.settings.zero_stage == 3:
             tensors += self.engine.optimizer.fp32_partitioned_groups_flat
         for tensor in tensors:
             tensor.data = tensor.data.to(device)
 
-    # -- weights ------------------------------------------------------------------------------------------------------
+    # --- weights ----------------------------------------------------------------------------------
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, full shape) of every parameter, in the order `iter_groups` yields them."""
@@ -207,37 +241,55 @@ class ZeroEngine(ABC):
         ]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks in lockstep."""
+        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks
+        in lockstep.
+        """
         named = dict(self.model.named_parameters())
         for names in self._layer_groups():
             parameters = [named[name] for name in names]
             sharded = self.settings.zero_stage == 3
-            with deepspeed.zero.GatheredParameters(parameters) if sharded else contextlib.nullcontext():
+            with (
+                deepspeed.zero.GatheredParameters(parameters)
+                if sharded
+                else contextlib.nullcontext()
+            ):
                 clones = [p.detach().clone() for p in parameters]
             yield names, clones
 
     def _layer_groups(self) -> list[list[str]]:
-        """Parameter names, grouped by the first number in them (the layer), embeddings and heads by themselves."""
+        """Parameter names, grouped by the first number in them (the layer), embeddings and heads by
+        themselves.
+        """
         groups: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters():
             parts = name.split(".")
             layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            groups.setdefault(".".join(parts[: layer + 1] if layer is not None else parts[:-1]), []).append(name)
+            groups.setdefault(
+                ".".join(parts[: layer + 1] if layer is not None else parts[:-1]), []
+            ).append(name)
         return list(groups.values())
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0 writes."""
+        """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0
+        writes.
+        """
         state: dict[str, Tensor] = {}
         for names, tensors in self.iter_groups():
             if self.place.rank == 0:
                 state.update(zip(names, (t.cpu() for t in tensors), strict=True))
         if self.place.rank == 0:
-            state.update({n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()})
+            state.update(
+                {n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()}
+            )
             self.model.save_pretrained(folder, state_dict=state)
 
     def save(self, folder: str) -> None:
-        """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every rank."""
-        self.engine.save_checkpoint(folder, tag="state", client_state={"rng": torch.get_rng_state()})
+        """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every
+        rank.
+        """
+        self.engine.save_checkpoint(
+            folder, tag="state", client_state={"rng": torch.get_rng_state()}
+        )
         if self.place.rank == 0:
             Path(folder, "layout.json").write_text(json.dumps(self._layout()))
 
@@ -245,7 +297,10 @@ class ZeroEngine(ABC):
         """Continue from `save`. Raises ValueError when the world size or ZeRO stage is another."""
         saved = json.loads(Path(folder, "layout.json").read_text())
         if saved != self._layout():
-            raise ValueError(f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the same layout")
+            raise ValueError(
+                f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
+                "same layout"
+            )
         path, client = self.engine.load_checkpoint(folder, tag="state")
         if path is None:
             raise ValueError(f"{folder}: no checkpoint that DeepSpeed can read")
@@ -256,11 +311,14 @@ class ZeroEngine(ABC):
 
 
 class _Computation(nn.Module):
-    """What DeepSpeed wraps: a module whose forward is the role's computation, so that ZeRO's hooks see all of it."""
+    """What DeepSpeed wraps: a module whose forward is the role's computation, so that ZeRO's hooks
+    see all of it.
+    """
 
     def __init__(self, model: nn.Module, compute: Any) -> None:
         super().__init__()
-        self.model, self.compute = model, compute
+        self.model = model
+        self.compute = compute
 
     def forward(self, batch: Experience) -> Tensor:
         return self.compute(self.model, batch)
@@ -270,7 +328,8 @@ def start_process_group(place: Place) -> None:
     """Join the ranks of this role (nccl on GPU, gloo on CPU) and hand the group to DeepSpeed."""
     if dist.is_initialized():
         return
-    # DeepSpeed names its shared-memory segments after these two, and roles on one host must not share them.
+    # DeepSpeed names its shared-memory segments after these two, and roles on one host must not
+    # share them.
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK="0")
     backend = "nccl" if place.device == "cuda" else "gloo"
@@ -283,7 +342,8 @@ def start_process_group(place: Place) -> None:
         world_size=place.world_size,
         timeout=timedelta(seconds=place.timeout_s),
     )
-    # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at first start.
+    # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at
+    # first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
@@ -294,7 +354,8 @@ def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn
     The process group must exist: without it nothing would be sharded, with no more than a warning.
     """
     assert dist.is_initialized()
-    config = HfDeepSpeedConfig(deepspeed_config(settings))  # Transformers holds it weakly: it must live to the end
+    # Transformers holds it weakly: it must live to the end
+    config = HfDeepSpeedConfig(deepspeed_config(settings))
     try:
         model = load()
     finally:
@@ -305,8 +366,10 @@ def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn
 
 
 def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype, and frequencies of
-    rotary embeddings rounded to bfloat16 would turn late positions by whole radians."""
+    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype,
+    and frequencies of rotary embeddings rounded to bfloat16 would turn late positions by whole
+    radians.
+    """
     with init_empty_weights(include_buffers=False):
         whole = type(model)._from_config(model.config, dtype=dtype)
     saved = model.state_dict().keys()
@@ -317,20 +380,24 @@ def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
 
 
 def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every default that has changed between versions written out."""
+    """DeepSpeed's configuration, with every default that has changed between versions written
+    out.
+    """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # unused: micro-batches are cut by tokens, in ZeroEngine
+        # unused: micro-batches are cut by tokens, in ZeroEngine
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.optimizer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on NaN.
+        # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on
+        # NaN.
         "bf16": {"enabled": settings.model.dtype == "bfloat16", "check_grad_overflow": True},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.zero_stage > 0 else {}),
         "wall_clock_breakdown": False,
@@ -339,7 +406,8 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Torch's optimizer; weight decay on matrices only, as usual for Transformers."""
-    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}  # a ZeRO-3 shard is flat
+    # a ZeRO-3 shard is flat
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
     matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
     vectors = [p for p, shape in shapes.items() if len(shape) < 2]
     groups = [
@@ -349,11 +417,15 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     ]
     if settings.kind == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
+    )
 
 
 def schedule(settings: OptimizerSettings, total_steps: int) -> Any:
-    """Factor of the peak learning rate at optimizer step i: linear warm-up, then constant, linear or cosine decay."""
+    """Factor of the peak learning rate at optimizer step i: linear warm-up, then constant, linear
+    or cosine decay.
+    """
 
     def factor(i: int) -> float:
         warm = min(1.0, (i + 1) / (settings.warmup_steps + 1))

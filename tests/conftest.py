@@ -13,7 +13,9 @@ def cluster() -> Iterator[None]:
 
     from actors.placement import connect
 
-    if ray.is_initialized():  # Ray starts by itself as soon as it is asked something; that cluster may be too small
+    if (
+        ray.is_initialized()
+    ):  # Ray starts by itself as soon as it is asked something; that cluster may be too small
         ray.shutdown()
     connect(None, cpus=12)
     yield

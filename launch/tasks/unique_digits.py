@@ -1,7 +1,9 @@
-"""The demo's task: sort the digits of a string and remove duplicates, as in "uniq:800299=" -> "0289".
+"""The demo's task: sort the digits of a string and remove duplicates, as in "uniq:800299=" ->
+"0289".
 
-Everything the demo needs of it: tokenizer, untrained model, data, and the reward that checks an answer. Data are
-drawn from a seed alone. A prompt's checksum decides its split, so no prompt is ever in two splits.
+Everything the demo needs of it: tokenizer, untrained model, data, and the reward that checks an
+answer. Data are drawn from a seed alone. A prompt's checksum decides its split, so no prompt is
+ever in two splits.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def make_tokenizer(folder: str | Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, 1)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=pad,
@@ -47,11 +51,21 @@ def make_model(folder: str | Path, seed: int) -> None:
     from transformers.utils import logging
 
     config = Qwen3Config(
-        vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-        initializer_range=0.05, max_position_embeddings=MAX_POSITIONS,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype=torch.float32,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        max_position_embeddings=MAX_POSITIONS,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype=torch.float32,
+    )
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,7 +90,9 @@ def corrupt(text: str, rng: random.Random) -> str:
 
 
 def split_of(prompt: str) -> Split:
-    """A tenth of all prompts is for the test, a tenth for validation (curves and tuning), the rest for training."""
+    """A tenth of all prompts is for the test, a tenth for validation (curves and tuning), the rest
+    for training.
+    """
     return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 10, "train")  # type: ignore[return-value]
 
 
@@ -94,7 +110,8 @@ def make_prompts(n: int, seed: int, split: Split) -> list[dict[str, str]]:
 def make_demonstrations(n: int, seed: int, split: Split = "train") -> list[dict[str, str]]:
     """`n` rows of `prompt` and `response`: 45 % right, 45 % with the slip, 10 % corrupted.
 
-    An SFT model of these is partly competent on purpose: it leaves reinforcement learning something to do.
+    An SFT model of these is partly competent on purpose: it leaves reinforcement learning something
+    to do.
     """
     rng = random.Random(f"demonstrations {seed}")
 
@@ -105,15 +122,19 @@ def make_demonstrations(n: int, seed: int, split: Split = "train") -> list[dict[
         return answer(prompt) if kind == "right" else corrupt(answer(prompt), rng)
 
     return [
-        {"prompt": row["prompt"], "response": respond(row["prompt"])} for row in make_prompts(n, seed, split)
+        {"prompt": row["prompt"], "response": respond(row["prompt"])}
+        for row in make_prompts(n, seed, split)
     ]
 
 
-def make_pairs(prompts: Sequence[str], sampled: Sequence[Sequence[str]], seed: int) -> list[dict[str, str]]:
+def make_pairs(
+    prompts: Sequence[str], sampled: Sequence[Sequence[str]], seed: int
+) -> list[dict[str, str]]:
     """Preference pairs to train on: `prompt`, `chosen` (right), `rejected`.
 
-    `sampled[i]` are a model's responses to `prompts[i]`. The rejected answer is one of its wrong ones with
-    probability one half, otherwise (and where none is wrong) a corruption of the right answer.
+    `sampled[i]` are a model's responses to `prompts[i]`. The rejected answer is one of its wrong
+    ones with probability one half, otherwise (and where none is wrong) a corruption of the right
+    answer.
     """
     rng = random.Random(seed)
     rows = []
@@ -125,9 +146,16 @@ def make_pairs(prompts: Sequence[str], sampled: Sequence[Sequence[str]], seed: i
     return rows
 
 
-def make_sampled_pairs(prompts: Sequence[str], sampled: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Preference pairs to measure with: rejected is the model's first wrong response, if there is one."""
-    wrong = [[r for r in responses if r != answer(p)] for p, responses in zip(prompts, sampled, strict=True)]
+def make_sampled_pairs(
+    prompts: Sequence[str], sampled: Sequence[Sequence[str]]
+) -> list[dict[str, str]]:
+    """Preference pairs to measure with: rejected is the model's first wrong response, if there is
+    one.
+    """
+    wrong = [
+        [r for r in responses if r != answer(p)]
+        for p, responses in zip(prompts, sampled, strict=True)
+    ]
     return [
         {"prompt": p, "chosen": answer(p), "rejected": responses[0]}
         for p, responses in zip(prompts, wrong, strict=True)
@@ -180,5 +208,9 @@ def _stop_early(text: str, rng: random.Random) -> str:
 
 
 EDITS: dict[Callable[[str, random.Random], str], float] = {
-    _substitute: 0.3, _swap: 0.2, _drop: 0.2, _double: 0.15, _stop_early: 0.15,
-}  # fmt: skip
+    _substitute: 0.3,
+    _swap: 0.2,
+    _drop: 0.2,
+    _double: 0.15,
+    _stop_early: 0.15,
+}

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
-def session_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def session_engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     from tests.actors.tiny_models import Served, save_model, start_engine
 
     folder = tmp_path_factory.mktemp(request.param)

@@ -18,14 +18,18 @@ from actors.weight_sync import Receipt, SyncError, pack_group
 
 
 class FaultyActor(SyncedActor):
-    """One rank. `break_next` names the fault of the next `send_weights`; the one after is sound again."""
+    """One rank. `break_next` names the fault of the next `send_weights`; the one after is sound
+    again.
+    """
 
     fault = ""
 
     def connect(self, engines: Any, deadline_s: float, workers_per_engine: int = 1) -> None:
         super().connect(engines, deadline_s, workers_per_engine)
         groups = super().iter_groups()
-        self.first = {name: t for names, tensors in groups for name, t in zip(names, tensors, strict=True)}
+        self.first = {
+            name: t for names, tensors in groups for name, t in zip(names, tensors, strict=True)
+        }
 
     def break_next(self, fault: str) -> None:
         self.fault = fault
@@ -41,7 +45,8 @@ class FaultyActor(SyncedActor):
         try:
             return super().send_weights(version)
         finally:
-            self.fault, weight_sync.pack_group = "", pack
+            self.fault = ""
+            weight_sync.pack_group = pack
             self.client.__dict__.pop("update_weights", None)
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
@@ -75,7 +80,8 @@ class FaultyEngine(GenerationEngine):
         self.delay_s = seconds
 
     def start_weight_update(self) -> None:
-        delay, self.delay_s = self.delay_s, 0.0
+        delay = self.delay_s
+        self.delay_s = 0.0
         time.sleep(delay)
         super().start_weight_update()
 
@@ -91,7 +97,8 @@ class FaultyEngine(GenerationEngine):
         try:
             return super().finish_weight_update(weight_version)
         finally:
-            self.forgetful, weight_receiver.ParallelLMHead = False, head
+            self.forgetful = False
+            weight_receiver.ParallelLMHead = head
 
 
 class FaultyEngines(Engines):

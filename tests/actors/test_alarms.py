@@ -12,19 +12,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.alarms import Alarm, Watch, of_evaluation, of_experience, of_metrics, of_recipe, of_training
+from actors.alarms import (
+    Alarm,
+    Watch,
+    of_evaluation,
+    of_experience,
+    of_metrics,
+    of_recipe,
+    of_training,
+)
 from actors.run_folder import RunFolder
 from actors.settings import GenerationSettings, GRPORecipe, RunSettings
 from learners.experience import Experience, Rollout
 from learners.settings import GRPOSettings
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 Names = Callable[..., list[str]]
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
 
 
 def rollouts(*finish_reasons: str) -> list[Rollout]:
-    return [Rollout(0, i, 0, [5], [7, 8][: i + 1], [-1.0] * (i + 1), r, (0, 0)) for i, r in enumerate(finish_reasons)]
+    return [
+        Rollout(0, i, 0, [5], [7, 8][: i + 1], [-1.0] * (i + 1), r, (0, 0))
+        for i, r in enumerate(finish_reasons)
+    ]
 
 
 @pytest.fixture
@@ -32,13 +44,17 @@ def batch() -> Experience:
     """Two responses, of one and of two tokens; behind the shorter one there is garbage."""
     known = torch.tensor([[0.5, NAN], [0.5, 0.25]])
     batch = Experience.from_rollouts(rollouts("stop", "length"))
-    scored = replace(batch, scores=torch.tensor([1.0, 0.0]), valid=torch.ones(2, 2, dtype=torch.bool))
+    scored = replace(
+        batch, scores=torch.tensor([1.0, 0.0]), valid=torch.ones(2, 2, dtype=torch.bool)
+    )
     return replace(scored, **dict.fromkeys(PER_TOKEN, known))
 
 
 def make_recipe() -> GRPORecipe:
     model = {"path": "m"}
-    judge, logged = ({"name": name, "kind": "model", "model": model} for name in ("judge", "logged"))
+    judge, logged = (
+        {"name": name, "kind": "model", "model": model} for name in ("judge", "logged")
+    )
     return GRPORecipe.model_validate(
         {
             "run": {"folder": "r"},
@@ -58,10 +74,15 @@ def recipe() -> GRPORecipe:
 @pytest.fixture
 def names(recipe: GRPORecipe) -> Callable[..., list[str]]:
     def found(
-        batch: Experience, *finish_reasons: str, source: list[float | None] | None = None, skips: bool | None = None
+        batch: Experience,
+        *finish_reasons: str,
+        source: list[float | None] | None = None,
+        skips: bool | None = None,
     ) -> list[str]:
         given = {"judge": [1.0, 0.0] if source is None else source, "logged": [0.0, 0.0]}
-        alarms = of_experience(batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe)
+        alarms = of_experience(
+            batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe
+        )
         return [alarm.name for alarm in alarms if skips is None or alarm.skips == skips]
 
     return found
@@ -82,12 +103,16 @@ def test_a_token_that_is_not_finite_skips_the_step_and_names_its_source(
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e25])
-def test_a_score_that_is_not_finite_skips_the_step(batch: Experience, names: Names, value: float) -> None:
+def test_a_score_that_is_not_finite_skips_the_step(
+    batch: Experience, names: Names, value: float
+) -> None:
     """Nor may it be so large that the group's variance overflows in float32."""
     assert names(batch, source=[1.0, value], skips=True) == ["score_not_finite"]
 
 
-def test_a_function_that_raised_is_named_with_what_it_said(batch: Experience, recipe: GRPORecipe) -> None:
+def test_a_function_that_raised_is_named_with_what_it_said(
+    batch: Experience, recipe: GRPORecipe
+) -> None:
     given = {"judge": [1.0, 0.0], "logged": ["ZeroDivisionError: division by zero", 0.0]}
     (alarm,) = of_experience(batch, rollouts("stop"), given, recipe)
     assert alarm.name == "reward_error" and not alarm.skips
@@ -101,33 +126,48 @@ def test_an_evaluation_that_partly_failed_says_so() -> None:
     assert "2 responses, first: KeyError" in alarm.message
 
 
-def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(batch: Experience, recipe: GRPORecipe) -> None:
-    (alarm,) = of_experience(batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe)
+def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(
+    batch: Experience, recipe: GRPORecipe
+) -> None:
+    (alarm,) = of_experience(
+        batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe
+    )
     assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skips
 
 
-def test_a_few_unscorable_responses_are_no_alarm_and_many_are(batch: Experience, recipe: GRPORecipe) -> None:
+def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
+    batch: Experience, recipe: GRPORecipe
+) -> None:
     twenty = batch.select([0, 1] * 10)
     assert twenty.scores is not None and twenty.valid is not None
     for lost, expected in ((2, []), (3, ["unscorable"])):
         scores = twenty.scores.clone()
         scores[:lost] = NAN
         found = of_experience(
-            replace(twenty, scores=scores), rollouts("stop"), {"judge": [None] * lost + [1.0]}, recipe
+            replace(twenty, scores=scores),
+            rollouts("stop"),
+            {"judge": [None] * lost + [1.0]},
+            recipe,
         )
-        assert [(alarm.name, alarm.skips) for alarm in found] == [(name, False) for name in expected]
+        assert [(alarm.name, alarm.skips) for alarm in found] == [
+            (name, False) for name in expected
+        ]
 
 
 @pytest.mark.parametrize("why", ["unscorable", "empty"])
 def test_a_step_with_nothing_to_learn_is_skipped(batch: Experience, names: Names, why: str) -> None:
     if why == "unscorable":
-        batch = replace(batch, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 2, dtype=torch.bool))
+        batch = replace(
+            batch, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 2, dtype=torch.bool)
+        )
     else:
         batch = replace(batch, response_lengths=torch.zeros(2, dtype=torch.long))
     assert names(batch, skips=True) == ["nothing_to_learn"]
 
 
-def test_equal_scores_and_truncation_are_named_without_skipping(batch: Experience, names: Names) -> None:
+def test_equal_scores_and_truncation_are_named_without_skipping(
+    batch: Experience, names: Names
+) -> None:
     equal = replace(batch, scores=torch.tensor([0.5, 0.5]))
     assert names(equal, "length", "length", skips=False) == ["equal_scores", "all_truncated"]
     assert names(equal, "length", "length", skips=True) == []
@@ -162,14 +202,18 @@ SOUND = {
         ({"actor/entropy": 9.5}, ["entropy_high"]),
     ],
 )
-def test_metrics_out_of_their_band(recipe: GRPORecipe, changed: dict[str, float], expected: list[str]) -> None:
+def test_metrics_out_of_their_band(
+    recipe: GRPORecipe, changed: dict[str, float], expected: list[str]
+) -> None:
     found = list(of_metrics(SOUND | changed, recipe))
     assert [alarm.name for alarm in found] == expected
     assert all(alarm.skips == alarm.name.endswith("not_finite") for alarm in found)
 
 
 def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPORecipe) -> None:
-    algorithm = GRPOSettings.model_validate({"rollout_correction": {"kind": "token_mask", "cap": 3}})
+    algorithm = GRPOSettings.model_validate(
+        {"rollout_correction": {"kind": "token_mask", "cap": 3}}
+    )
     generation = GenerationSettings(top_p=0.9, repetition_penalty=1.2)
     weighed = recipe.model_copy(update={"algorithm": algorithm, "generation": generation})
     (said,) = of_recipe(weighed, {})
@@ -182,7 +226,10 @@ def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPO
 def test_sampling_defaults_that_are_ignored_are_reported(recipe: GRPORecipe) -> None:
     ignored = recipe.model_copy(update={"generation": GenerationSettings(model_sampling="ignore")})
     (said,) = of_recipe(ignored, {"repetition_penalty": 1.1, "temperature": 0.6})
-    assert said.name == "ignored_sampling" and "asks for repetition_penalty 1.1: not applied" in said.message
+    assert (
+        said.name == "ignored_sampling"
+        and "asks for repetition_penalty 1.1: not applied" in said.message
+    )
 
 
 def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: GRPORecipe) -> None:
@@ -196,7 +243,9 @@ def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: GRPOR
 
 
 def test_a_skipped_update_of_sft_or_a_reward_model_is_named() -> None:
-    assert [a.name for a in of_training({"loss": NAN, "skipped_updates": 1.0})] == ["learner_loss_not_finite"]
+    assert [a.name for a in of_training({"loss": NAN, "skipped_updates": 1.0})] == [
+        "learner_loss_not_finite"
+    ]
     assert list(of_training({"loss": 1.0, "skipped_updates": 0.0})) == []
 
 
@@ -211,14 +260,18 @@ def test_the_watch_counts_skipped_steps_and_tells_where_to_look(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watch = Watch(folder, limit=2)
-    odd, bad = Alarm("clip_fraction", "odd"), Alarm("values_not_finite", "bad", skips=True)
+    odd = Alarm("clip_fraction", "odd")
+    bad = Alarm("values_not_finite", "bad", skips=True)
     assert watch.report(1, [odd]) == {"alarm/clip_fraction": 1.0} and not watch.full
     assert watch.report(2, [odd])["alarm/clip_fraction"] == 1.0
     assert watch.report(2, [bad])["alarm/skipped"] == 1.0 and not watch.full
     assert watch.report(3, []) == {}
     watch.report(4, [bad])
     assert watch.full
-    assert "in 2 steps something was skipped (run.max_skipped_steps), the last time for values" in str(watch.stop(4))
+    assert (
+        "in 2 steps something was skipped (run.max_skipped_steps), the last time for values"
+        in str(watch.stop(4))
+    )
     rows = [json.loads(line) for line in (folder.path / "alarms.jsonl").read_text().splitlines()]
     assert [(r["step"], r["name"]) for r in rows] == [
         (1, "clip_fraction"),

@@ -1,4 +1,6 @@
-"""What the driver computes itself: scores as the algorithm sees them, metrics, and which rows belong to a step."""
+"""What the driver computes itself: scores as the algorithm sees them, metrics, and which rows
+belong to a step.
+"""
 
 from __future__ import annotations
 
@@ -39,31 +41,42 @@ def test_an_unscorable_response_loses_its_whole_row(batch: Experience) -> None:
 
 def test_metrics_of_a_step(batch: Experience) -> None:
     rollouts = [rollout([7, 2]), rollout([7, 8, 9], "length"), rollout([2])]
-    scored = with_scores(batch, [1.0, math.nan, 0.0], [r.finish_reason for r in rollouts], PPOSettings())
+    scored = with_scores(
+        batch, [1.0, math.nan, 0.0], [r.finish_reason for r in rollouts], PPOSettings()
+    )
     assert batch.rollout_logprobs is not None
     shifted = batch.rollout_logprobs.clone()
     shifted[0, 1] += 0.25
-    metrics = rollout_metrics(replace(scored, old_logprobs=shifted), rollouts, {"exact": [1.0, None, 0.0]})
+    metrics = rollout_metrics(
+        replace(scored, old_logprobs=shifted), rollouts, {"exact": [1.0, None, 0.0]}
+    )
     assert metrics["response/length"] == 2.0
     assert metrics["response/truncated"] == pytest.approx(1 / 3)
     assert metrics["score/mean"] == 0.5 and metrics["score/exact"] == 0.5
     assert metrics["score/unscorable"] == pytest.approx(1 / 3)
     assert metrics["mismatch/max"] == 0.25
-    assert metrics["mismatch/mean"] == pytest.approx(0.25 / 3)  # three tokens are left: two of row 0, one of row 2
+    # three tokens are left: two of row 0, one of row 2
+    assert metrics["mismatch/mean"] == pytest.approx(0.25 / 3)
     assert metrics["mismatch/kl"] == pytest.approx((math.exp(0.25) - 1 - 0.25) / 3, rel=1e-5)
 
 
 def test_old_logprobs_that_are_the_engines_leave_nothing_to_compare(batch: Experience) -> None:
     scored = with_scores(batch, [1.0, 0.0, 0.0], ["stop"] * 3, PPOSettings())
-    metrics = rollout_metrics(replace(scored, old_logprobs=scored.rollout_logprobs), [rollout([7])] * 3, {})
+    metrics = rollout_metrics(
+        replace(scored, old_logprobs=scored.rollout_logprobs), [rollout([7])] * 3, {}
+    )
     assert not any(name.startswith("mismatch") for name in metrics)
 
 
 def test_an_empty_response_and_infinite_scores_are_counted_and_break_nothing() -> None:
     rollouts = [rollout([]), rollout([7, 2]), rollout([2])]
-    batch = with_scores(Experience.from_rollouts(rollouts), [math.inf, -math.inf, 1.0], ["stop"] * 3, PPOSettings())
+    batch = with_scores(
+        Experience.from_rollouts(rollouts), [math.inf, -math.inf, 1.0], ["stop"] * 3, PPOSettings()
+    )
     metrics = rollout_metrics(
-        replace(batch, old_logprobs=batch.rollout_logprobs.clone()), rollouts, {"broken": [math.inf, -math.inf, 1.0]}
+        replace(batch, old_logprobs=batch.rollout_logprobs.clone()),
+        rollouts,
+        {"broken": [math.inf, -math.inf, 1.0]},
     )
     assert metrics["response/length"] == 1.0 and math.isnan(metrics["score/broken"])
     assert batch.mask.any(1).tolist() == [False, True, True]
@@ -78,7 +91,8 @@ def test_metrics_of_mini_batches() -> None:
 
 def test_every_pass_over_the_data_takes_each_row_once_in_an_order_of_its_own() -> None:
     steps = [rows_of_step(step, 3, 6, 0, "prompts") for step in range(1, 5)]
-    first, second = steps[0] + steps[1], steps[2] + steps[3]
+    first = steps[0] + steps[1]
+    second = steps[2] + steps[3]
     assert sorted(first) == sorted(second) == list(range(6))
     assert first != second
 
@@ -102,7 +116,9 @@ def test_seeds_depend_on_every_part_and_fit_31_bits() -> None:
 def test_scores_far_from_zero_keep_their_differences_on_the_way_to_the_advantages() -> None:
     batch = Experience.from_ids([[1]] * 3, [[2]] * 3)
     near, far = (
-        GRPO(GRPOSettings(), 3).advantages(with_scores(batch, scores, ["stop"] * 3, GRPOSettings()))[0].advantages
+        GRPO(GRPOSettings(), 3)
+        .advantages(with_scores(batch, scores, ["stop"] * 3, GRPOSettings()))[0]
+        .advantages
         for scores in ([0.0, 1.0, 3.0], [1e9, 1e9 + 1, 1e9 + 3])
     )
     assert near is not None and far is not None and far.dtype == torch.float32

@@ -17,7 +17,9 @@ ROLLOUTS = [
 
 
 def actor(*differences: tuple[int, int, float]) -> torch.Tensor:
-    """Actor log-probs [2,3]: the engine's, with differences at (row, token), and garbage behind the shorter row."""
+    """Actor log-probs [2,3]: the engine's, with differences at (row, token), and garbage behind the
+    shorter row.
+    """
     batch = Experience.from_rollouts(ROLLOUTS)
     assert batch.rollout_logprobs is not None
     logprobs = batch.rollout_logprobs.masked_fill(~batch.mask, 17.0)
@@ -27,14 +29,20 @@ def actor(*differences: tuple[int, int, float]) -> torch.Tensor:
 
 
 def test_the_largest_difference_within_the_gate_is_returned() -> None:
-    assert check(ROLLOUTS, actor((0, 2, 5e-5), (1, 0, -8e-5)), gate=1e-4) == pytest.approx(8e-5, rel=1e-2)
+    assert check(ROLLOUTS, actor((0, 2, 5e-5), (1, 0, -8e-5)), gate=1e-4) == pytest.approx(
+        8e-5, rel=1e-2
+    )
 
 
 def test_the_worst_token_is_named_and_the_bound_and_how_many_are_over_it() -> None:
     with pytest.raises(GateError) as refused:
         check(ROLLOUTS, actor((0, 2, 0.5), (1, 1, -0.75)), gate=1e-4)
     what, where, _ = refused.value.problems
-    assert "differ by 7.50e-01 nats" in what and "2 of 5 tokens" in what and "0.0001 (sync.gate)" in what
+    assert (
+        "differ by 7.50e-01 nats" in what
+        and "2 of 5 tokens" in what
+        and "0.0001 (sync.gate)" in what
+    )
     assert "response token 1 (id 2) of prompt 4: engine[0] -0.2500, Actor -1.0000" in where
 
 

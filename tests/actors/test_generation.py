@@ -1,4 +1,6 @@
-"""GenerationEngine on real vLLM: what comes out is what the model says, and nobody waits for ever."""
+"""GenerationEngine on real vLLM: what comes out is what the model says, and nobody waits for
+ever.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,36 @@ def rollouts(served: Served, requests: list[PromptRequest]) -> list[Rollout]:
 def assert_logprobs(served: Served, samples: list[Rollout], temperature: float) -> None:
     for sample in samples:
         expected = logprobs(served.model, sample.prompt_ids + sample.response_ids, temperature)
-        torch.testing.assert_close(torch.tensor(sample.logprobs), expected[-len(sample.logprobs) :], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(sample.logprobs), expected[-len(sample.logprobs) :], atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_transformers_after_temperature(served: Served, temperature: float) -> None:
-    assert_logprobs(served, rollouts(served, [request(i, temperature) for i in range(4)]), temperature)
+def test_logprobs_are_those_of_transformers_after_temperature(
+    served: Served, temperature: float
+) -> None:
+    assert_logprobs(
+        served, rollouts(served, [request(i, temperature) for i in range(4)]), temperature
+    )
 
 
 @pytest.mark.parametrize("distortions", [{"top_k": 5}, {"repetition_penalty": 1.3}])
 def test_logprobs_of_distorted_sampling_are_those_it_really_sampled_with(
     served: Served, distortions: dict[str, float]
 ) -> None:
-    """What a correction needs: probabilities after truncation (renormalised) and after penalties."""
-    for sample in rollouts(served, [replace(request(i), distortions=distortions) for i in range(2)]):
+    """What a correction needs: probabilities after truncation (renormalised) and after
+    penalties.
+    """
+    for sample in rollouts(
+        served, [replace(request(i), distortions=distortions) for i in range(2)]
+    ):
         ids = sample.prompt_ids + sample.response_ids
         with torch.no_grad():
             logits = served.model(torch.tensor([ids])).logits[0]
-        for t, (token, logprob) in enumerate(zip(sample.response_ids, sample.logprobs, strict=True)):
+        for t, (token, logprob) in enumerate(
+            zip(sample.response_ids, sample.logprobs, strict=True)
+        ):
             here = logits[len(sample.prompt_ids) + t - 1].clone()
             if "top_k" in distortions:
                 here[here < here.topk(5).values[-1]] = -torch.inf
@@ -71,7 +85,8 @@ def test_groups_are_complete(served: Served) -> None:
         assert len(sample.response_ids) == len(sample.logprobs) <= 20
         assert all(0 <= i < VOCAB for i in sample.response_ids)
         assert EOS not in sample.response_ids[:-1]
-        assert (sample.finish_reason == "stop") == (sample.response_ids[-1] == EOS)  # the EOS stays, with a log-prob
+        # the EOS stays, with a log-prob
+        assert (sample.finish_reason == "stop") == (sample.response_ids[-1] == EOS)
     assert {s.finish_reason for s in samples} == {"stop", "length"}
 
 
@@ -81,7 +96,9 @@ def test_the_same_seed_gives_the_same_sample_in_any_company(served: Served) -> N
     assert [s.response_ids for s in alone] == [s.response_ids for s in together if s.slot == 3]
     assert len({tuple(s.response_ids) for s in alone}) == 4
     unseeded = [replace(request(3), seeds=None)]
-    assert {tuple(s.response_ids) for s in rollouts(served, unseeded)} != {tuple(s.response_ids) for s in alone}
+    assert {tuple(s.response_ids) for s in rollouts(served, unseeded)} != {
+        tuple(s.response_ids) for s in alone
+    }
 
 
 def test_without_seeds_an_engine_draws_from_its_own_seed_and_the_version(
@@ -90,14 +107,19 @@ def test_without_seeds_an_engine_draws_from_its_own_seed_and_the_version(
     def drawn(seed: int, version: int) -> list[list[int]]:
         monkeypatch.setattr(served.engine, "seed", seed)
         served.engine.accept(version)
-        return [s.response_ids for s in rollouts(served, [replace(request(i), seeds=None) for i in range(3)])]
+        return [
+            s.response_ids
+            for s in rollouts(served, [replace(request(i), seeds=None) for i in range(3)])
+        ]
 
     first = drawn(4, 1)
     assert drawn(4, 1) == first
     assert drawn(5, 1) != first and drawn(4, 2) != first
 
 
-def test_greedy_takes_the_likeliest_token_and_reports_logprobs_at_temperature_1(served: Served) -> None:
+def test_greedy_takes_the_likeliest_token_and_reports_logprobs_at_temperature_1(
+    served: Served,
+) -> None:
     # in company of sampled requests: vLLM computes both kinds in one batch
     samples = rollouts(served, [request(0, temperature=0.0, size=2), request(1, temperature=0.5)])
     greedy = [s for s in samples if s.slot == 0]
@@ -119,7 +141,12 @@ def test_calls_from_several_threads_do_not_mix(served: Served) -> None:
 
 
 def test_the_loop_computes_with_the_threads_it_was_given(served: Served) -> None:
-    assert served.engine.status() == {"version": 0, "stale": False, "running": 0, "threads": THREADS}
+    assert served.engine.status() == {
+        "version": 0,
+        "stale": False,
+        "running": 0,
+        "threads": THREADS,
+    }
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_nothing_of_its_call_runs(served: Served) -> None:
@@ -130,7 +157,8 @@ def test_a_prompt_that_does_not_fit_is_refused_and_nothing_of_its_call_runs(serv
 
 
 def test_closing_the_generator_aborts_what_is_unfinished(served: Served) -> None:
-    short, long = request(0, size=1, tokens=1), request(1, size=4, tokens=150)
+    short = request(0, size=1, tokens=1)
+    long = request(1, size=4, tokens=150)
     stream = served.engine.generate([short, long])
     assert [group[0].slot for group in next(stream)] == [0]
     assert served.engine.status()["running"] > 0
@@ -138,7 +166,9 @@ def test_closing_the_generator_aborts_what_is_unfinished(served: Served) -> None
     assert served.engine.status()["running"] == 0
 
 
-def test_when_the_loop_dies_everyone_who_waits_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_loop_dies_everyone_who_waits_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model(tmp_path, seed=0, tied=True)
     engine = start_engine(tmp_path)
     release = threading.Event()
@@ -149,7 +179,9 @@ def test_when_the_loop_dies_everyone_who_waits_is_told(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(engine._engine, "step", failing_step)
     with ThreadPoolExecutor(3) as threads:
-        waiting = [threads.submit(lambda i=i: list(engine.generate([request(i)]))) for i in range(2)]
+        waiting = [
+            threads.submit(lambda i=i: list(engine.generate([request(i)]))) for i in range(2)
+        ]
         waiting.append(threads.submit(engine.probe_logprobs, [1, 3, 4]))
         release.set()
         for one in waiting:

@@ -1,4 +1,6 @@
-"""What only GPUs will run: every call is bound against the installed packages, and what CPUs can run of it is run."""
+"""What only GPUs will run: every call is bound against the installed packages, and what CPUs can
+run of it is run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def bound(function: Callable[..., Any], calls: list[Any], result: Any = None) -> Callable[..., Any]:
-    """Stands in for `function`: takes the arguments it would take, and no others, and notes them."""
+    """Stands in for `function`: takes the arguments it would take, and no others, and notes
+    them.
+    """
     signature = inspect.signature(function)
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -33,7 +37,7 @@ def bound(function: Callable[..., Any], calls: list[Any], result: Any = None) ->
     return stand_in
 
 
-# -- turns on shared GPUs ----------------------------------------------------------------------------------------------
+# --- turns on shared GPUs -------------------------------------------------------------------------
 
 
 class Recorder(WorkerGroup):
@@ -59,7 +63,10 @@ class Recorder(WorkerGroup):
 def told_by(act: Callable[[dict[str, Recorder], Turns], None], share: bool = True) -> list[str]:
     """What all processes are told while `act` works with five groups that have all started."""
     told: list[str] = []
-    groups = {name: Recorder(name, told) for name in ("engine", "actor", "critic", "reference", "reward judge")}
+    groups = {
+        name: Recorder(name, told)
+        for name in ("engine", "actor", "critic", "reference", "reward judge")
+    }
     act(groups, Turns(groups if share else {}, 1))
     return told
 
@@ -85,16 +92,31 @@ def test_in_one_step_nobody_works_without_the_gpus_and_nobody_stays_in_the_way()
     gone = sorted(told[:4])
     assert gone == ["actor offload", "critic offload", "reference offload", "reward judge offload"]
     assert told[4:15] == [
-        "engine wake None", "engine generate 1", "engine sleep",
-        "reward judge reload", "reward judge scores 1", "actor reload", "actor infer 1",
-        "reference reload", "reference logprobs 1", "critic reload", "critic infer 1",
-    ]  # fmt: skip
+        "engine wake None",
+        "engine generate 1",
+        "engine sleep",
+        "reward judge reload",
+        "reward judge scores 1",
+        "actor reload",
+        "actor infer 1",
+        "reference reload",
+        "reference logprobs 1",
+        "critic reload",
+        "critic infer 1",
+    ]
     assert sorted(told[15:17]) == ["reference offload", "reward judge offload"]
     assert told[17:] == [
-        "actor train 1", "critic train 1", "critic offload",
-        "engine wake ['weights']", "actor send_weights", "actor probe", "actor offload",
-        "engine wake None", "engine probe_logprobs", "engine accept",
-    ]  # fmt: skip
+        "actor train 1",
+        "critic train 1",
+        "critic offload",
+        "engine wake ['weights']",
+        "actor send_weights",
+        "actor probe",
+        "actor offload",
+        "engine wake None",
+        "engine probe_logprobs",
+        "engine accept",
+    ]
 
 
 def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
@@ -106,9 +128,14 @@ def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
 
     told = told_by(act)
     assert told[4:] == [
-        "engine wake None", "engine generate 1", "engine generate 2", "engine sleep",
-        "actor reload", "actor infer 1", "actor save",
-    ]  # fmt: skip
+        "engine wake None",
+        "engine generate 1",
+        "engine generate 2",
+        "engine sleep",
+        "actor reload",
+        "actor infer 1",
+        "actor save",
+    ]
 
 
 def test_with_gpus_of_their_own_nobody_is_told_to_leave() -> None:
@@ -117,13 +144,15 @@ def test_with_gpus_of_their_own_nobody_is_told_to_leave() -> None:
     assert len(told) == 11 and not any(word in line for line in told for word in moves)
 
 
-# -- vLLM --------------------------------------------------------------------------------------------------------------
+# --- vLLM -----------------------------------------------------------------------------------------
 
 
 @engines
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("tensor_parallel", [1, 4])
-def test_the_gpu_engine_is_what_the_installed_vllm_takes(tensor_parallel: int, shared: bool) -> None:
+def test_the_gpu_engine_is_what_the_installed_vllm_takes(
+    tensor_parallel: int, shared: bool
+) -> None:
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
 
@@ -135,9 +164,14 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(tensor_parallel: int, s
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
     taken = EngineArgs(**arguments, weight_transfer_config=transfer)
     assert taken.distributed_executor_backend == ("uni" if tensor_parallel == 1 else "mp")
-    assert (taken.tensor_parallel_size, taken.gpu_memory_utilization, taken.dtype) == (tensor_parallel, 0.7, "bfloat16")
+    assert (taken.tensor_parallel_size, taken.gpu_memory_utilization, taken.dtype) == (
+        tensor_parallel,
+        0.7,
+        "bfloat16",
+    )
     assert (taken.enable_sleep_mode, transfer.backend) == (shared, "ipc" if shared else "nccl")
-    assert taken.kv_cache_memory_bytes is None and not taken.enforce_eager  # what belongs to CPUs stays there
+    # what belongs to CPUs stays there
+    assert taken.kv_cache_memory_bytes is None and not taken.enforce_eager
 
 
 @engines
@@ -148,16 +182,23 @@ def test_gpu_workers_have_the_methods_the_loop_calls() -> None:
     inspect.signature(LLMEngine.sleep).bind(None, level=1)
     inspect.signature(LLMEngine.wake_up).bind(None, ["weights"])
     for method, *arguments in (
-        ["init_weight_transfer_engine", {}], ["start_weight_update"], ["update_weights", {}], ["finish_weight_update"],
-        ["sleep", 1], ["wake_up", ["weights"]],
-    ):  # fmt: skip
+        ["init_weight_transfer_engine", {}],
+        ["start_weight_update"],
+        ["update_weights", {}],
+        ["finish_weight_update"],
+        ["sleep", 1],
+        ["wake_up", ["weights"]],
+    ):
         inspect.signature(getattr(Worker, method)).bind(None, *arguments)
-    assert "_weight_update_active" in inspect.getsource(Worker.__init__)  # what clear_interrupted_update looks at
+    # what clear_interrupted_update looks at
+    assert "_weight_update_active" in inspect.getsource(Worker.__init__)
 
 
 def sampled(served: Any) -> list[list[int]]:
     requests = [PromptRequest(i, i, [1, 5 + i, 9], 2, 1.0, 12, (3, 4)) for i in range(3)]
-    return [s.response_ids for groups in served.engine.generate(requests) for g in groups for s in g]
+    return [
+        s.response_ids for groups in served.engine.generate(requests) for g in groups for s in g
+    ]
 
 
 @engines
@@ -177,10 +218,13 @@ def test_an_engine_that_slept_wakes_with_the_weights_it_had(served: Any) -> None
 
 
 @engines
-def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_accepted(served: Any) -> None:
+def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_accepted(
+    served: Any,
+) -> None:
     from tests.actors.tiny_models import logprobs, make_model, transfer
 
-    new, probe = make_model(seed=1, tied=served.model.config.tie_word_embeddings), [1, *range(3, 40)]
+    new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    probe = [1, *range(3, 40)]
     served.engine.sleep()
     served.engine.wake(["weights"])
     transfer(served.engine, new, 1)
@@ -199,9 +243,15 @@ def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_acce
 
 
 @engines
-@pytest.mark.parametrize("fault", ["none", "a tensor that is not what was sent", "a tensor that never came"])
-def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(served: Any, fault: str) -> None:
-    """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted there, on any device."""
+@pytest.mark.parametrize(
+    "fault", ["none", "a tensor that is not what was sent", "a tensor that never came"]
+)
+def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(
+    served: Any, fault: str
+) -> None:
+    """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted
+    there, on any device.
+    """
     from actors.weight_receiver import note_what_is_loaded
     from actors.weight_sync import SyncError, checksum, verify
     from tests.actors.tiny_models import make_model, packed_groups
@@ -214,14 +264,19 @@ def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(served: 
     groups = packed_groups(new)
     served.engine.start_weight_update()
     served.engine._worker(note_what_is_loaded)
-    served.engine.update_weights({"groups": groups[:-1] if fault == "a tensor that never came" else groups})
-    ours = {f"group {i}" for i in range(len(groups))}  # the receipt of the CPUs' receiver, in the same list
+    served.engine.update_weights(
+        {"groups": groups[:-1] if fault == "a tensor that never came" else groups}
+    )
+    # the receipt of the CPUs' receiver, in the same list
+    ours = {f"group {i}" for i in range(len(groups))}
     receipt = [entry for entry in served.engine.finish_weight_update() if entry[0] not in ours]
     names = [name for name, _ in new.named_parameters()]
     if fault == "none":
         verify(sent, receipt, names)
     else:
-        with pytest.raises(SyncError, match="norm.weight arrived with digest" if "not what" in fault else "missing"):
+        with pytest.raises(
+            SyncError, match="norm.weight arrived with digest" if "not what" in fault else "missing"
+        ):
             verify(sent, receipt, names)
 
 
@@ -259,21 +314,29 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", bound(real, calls))
     GpuSender("ipc", Embedding(), EngineClient([], 1), rank=1)
     info = calls[0]["init_info"]
-    assert info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
+    assert (
+        info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
+    )
 
 
-# -- DeepSpeed and torch -----------------------------------------------------------------------------------------------
+# --- DeepSpeed and torch --------------------------------------------------------------------------
 
 
 @engines
-def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import deepspeed
     import torch.distributed as dist
 
     from learners.zero import start_process_group
 
     calls: list[Any] = []
-    for owner, name in ((dist, "init_process_group"), (deepspeed, "init_distributed"), (torch.cuda, "set_device")):
+    for owner, name in (
+        (dist, "init_process_group"),
+        (deepspeed, "init_distributed"),
+        (torch.cuda, "set_device"),
+    ):
         monkeypatch.setattr(owner, name, bound(getattr(owner, name), calls))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -285,7 +348,9 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(monkeypatch: pytest
     assert speed["dist_backend"] == "nccl"
 
 
-def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from actors import synced_actor
     from actors.weight_sync import GpuSender, transfer_backend
 
@@ -296,8 +361,9 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(mo
     for shared in (False, True):
         actor.connect([], 5.0, 2, transfer_backend("cuda", shared), ("node", 4321))
     assert [(c["backend"], c["rank"], c["address"], c["port"]) for c in calls] == [
-        ("nccl", 1, "node", 4321), ("ipc", 1, "node", 4321),
-    ]  # fmt: skip
+        ("nccl", 1, "node", 4321),
+        ("ipc", 1, "node", 4321),
+    ]
 
 
 def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:
@@ -334,22 +400,31 @@ def batch_of(place: Place) -> Experience:
     return batch.select(batch.shard(place.world_size)[place.rank])
 
 
-def train(place: Place, settings: LearnerSettings, turns: tuple[int, ...]) -> tuple[list[Any], torch.Tensor]:
-    """A step for each of `turns`, after which the learner leaves the GPU and comes back so many times."""
+def train(
+    place: Place, settings: LearnerSettings, turns: tuple[int, ...]
+) -> tuple[list[Any], torch.Tensor]:
+    """A step for each of `turns`, after which the learner leaves the GPU and comes back so many
+    times.
+    """
     from learners.sft import SFTLearner
 
-    learner, metrics = SFTLearner(settings, 10, place), []
+    learner = SFTLearner(settings, 10, place)
+    metrics = []
     for times in turns:
         metrics.append(learner.train(batch_of(place)))
         for _ in range(times):
             learner.offload()
             move_visibly(learner)
             learner.reload()
-    return metrics, torch.cat([t.float().flatten() for _, tensors in learner.iter_groups() for t in tensors])
+    return metrics, torch.cat(
+        [t.float().flatten() for _, tensors in learner.iter_groups() for t in tensors]
+    )
 
 
 def move_visibly(learner: Any) -> None:
-    """From CPU to CPU nothing shows what is moved; a change of dtype does, and is undone exactly."""
+    """From CPU to CPU nothing shows what is moved; a change of dtype does, and is undone
+    exactly.
+    """
     if learner.settings.offload_optimizer:
         return
     learner._move_optimizer(torch.float64)
@@ -360,17 +435,35 @@ def move_visibly(learner: Any) -> None:
     learner._move_optimizer(torch.float32)
 
 
-def settings_of(folder: Path, stage: int, dtype: str = "float32", **changes: Any) -> LearnerSettings:
-    values = {"ranks": 2, "zero_stage": stage, "micro_batch_tokens": 20, "optimizer": {"learning_rate": 1e-2}}
-    return LearnerSettings.model_validate({"model": {"path": str(folder), "dtype": dtype}, **values, **changes})
+def settings_of(
+    folder: Path, stage: int, dtype: str = "float32", **changes: Any
+) -> LearnerSettings:
+    values = {
+        "ranks": 2,
+        "zero_stage": stage,
+        "micro_batch_tokens": 20,
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    return LearnerSettings.model_validate(
+        {"model": {"path": str(folder), "dtype": dtype}, **values, **changes}
+    )
 
 
 @engines
 @pytest.mark.parametrize(
     ("stage", "dtype"),
-    [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")],
+    [
+        (0, "float32"),
+        (1, "float32"),
+        (2, "float32"),
+        (3, "float32"),
+        (2, "bfloat16"),
+        (3, "bfloat16"),
+    ],
 )
-def test_a_learner_that_leaves_and_comes_back_learns_the_same(ranks: Any, folder: Path, stage: int, dtype: str) -> None:
+def test_a_learner_that_leaves_and_comes_back_learns_the_same(
+    ranks: Any, folder: Path, stage: int, dtype: str
+) -> None:
     settings = settings_of(folder, stage, dtype)
     stayed, left = (ranks.run(train, settings, turns) for turns in ((0, 0, 0), (2, 1, 0)))
     for (metrics, weights), (expected, expected_weights) in zip(left, stayed, strict=True):
@@ -380,7 +473,9 @@ def test_a_learner_that_leaves_and_comes_back_learns_the_same(ranks: Any, folder
 @engines
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_learner_learns_the_same(ranks: Any, folder: Path, stage: int, dtype: str) -> None:
+def test_an_offloaded_learner_learns_the_same(
+    ranks: Any, folder: Path, stage: int, dtype: str
+) -> None:
     changes = {"offload_optimizer": True, "offload_parameters": stage == 3}
     turns = (1, 0) if (stage, dtype) != (1, "bfloat16") else (0, 0)
     plain = ranks.run(train, settings_of(folder, stage, dtype), (0, 0))
@@ -392,7 +487,9 @@ def test_an_offloaded_learner_learns_the_same(ranks: Any, folder: Path, stage: i
 
 
 def load_both_ways(place: Place, loader: str, settings: LearnerSettings) -> tuple[list[str], int]:
-    """What differs between a model loaded whole and one loaded into shards; and how many weights are sharded."""
+    """What differs between a model loaded whole and one loaded into shards; and how many weights
+    are sharded.
+    """
     import deepspeed
 
     from learners import models
@@ -400,14 +497,19 @@ def load_both_ways(place: Place, loader: str, settings: LearnerSettings) -> tupl
 
     def load() -> Any:
         torch.manual_seed(7)  # a new head is drawn
-        return getattr(models, loader)(settings.model, *([0] if loader == "load_reward_model" else []))
+        return getattr(models, loader)(
+            settings.model, *([0] if loader == "load_reward_model" else [])
+        )
 
     start_process_group(place)
-    whole, sharded = load(), load_sharded(load, settings)
+    whole = load()
+    sharded = load_sharded(load, settings)
     names = [name for name, _ in whole.named_parameters()]
     assert names == [name for name, _ in sharded.named_parameters()] and not sharded.training
     differs = []
-    for (name, one), (_, other) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        whole.named_parameters(), sharded.named_parameters(), strict=True
+    ):
         count = other.numel()
         with deepspeed.zero.GatheredParameters([other]):
             if count or one.dtype != other.dtype or not torch.equal(one, other):
@@ -426,7 +528,10 @@ def checkpoints(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
     top = tmp_path_factory.mktemp("checkpoints")
     save_model(top / "untied", seed=0, tied=False)
-    shape = make_model(0, False).config.to_dict() | {"model_type": "qwen3_moe", "architectures": None}
+    shape = make_model(0, False).config.to_dict() | {
+        "model_type": "qwen3_moe",
+        "architectures": None,
+    }
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)).save_pretrained(top / "experts")
     scores = make_model(0, True).config
@@ -440,15 +545,21 @@ def checkpoints(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize(
     ("name", "loader"),
     [
-        ("tied", "load_causal_lm"), ("untied", "load_causal_lm"), ("experts", "load_causal_lm"),
-        ("tied", "load_critic"), ("scores", "load_critic"), ("tied", "load_reward_model"),
+        ("tied", "load_causal_lm"),
+        ("untied", "load_causal_lm"),
+        ("experts", "load_causal_lm"),
+        ("tied", "load_critic"),
+        ("scores", "load_critic"),
+        ("tied", "load_reward_model"),
     ],
-)  # fmt: skip
+)
 def test_a_model_loaded_into_shards_is_the_whole_model_bit_by_bit(
     ranks: Any, checkpoints: dict[str, Path], name: str, loader: str, dtype: str
 ) -> None:
     """Buffers too: in the weights' dtype, rotary frequencies would be rounded to bfloat16."""
-    for differs, weights in ranks.run(load_both_ways, loader, settings_of(checkpoints[name], 3, dtype)):
+    for differs, weights in ranks.run(
+        load_both_ways, loader, settings_of(checkpoints[name], 3, dtype)
+    ):
         assert differs == [] and weights > 20
 
 
@@ -456,7 +567,9 @@ def test_a_model_loaded_into_shards_is_the_whole_model_bit_by_bit(
 def test_weights_missing_in_a_checkpoint_are_found_when_it_is_loaded_into_shards(
     ranks: Any, checkpoints: dict[str, Path]
 ) -> None:
-    with pytest.raises(AssertionError, match="1 weights are missing in the checkpoint: lm_head.weight"):
+    with pytest.raises(
+        AssertionError, match="1 weights are missing in the checkpoint: lm_head.weight"
+    ):
         ranks.run(load_sharded_alone, settings_of(without_head(checkpoints["untied"]), 3))
 
 
@@ -480,7 +593,7 @@ def without_head(folder: Path) -> Path:
     return other
 
 
-# -- a whole run, rehearsed on CPUs ------------------------------------------------------------------------------------
+# --- a whole run, rehearsed on CPUs ---------------------------------------------------------------
 
 
 def tiny_run(folder: Path, name: str) -> Any:
@@ -498,25 +611,37 @@ def tiny_run(folder: Path, name: str) -> Any:
         config = AutoConfig.from_pretrained(folder / "base", num_labels=1)
         torch.manual_seed(0)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "judge")
-    base, judge = {"path": str(folder / "base")}, {"path": str(folder / "judge")}
+    base = {"path": str(folder / "base")}
+    judge = {"path": str(folder / "judge")}
     prompts = {"path": str(folder / "prompts.jsonl"), "answer_columns": ["answer"]}
     return PPORecipe.model_validate(
         {
-            "run": {"folder": str(folder / name), "progress": False, "tensorboard": False, "checkpoint_every_steps": 1},
+            "run": {
+                "folder": str(folder / name),
+                "progress": False,
+                "tensorboard": False,
+                "checkpoint_every_steps": 1,
+            },
             "step": {"steps": 2, "prompts_per_step": 8, "mini_batch_size": 4},
-            "actor": {"model": base, "zero_stage": 3}, "critic": {"model": judge, "zero_stage": 2}, "prompts": prompts,
+            "actor": {"model": base, "zero_stage": 3},
+            "critic": {"model": judge, "zero_stage": 2},
+            "prompts": prompts,
             "rewards": [{"name": "judge", "kind": "model", "model": judge}],
             "generation": {"max_new_tokens": 12, "threads": 1, "kv_cache_gib": 0.125},
             "evaluation": {
-                "prompts": {**prompts, "limit": 8}, "function": "launch.tasks.unique_digits:exact_match",
-                "every_steps": 1, "greedy": False,
+                "prompts": {**prompts, "limit": 8},
+                "function": "launch.tasks.unique_digits:exact_match",
+                "every_steps": 1,
+                "greedy": False,
             },
         }
-    )  # fmt: skip
+    )
 
 
 def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
-    """Metrics of the run's steps; with `shared`, everything is done that shared GPUs would ask for."""
+    """Metrics of the run's steps; with `shared`, everything is done that shared GPUs would
+    ask for.
+    """
     from actors.driver import Driver, demands
     from actors.placement import Placement
     from actors.roles import RunData, start_roles
@@ -529,12 +654,22 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
         assert bool(roles.turns.groups) == shared
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
             Driver(recipe, run, data, roles).run(resume=False)
-    rows = [json.loads(line) for line in Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")} for row in rows]
+    rows = [
+        json.loads(line)
+        for line in Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")}
+        for row in rows
+    ]
 
 
 @engines
 def test_taking_turns_changes_no_number_of_a_run(cluster: None, tmp_path: Path) -> None:
-    """vLLM's CPU worker only pretends to sleep; learners and frozen models really leave and come back."""
-    separate, shared = (run_as(tiny_run(tmp_path, name), name == "shared") for name in ("separate", "shared"))
+    """vLLM's CPU worker only pretends to sleep; learners and frozen models really leave and come
+    back.
+    """
+    separate, shared = (
+        run_as(tiny_run(tmp_path, name), name == "shared") for name in ("separate", "shared")
+    )
     assert len(separate) > 4 and shared == separate

@@ -23,7 +23,8 @@ class Worker:
     """What the group hosts."""
 
     def __init__(self, factor: int, place: Place | None = None) -> None:
-        self.factor, self.place = factor, place
+        self.factor = factor
+        self.place = place
 
     def where(self) -> Place | None:
         return self.place
@@ -83,13 +84,17 @@ def test_fewer_rows_than_workers(group: WorkerGroup) -> None:
 
 def test_a_late_worker_is_named_with_its_phase(group: WorkerGroup) -> None:
     began = time.monotonic()
-    with pytest.raises(WorkerError, match=r"nap: tester\[1\] on node \w+ did not answer within 1 s"):
+    with pytest.raises(
+        WorkerError, match=r"nap: tester\[1\] on node \w+ did not answer within 1 s"
+    ):
         group.gather(group.scatter("sleep", [0, 4]), "nap", 1)
     assert time.monotonic() - began < 10
 
 
 def test_a_failure_says_who_and_what(group: WorkerGroup) -> None:
-    with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \w+ failed: .*seven is not prime"):
+    with pytest.raises(
+        WorkerError, match=r"learn: tester\[\d\] on node \w+ failed: .*seven is not prime"
+    ):
         group.call("fail", phase="learn", deadline_s=30)
 
 
@@ -116,7 +121,9 @@ def test_ranks_get_their_places(cluster: None) -> None:
 def test_what_cannot_fit_is_refused_by_arithmetic(cluster: None) -> None:
     began = time.monotonic()
     demands = {"actor": Demand(1000, 2), "engine": Demand(1, 1)}
-    with pytest.raises(UserError, match=r"2001 CPUs are needed, Ray has 12 \(actor 1000, engine 1\)"):
+    with pytest.raises(
+        UserError, match=r"2001 CPUs are needed, Ray has 12 \(actor 1000, engine 1\)"
+    ):
         Placement(ClusterSettings(), demands).__enter__()
     assert time.monotonic() - began < 10
     gpu = ClusterSettings(device="cuda")
@@ -126,6 +133,7 @@ def test_what_cannot_fit_is_refused_by_arithmetic(cluster: None) -> None:
 
 def test_placement_tells_each_process_its_threads(cluster: None) -> None:
     with Placement(ClusterSettings(), {"engine": Demand(1, 2), "actor": Demand(2, 1)}) as placement:
-        (engine,), actors = placement.options("engine"), placement.options("actor")
+        (engine,) = placement.options("engine")
+        actors = placement.options("actor")
     assert engine["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
     assert [a["scheduling_strategy"].placement_group_bundle_index for a in actors] == [1, 2]

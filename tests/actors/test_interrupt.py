@@ -32,7 +32,11 @@ def test_the_signal_is_taken_note_of_until_the_run_ends() -> None:
 def test_leaving_is_no_error_and_has_an_exit_code_of_its_own() -> None:
     with pytest.raises(SystemExit) as left:
         raise Interrupted(7)
-    assert left.value.code == 75 and "after step 7" in str(left.value) and not isinstance(left.value, Exception)
+    assert (
+        left.value.code == 75
+        and "after step 7" in str(left.value)
+        and not isinstance(left.value, Exception)
+    )
 
 
 def signalled_in_step(number: int) -> Any:
@@ -52,13 +56,24 @@ def steps_and_checkpoints(folder: Path) -> tuple[list[int], list[str]]:
     return [row["step"] for row in rows if row["phase"] == "train"], saved
 
 
-def test_reinforcement_leaves_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false", "evaluation.every_steps=0"]
+def test_reinforcement_leaves_after_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [
+        f"run.folder={tmp_path / 'run'}",
+        "run.tensorboard=false",
+        "evaluation.every_steps=0",
+    ]
     recipe: Any = load_recipe(RECIPES / "demo_grpo.yaml", settings)
     roles: Any = SimpleNamespace(
-        engines=None, actor=None, algorithm=SimpleNamespace(state=dict), learners=dict,
-        fingerprints=list, connect_engines=lambda version: None, evaluate=lambda prompts, name: ({}, []),
-    )  # fmt: skip
+        engines=None,
+        actor=None,
+        algorithm=SimpleNamespace(state=dict),
+        learners=dict,
+        fingerprints=list,
+        connect_engines=lambda version: None,
+        evaluate=lambda prompts, name: ({}, []),
+    )
     data: Any = SimpleNamespace(prompts=SimpleNamespace(dropped={}), held_out=[], test=[])
     monkeypatch.setattr(driver, "pass_gate", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
@@ -66,17 +81,30 @@ def test_reinforcement_leaves_after_its_step(tmp_path: Path, monkeypatch: pytest
     with listening(), pytest.raises(Interrupted):
         driver.Driver(recipe, folder, data, roles).run(resume=False)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
-    assert json.loads((folder.path / "checkpoints" / "step-000002" / "driver.json").read_text())["step"] == 2
+    assert (
+        json.loads((folder.path / "checkpoints" / "step-000002" / "driver.json").read_text())[
+            "step"
+        ]
+        == 2
+    )
 
 
-def test_supervised_training_leaves_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe: Any = load_recipe(RECIPES / "demo_sft.yaml", [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false"])
+def test_supervised_training_leaves_after_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: Any = load_recipe(
+        RECIPES / "demo_sft.yaml", [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false"]
+    )
     training: Any = object.__new__(supervised.Supervised)
-    training.recipe, training.rows, training.steps = recipe, [0] * 64, 5
+    training.recipe = recipe
+    training.rows = [0] * 64
+    training.steps = 5
     training.group = SimpleNamespace(submit=lambda *_: [], gather=lambda *_: [])
     made = iter(range(1, 6))
     step = signalled_in_step(3)
-    monkeypatch.setattr(supervised.Supervised, "share", lambda self, method, rows: step(self, next(made)))
+    monkeypatch.setattr(
+        supervised.Supervised, "share", lambda self, method, rows: step(self, next(made))
+    )
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
     with listening(), pytest.raises(Interrupted):
         training.run(folder, resume=False)

@@ -1,4 +1,6 @@
-"""Placement on real raylets with logical devices: who gets which GPU, what each process sees, and what cannot fit."""
+"""Placement on real raylets with logical devices: who gets which GPU, what each process sees, and
+what cannot fit.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,21 @@ from actors.settings import ClusterSettings, PPORecipe
 from learners.settings import LearnerSettings, ModelSettings, Place, UserError, located
 
 engines = pytest.mark.engines
-SEPARATE, COLOCATED = (ClusterSettings(device="cuda", placement=p) for p in ("separate", "colocated"))
+SEPARATE, COLOCATED = (
+    ClusterSettings(device="cuda", placement=p) for p in ("separate", "colocated")
+)
 
 
-# -- arithmetic --------------------------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def test_colocated_processes_share_the_gpus_from_the_first_on() -> None:
-    need = {"engine": Demand(2, 1, 2), "actor": Demand(4, 1), "reference": Demand(2, 3), "judge": Demand(1, 1, 0)}
+    need = {
+        "engine": Demand(2, 1, 2),
+        "actor": Demand(4, 1),
+        "reference": Demand(2, 3),
+        "judge": Demand(1, 1, 0),
+    }
     plan = layout(COLOCATED, need)
     assert plan.bundles == [{"CPU": 9.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 2.0}, {"CPU": 1.0}]
     where = {role: [(s.bundle, s.gpus) for s in seats] for role, seats in plan.seats.items()}
@@ -44,8 +53,10 @@ def test_several_cpu_nodes_have_one_bundle_each_and_processes_take_them_in_turn(
     plan = layout(ClusterSettings(nodes=2), need)
     assert plan.bundles == [{"CPU": 3.0}, {"CPU": 2.0}]
     assert {role: [s.bundle for s in seats] for role, seats in plan.seats.items()} == {
-        "engine": [0], "actor": [1, 0], "judge": [1]
-    }  # fmt: skip
+        "engine": [0],
+        "actor": [1, 0],
+        "judge": [1],
+    }
 
 
 @pytest.mark.parametrize(
@@ -59,7 +70,9 @@ def test_several_cpu_nodes_have_one_bundle_each_and_processes_take_them_in_turn(
         ([1], [0], "1 GPUs are needed, Ray has 0"),
     ],
 )
-def test_what_can_never_fit_is_told_by_arithmetic(gpus: list[int], nodes: list[int], said: str | None) -> None:
+def test_what_can_never_fit_is_told_by_arithmetic(
+    gpus: list[int], nodes: list[int], said: str | None
+) -> None:
     bundles = [{"CPU": 1.0, "GPU": float(g)} for g in gpus]
     assert misfit(bundles, [{"CPU": 64.0, "GPU": float(n), "memory": 1e9} for n in nodes]) == said
 
@@ -73,10 +86,14 @@ def test_nodes_with_too_few_cpus_are_told_too() -> None:
 def ppo(**changes: Any) -> PPORecipe:
     model = {"path": "m"}
     recipe: dict[str, Any] = {
-        "run": {"folder": "r"}, "step": {}, "actor": {"model": model}, "critic": {"model": model},
-        "rewards": [{"name": "exact", "kind": "function", "function": "a:b"}], "prompts": {"path": "p"},
+        "run": {"folder": "r"},
+        "step": {},
+        "actor": {"model": model},
+        "critic": {"model": model},
+        "rewards": [{"name": "exact", "kind": "function", "function": "a:b"}],
+        "prompts": {"path": "p"},
         "cluster": {"device": "cuda", "placement": "colocated"},
-    }  # fmt: skip
+    }
     return PPORecipe.model_validate(recipe | changes)
 
 
@@ -86,7 +103,9 @@ def test_recipes_whose_roles_cannot_share_are_refused() -> None:
     offloaded = {"model": {"path": "m"}, "zero_stage": 3, "offload_parameters": True}
     broken = {"actor": bfloat16, "critic": offloaded, "generation": {"tensor_parallel": 2}}
     (first, what), (second, _), (third, _) = sharing_problems(ppo(**broken))
-    assert first[0] == "actor.ranks" and "an Actor rank on each of the engines' 2 GPUs, not 1" in what
+    assert (
+        first[0] == "actor.ranks" and "an Actor rank on each of the engines' 2 GPUs, not 1" in what
+    )
     assert (second[0], third[0]) == ("actor.zero_stage", "critic.offload_optimizer")
     assert not list(sharing_problems(ppo(**broken, cluster={"device": "cuda"})))
 
@@ -102,14 +121,15 @@ def test_local_model_folders_become_absolute_and_hub_names_stay(
     assert learner.model.path == str(tmp_path / "models" / "mine") and learner.ranks == 3
 
 
-# -- real raylets ------------------------------------------------------------------------------------------------------
+# --- real raylets ---------------------------------------------------------------------------------
 
 
 class Witness:
     """Says where it is and what it sees."""
 
     def __init__(self, place: Place | None = None, model: ModelSettings | None = None) -> None:
-        self.place, self.model = place, model
+        self.place = place
+        self.model = model
 
     def look(self) -> dict[str, Any]:
         import ray
@@ -129,7 +149,9 @@ class Witness:
         place = self.place
         assert place is not None
         where = f"tcp://{place.address}:{place.port}"
-        dist.init_process_group("gloo", init_method=where, rank=place.rank, world_size=place.world_size)
+        dist.init_process_group(
+            "gloo", init_method=where, rank=place.rank, world_size=place.world_size
+        )
         total = torch.tensor([float(place.rank + 1)])
         dist.all_reduce(total)
         return float(total)
@@ -137,8 +159,12 @@ class Witness:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Callable[..., Any]]:
-    """Runs functions in a process of its own, joined to a Ray cluster of two raylets with eight logical GPUs each."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start_cluster) as pool:
+    """Runs functions in a process of its own, joined to a Ray cluster of two raylets with eight
+    logical GPUs each.
+    """
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=_start_cluster
+    ) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=150)
         pool.submit(_stop_cluster).result(timeout=60)
 
@@ -161,29 +187,47 @@ def _stop_cluster() -> None:
     nodes.shutdown()  # type: ignore[name-defined]
 
 
-def look_around(cluster: ClusterSettings, need: dict[str, Demand], ranks: bool = False, **arguments: Any) -> Any:
+def look_around(
+    cluster: ClusterSettings, need: dict[str, Demand], ranks: bool = False, **arguments: Any
+) -> Any:
     """What every process of every role sees; with `ranks`, also what they make together."""
     from actors.groups import WorkerGroup
     from actors.placement import Placement
 
     with Placement(cluster, need) as placement:
-        groups = {role: WorkerGroup(role, f"{__name__}:Witness", placement.options(role)) for role in need}
+        groups = {
+            role: WorkerGroup(role, f"{__name__}:Witness", placement.options(role)) for role in need
+        }
         distributed = ("cpu", 60.0) if ranks else None
-        starting = {role: group.start(arguments, 60, distributed=distributed) for role, group in groups.items()}
+        starting = {
+            role: group.start(arguments, 60, distributed=distributed)
+            for role, group in groups.items()
+        }
         for role, pending in starting.items():
             groups[role].gather(pending, "start", 60)
-        seen = {role: group.call("look", phase="test", deadline_s=60) for role, group in groups.items()}
+        seen = {
+            role: group.call("look", phase="test", deadline_s=60) for role, group in groups.items()
+        }
         if ranks:
-            return seen, {r: g.call("add_up", phase="test", deadline_s=60) for r, g in groups.items()}
+            return seen, {
+                r: g.call("add_up", phase="test", deadline_s=60) for r, g in groups.items()
+            }
         return seen
 
 
 @engines
 @pytest.mark.timeout(200)
 def test_separate_every_process_has_gpus_of_its_own(two_nodes: Callable[..., Any]) -> None:
-    need = {"engine": Demand(2, 2, 4), "actor": Demand(7, 1), "reward": Demand(1, 1), "function": Demand(1, 1, 0)}
+    need = {
+        "engine": Demand(2, 2, 4),
+        "actor": Demand(7, 1),
+        "reward": Demand(1, 1),
+        "function": Demand(1, 1, 0),
+    }
     seen = two_nodes(look_around, SEPARATE, need)
-    taken = [(p["node"], d) for role in need for p in seen[role] for d in p["devices"].split(",") if d]
+    taken = [
+        (p["node"], d) for role in need for p in seen[role] for d in p["devices"].split(",") if d
+    ]
     assert len(taken) == len(set(taken)) == 16 and len({node for node, _ in taken}) == 2
     assert [len(p["devices"].split(",")) for p in seen["engine"]] == [4, 4]
     assert seen["function"][0]["devices"] == ""
@@ -193,17 +237,28 @@ def test_separate_every_process_has_gpus_of_its_own(two_nodes: Callable[..., Any
 @engines
 @pytest.mark.timeout(200)
 def test_colocated_all_roles_see_the_same_gpus(two_nodes: Callable[..., Any]) -> None:
-    need = {"engine": Demand(2, 1, 5), "actor": Demand(10, 1), "reference": Demand(2, 1), "judge": Demand(1, 1, 0)}
+    need = {
+        "engine": Demand(2, 1, 5),
+        "actor": Demand(10, 1),
+        "reference": Demand(2, 1),
+        "judge": Demand(1, 1, 0),
+    }
     seen = two_nodes(look_around, COLOCATED, need)
-    assert len({p["node"] for p in seen["engine"]}) == 2  # a node has eight GPUs: two engines of five need two nodes
+    # a node has eight GPUs: two engines of five need two nodes
+    assert len({p["node"] for p in seen["engine"]}) == 2
     for i, actor in enumerate(seen["actor"]):
         engine = seen["engine"][i // 5]
-        assert (actor["node"], actor["devices"]) == (engine["node"], engine["devices"].split(",")[i % 5])
+        assert (actor["node"], actor["devices"]) == (
+            engine["node"],
+            engine["devices"].split(",")[i % 5],
+        )
     assert seen["reference"] == seen["actor"][:2]
     assert seen["judge"][0]["devices"] == ""
 
 
-def refused(cluster: ClusterSettings, need: dict[str, Demand], patience_s: float = 30.0) -> tuple[str, float]:
+def refused(
+    cluster: ClusterSettings, need: dict[str, Demand], patience_s: float = 30.0
+) -> tuple[str, float]:
     """The one line that refuses it, and after how many seconds."""
     from actors import placement
 
@@ -221,21 +276,35 @@ def refused(cluster: ClusterSettings, need: dict[str, Demand], patience_s: float
     ("placement", "engine", "said"),
     [
         (SEPARATE, Demand(17, 1), "cluster: 17 GPUs are needed, Ray has 16 (engine 17): add nodes"),
-        (SEPARATE, Demand(1, 1, 16), "cluster: 1 x 16 GPUs on one node are needed, nodes with 8, 8 have room for 0"),
+        (
+            SEPARATE,
+            Demand(1, 1, 16),
+            "cluster: 1 x 16 GPUs on one node are needed, nodes with 8, 8 have room for 0",
+        ),
         (COLOCATED, Demand(4, 1, 4), None),
         (COLOCATED, Demand(2, 1, 8), None),
         (COLOCATED, Demand(3, 1, 6), "cluster: 18 GPUs are needed, Ray has 16"),
-        (SEPARATE, Demand(3, 1, 5), "cluster: 3 x 5 GPUs on one node are needed, nodes with 8, 8 have room for 2"),
+        (
+            SEPARATE,
+            Demand(3, 1, 5),
+            "cluster: 3 x 5 GPUs on one node are needed, nodes with 8, 8 have room for 2",
+        ),
         (SEPARATE, Demand(5, 8, 0), "cluster: 40 CPUs are needed, Ray has 32"),
         (ClusterSettings(nodes=3), Demand(4, 1, 0), "cluster.nodes: 3 are asked for, Ray has 2"),
-        (SEPARATE, Demand(1, 17, 0), "cluster: 1 x 17 CPUs on one node are needed, nodes with 16, 16 have room for 0"),
+        (
+            SEPARATE,
+            Demand(1, 17, 0),
+            "cluster: 1 x 17 CPUs on one node are needed, nodes with 16, 16 have room for 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_within_seconds(
     two_nodes: Callable[..., Any], placement: ClusterSettings, engine: Demand, said: str | None
 ) -> None:
     if said is None:
-        assert len(two_nodes(look_around, placement, {"engine": engine})["engine"]) == engine.processes
+        assert (
+            len(two_nodes(look_around, placement, {"engine": engine})["engine"]) == engine.processes
+        )
         return
     line, seconds = two_nodes(refused, placement, {"engine": engine})
     assert line.startswith(said) and seconds < 5
@@ -253,7 +322,8 @@ def refused_while_in_use(need: dict[str, Demand]) -> tuple[str, float]:
 def test_a_cluster_in_use_is_told_from_one_that_is_too_small(two_nodes: Callable[..., Any]) -> None:
     line, seconds = two_nodes(refused_while_in_use, {"engine": Demand(9, 1)})
     assert line == (
-        "cluster: no room within 2 s for 9 CPUs of 23 free, 9 GPUs of 7 free (engine 9); is the cluster in use?"
+        "cluster: no room within 2 s for 9 CPUs of 23 free, 9 GPUs of 7 free (engine 9); is the "
+        "cluster in use?"
     )
     assert seconds < 10
 
@@ -278,4 +348,3 @@ def test_ranks_on_two_nodes_find_each_other_the_code_and_the_model(
     assert sums["actor"] == [10.0] * 4
     assert {p["model"] for p in seen["actor"]} == {str(tmp_path / "model")}
     assert {p["devices"] for p in seen["actor"]} == {None}  # CPUs: nothing is said about GPUs
-

@@ -35,7 +35,9 @@ def test_a_function_gets_the_columns_its_signature_names() -> None:
 
 
 def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -> None:
-    """The driver raises an alarm for the second: a function that answers NaN is a function that is broken."""
+    """The driver raises an alarm for the second: a function that answers NaN is a function that is
+    broken.
+    """
     unjudged, broken = FunctionReward(f"{__name__}:everything").scores(
         [candidate("4", "length", answer="4"), candidate("4", "stop", answer="4")]
     )
@@ -47,9 +49,13 @@ def fragile(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def test_a_response_that_the_function_cannot_take_spoils_no_other() -> None:
-    scores = FunctionReward(f"{__name__}:fragile").scores([candidate(r) for r in ("2", "0", "4", "x")])
+    scores = FunctionReward(f"{__name__}:fragile").scores(
+        [candidate(r) for r in ("2", "0", "4", "x")]
+    )
     assert scores[::2] == [0.5, 0.25]
-    assert scores[1] == "ZeroDivisionError: division by zero" and str(scores[3]).startswith("ValueError: invalid")
+    assert scores[1] == "ZeroDivisionError: division by zero" and str(scores[3]).startswith(
+        "ValueError: invalid"
+    )
     assert FunctionReward(f"{__name__}:fragile").scores([candidate("0")]) == [scores[1]]
 
 
@@ -78,7 +84,11 @@ def test_a_function_that_answers_too_little_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("no_such_module:f", "No module named"), ("math:no_such", "no_such"), ("math:pi", "is a float, not a function")],
+    [
+        ("no_such_module:f", "No module named"),
+        ("math:no_such", "no_such"),
+        ("math:pi", "is a float, not a function"),
+    ],
 )
 def test_a_function_that_cannot_be_found_is_one_line(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
@@ -99,7 +109,9 @@ class Answers:
         assert method == "scores" and [len(s) for s in shares] == [len(s) for s in self.shares]
         return self.shares
 
-    def gather(self, pending: list[list[Score]], phase: str, deadline_s: float) -> list[list[Score]]:
+    def gather(
+        self, pending: list[list[Score]], phase: str, deadline_s: float
+    ) -> list[list[Score]]:
         return pending
 
 
@@ -111,7 +123,11 @@ def test_the_sum_is_weighted_and_in_order() -> None:
     """Three candidates over two workers: the first judges candidates 0 and 2."""
     rewards = Rewards(
         [source("a", 2.0), source("b", 0.5), source("logged", 0.0)],
-        [Answers([[1.0, 3.0], [2.0]]), Answers([[10.0, 30.0], [20.0]]), Answers([[None, 0.0], [0.0]])],  # type: ignore[list-item]
+        [
+            Answers([[1.0, 3.0], [2.0]]),
+            Answers([[10.0, 30.0], [20.0]]),
+            Answers([[None, 0.0], [0.0]]),
+        ],  # type: ignore[list-item]
         deadline_s=1,
     )
     total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)

@@ -1,4 +1,6 @@
-"""The run folder on disk: what is written, what survives a broken run, and what a resume throws away."""
+"""The run folder on disk: what is written, what survives a broken run, and what a resume throws
+away.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from learners.settings import UserError
 
 
 def settings(path: Path, **changes: Any) -> RunSettings:
-    return RunSettings(folder=str(path / "run"), **({"tensorboard": False, "progress": False} | changes))
+    return RunSettings(
+        folder=str(path / "run"), **({"tensorboard": False, "progress": False} | changes)
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +60,9 @@ def test_metrics_are_valid_json_at_every_moment(tmp_path: Path) -> None:
 def test_samples_are_kept_at_their_interval(tmp_path: Path) -> None:
     folder = RunFolder.create(settings(tmp_path, samples_every_steps=2, samples_per_step=3), "")
     for step in range(1, 5):
-        folder.save_samples(step, [{"prompt": "größer", "score": math.nan, "ids": (1, i)} for i in range(5)])
+        folder.save_samples(
+            step, [{"prompt": "größer", "score": math.nan, "ids": (1, i)} for i in range(5)]
+        )
     files = sorted((folder.path / "samples").iterdir())
     assert [f.name for f in files] == ["step-000002.jsonl", "step-000004.jsonl"]
     assert lines(files[0])[2] == {"prompt": "größer", "score": None, "ids": [1, 2]}
@@ -109,7 +115,10 @@ def test_a_resumed_run_holds_what_an_unbroken_run_would_hold(tmp_path: Path) -> 
     with resumed.checkpoint(4):
         pass
     assert [r["step"] for r in lines(resumed.path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
-    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (folder.path / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
     assert (resumed.path / "config.yaml").read_text() == "steps: 4"
 
 
@@ -117,7 +126,9 @@ def test_resume_needs_a_finished_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished checkpoint"):
         RunFolder.resume(settings(tmp_path), "")
     assert not (tmp_path / "run").exists()
-    (RunFolder.create(settings(tmp_path), "").path / "checkpoints" / "step-000004.tmp").mkdir(parents=True)
+    (RunFolder.create(settings(tmp_path), "").path / "checkpoints" / "step-000004.tmp").mkdir(
+        parents=True
+    )
     with pytest.raises(UserError, match="no finished checkpoint"):
         RunFolder.resume(settings(tmp_path), "")
 
@@ -134,13 +145,18 @@ def test_the_timeline_is_a_chrome_trace_and_seconds_add_up(tmp_path: Path) -> No
     head, *events = json.loads((folder.path / "timeline.json").read_text())
     assert head["ph"] == "M"
     assert [(e["name"], e["args"]["step"]) for e in events] == [
-        ("generate", 1), ("learn", 1), ("learn", 1), ("sync", 2),
-    ]  # fmt: skip
+        ("generate", 1),
+        ("learn", 1),
+        ("learn", 1),
+        ("sync", 2),
+    ]
     assert all(e["ph"] == "X" and e["dur"] >= 0 for e in events)
     assert [e["ts"] for e in events] == sorted(e["ts"] for e in events)
     seconds = folder.seconds(1)
     assert set(seconds) == {"seconds/generate", "seconds/learn"}
-    assert seconds["seconds/learn"] == pytest.approx(sum(e["dur"] for e in events[1:3]) / 1e6, abs=1e-5)
+    assert seconds["seconds/learn"] == pytest.approx(
+        sum(e["dur"] for e in events[1:3]) / 1e6, abs=1e-5
+    )
     assert folder.seconds(1) == {} and set(folder.seconds(2)) == {"seconds/sync"}
 
 
@@ -150,7 +166,10 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(
     folder = RunFolder.create(settings(tmp_path, progress=True), "")
     for step in folder.progress(range(3, 8), 7, "ppo"):
         folder.log(step, {"score/mean": step / 10, "unimportant": 1.0})
-    assert capsys.readouterr().err.splitlines() == ["ppo 3/7  score/mean 0.3", "ppo 7/7  score/mean 0.7"]
+    assert capsys.readouterr().err.splitlines() == [
+        "ppo 3/7  score/mean 0.3",
+        "ppo 7/7  score/mean 0.7",
+    ]
     folder.settings = settings(tmp_path, progress=False)
     assert list(folder.progress(range(3, 8), 7, "ppo")) == [3, 4, 5, 6, 7]
     assert capsys.readouterr().err == ""
@@ -178,7 +197,9 @@ def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.0)]
 
 
-def test_wandb_must_be_installed_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_must_be_installed_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         RunFolder.create(settings(tmp_path, wandb_project="p"), "")

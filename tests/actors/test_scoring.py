@@ -64,7 +64,9 @@ def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_reference_reads_at_the_sampling_temperature(tmp_path: Path, temperature: float) -> None:
+def test_the_reference_reads_at_the_sampling_temperature(
+    tmp_path: Path, temperature: float
+) -> None:
     from tests.actors.tiny_models import logprobs, save_model
 
     model = save_model(tmp_path, seed=0, tied=False)

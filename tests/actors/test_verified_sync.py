@@ -1,6 +1,8 @@
-"""Verified sync with everything real: Actor ranks under every ZeRO stage, one engine and two, tied and untied heads.
+"""Verified sync with everything real: Actor ranks under every ZeRO stage, one engine and two, tied
+and untied heads.
 
-Processes start once per kind of model; a rank is given another Actor by starting it anew in the same process.
+Processes start once per kind of model; a rank is given another Actor by starting it anew in the
+same process.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from learners.settings import GRPOSettings, LearnerSettings, ModelSettings, Opti
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 
-GATE, DEADLINE = 1e-4, 120.0
+GATE = 1e-4
+DEADLINE = 120.0
 PROBE = [1, *range(3, 34)]
 TEMPERATURE = 0.8
 
@@ -49,12 +52,18 @@ class Stage:
             optimizer=OptimizerSettings(kind="sgd", learning_rate=learning_rate),
         )
         arguments = {
-            "settings": settings, "algorithm": GRPO(GRPOSettings(), 2), "temperature": TEMPERATURE,
-            "max_response_tokens": 16, "total_steps": 100,
-        }  # fmt: skip
-        self.actor.gather(self.actor.start(arguments, DEADLINE, distributed=("cpu", DEADLINE)), "start", DEADLINE)
+            "settings": settings,
+            "algorithm": GRPO(GRPOSettings(), 2),
+            "temperature": TEMPERATURE,
+            "max_response_tokens": 16,
+            "total_steps": 100,
+        }
+        self.actor.gather(
+            self.actor.start(arguments, DEADLINE, distributed=("cpu", DEADLINE)), "start", DEADLINE
+        )
         chosen = copy.copy(self.engines)
-        chosen.handles, chosen.nodes = self.engines.handles[:engines], self.engines.nodes[:engines]
+        chosen.handles = self.engines.handles[:engines]
+        chosen.nodes = self.engines.nodes[:engines]
         self.actor.call("connect", chosen.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
         return chosen
 
@@ -82,7 +91,9 @@ def generate(engines: Engines, seed: int = 0) -> list[Rollout]:
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def stage(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(
+    request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
     import ray
 
     from tests.actors.faulty import FaultyEngines
@@ -91,12 +102,16 @@ def stage(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytes
     path = tmp_path_factory.mktemp("model")
     save_model(path, seed=0, tied=request.param == "tied")
     options = [{"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}] * 2
-    engines, actor = FaultyEngines(options), WorkerGroup("actor", "tests.actors.faulty:FaultyActor", options)
+    engines = FaultyEngines(options)
+    actor = WorkerGroup("actor", "tests.actors.faulty:FaultyActor", options)
     generation = GenerationSettings(threads=1, kv_cache_gib=0.125, max_concurrent=64)
     arguments = {
-        "model": ModelSettings(path=str(path)), "generation": generation, "device": "cpu",
-        "max_model_tokens": MAX_TOKENS, "eos_token_id": EOS,
-    }  # fmt: skip
+        "model": ModelSettings(path=str(path)),
+        "generation": generation,
+        "device": "cpu",
+        "max_model_tokens": MAX_TOKENS,
+        "eos_token_id": EOS,
+    }
     engines.gather(engines.start(arguments, DEADLINE), "start", DEADLINE)
     yield Stage(engines, actor, str(path), request.param == "tied")
     for handle in (*engines.handles, *actor.handles):
@@ -105,11 +120,16 @@ def stage(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytes
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one-engine", "two-engines"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_after_a_sync_every_engine_serves_the_actor(stage: Stage, zero_stage: int, count: int) -> None:
+def test_after_a_sync_every_engine_serves_the_actor(
+    stage: Stage, zero_stage: int, count: int
+) -> None:
     engines = stage.connect(zero_stage, count)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)  # they may still serve what a test before this one sent
+    # they may still serve what a test before this one sent
+    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     stage.learn()
-    assert stage.mismatch(generate(engines)) > 0.01, "the Actor has not moved: a sync could not be told from none"
+    assert stage.mismatch(generate(engines)) > 0.01, (
+        "the Actor has not moved: a sync could not be told from none"
+    )
     assert engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE) <= GATE
     rollouts = generate(engines)
     assert {r.weight_versions for r in rollouts} == {(2, 2)} and len(rollouts) == 8
@@ -136,9 +156,16 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
     with pytest.raises(GateError) as refused:
         pass_gate(engines, stage.actor, prompts, recipe)
     what, where, causes = refused.value.problems
-    assert "0.0001 (sync.gate)" in what and "engine[" in where and "the engine serves other weights" in causes
-    hotter = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"temperature": 2.0})})
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)  # sound again, but the Actor reads at another temperature
+    assert (
+        "0.0001 (sync.gate)" in what
+        and "engine[" in where
+        and "the engine serves other weights" in causes
+    )
+    hotter = recipe.model_copy(
+        update={"generation": recipe.generation.model_copy(update={"temperature": 2.0})}
+    )
+    # sound again, but the Actor reads at another temperature
+    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
     with pytest.raises(GateError, match="its sampler changes the distribution"):
         pass_gate(engines, stage.actor, prompts, hotter)
 
@@ -165,17 +192,24 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
         ("an update cut off halfway", "the sender is gone"),
     ],
 )
-def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(stage: Stage, fault: str, said: str) -> None:
+def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(
+    stage: Stage, fault: str, said: str
+) -> None:
     engines = stage.connect(2, 2)
     engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     stage.learn()
-    if fault == "a head left stale" and stage.tied:  # then no head is sent: it is the engine that must see to it
+    if (
+        fault == "a head left stale" and stage.tied
+    ):  # then no head is sent: it is the engine that must see to it
         engines.call("forget_the_head", phase="test", deadline_s=DEADLINE)
     else:
         stage.actor.call("break_next", fault, phase="test", deadline_s=DEADLINE)
     with pytest.raises((SyncError, WorkerError), match=said):
         engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
-    assert [one["stale"] for one in engines.call("status", phase="test", deadline_s=DEADLINE)] == [True, True]
+    assert [one["stale"] for one in engines.call("status", phase="test", deadline_s=DEADLINE)] == [
+        True,
+        True,
+    ]
     with pytest.raises(WorkerError, match="engine is STALE"):
         generate(engines)
     engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
@@ -183,7 +217,9 @@ def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(stage: S
 
 
 def test_a_rank_that_waits_too_long_tells_what_the_engine_said(stage: Stage) -> None:
-    """As in nccl, where the sender waits for engines that have failed: it is they who are named, with their words."""
+    """As in nccl, where the sender waits for engines that have failed: it is they who are named,
+    with their words.
+    """
     engines = stage.connect(2, 2)
     engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     stage.actor.call("break_next", "a sender that hears nothing", phase="test", deadline_s=DEADLINE)
@@ -200,7 +236,9 @@ def test_the_engine_that_is_late_is_named_before_the_rank_that_waits_for_it(stag
     engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
     engines.call("dawdle", 8.0, phase="test", deadline_s=DEADLINE)
     stage.actor.call("connect", engines.handles, 5.0, phase="sync", deadline_s=DEADLINE)
-    with pytest.raises(WorkerError, match=r"SyncError.*engine\[0\], engine\[1\] did not answer within"):
+    with pytest.raises(
+        WorkerError, match=r"SyncError.*engine\[0\], engine\[1\] did not answer within"
+    ):
         engines.sync(stage.actor, 2, PROBE, 5.0, GATE, GATE)
     stage.actor.call("connect", engines.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
     engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)

@@ -1,4 +1,6 @@
-"""Weight sync: what arrives is what was sent, what is served is what arrived, and nothing else is served."""
+"""Weight sync: what arrives is what was sent, what is served is what arrived, and nothing else is
+served.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ engines = pytest.mark.engines
 PROBE = [1, *range(3, 60)]
 
 
-# -- bytes and receipts ------------------------------------------------------------------------------------------------
+# --- bytes and receipts ---------------------------------------------------------------------------
 
 
 def test_a_packed_group_unpacks_to_the_same_tensors() -> None:
@@ -45,7 +47,9 @@ def test_a_packed_group_unpacks_to_the_same_tensors() -> None:
     ]
     meta, data = pack_group("layer 0", tensors)
     assert data.dtype == np.uint8 and meta["names"] == ["odd", "matrix", "empty", "scalar"]
-    for (name, sent), (got_name, got) in zip(tensors, unpack_group(meta, torch.from_numpy(data)), strict=True):
+    for (name, sent), (got_name, got) in zip(
+        tensors, unpack_group(meta, torch.from_numpy(data)), strict=True
+    ):
         assert got_name == name and got.dtype == sent.dtype and torch.equal(got, sent)
 
 
@@ -56,7 +60,9 @@ def test_the_digest_depends_on_every_byte() -> None:
     assert pack_group("a", [("w", weight)])[0]["digest"] != before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+)
 def test_the_checksum_depends_on_every_element_and_its_row(dtype: torch.dtype) -> None:
     weight = torch.randn(5, 7).to(dtype)
     assert checksum(weight[[1, 0, 2, 3, 4]]) != checksum(weight)  # the same elements elsewhere
@@ -64,8 +70,18 @@ def test_the_checksum_depends_on_every_element_and_its_row(dtype: torch.dtype) -
         changed = weight.clone()
         changed[row, column] = 0.015625
         assert checksum(changed) != checksum(weight)
-    assert checksum(weight.t().contiguous().t()) == checksum(weight)  # of the numbers, not of how they lie
-    assert len({checksum(torch.tensor(0.5)), checksum(torch.tensor([0.5, 0.5])), checksum(torch.zeros(0, 3))}) == 3
+    # of the numbers, not of how they lie
+    assert checksum(weight.t().contiguous().t()) == checksum(weight)
+    assert (
+        len(
+            {
+                checksum(torch.tensor(0.5)),
+                checksum(torch.tensor([0.5, 0.5])),
+                checksum(torch.zeros(0, 3)),
+            }
+        )
+        == 3
+    )
 
 
 SENT: Receipt = [("group 0", "aa", ["x", "y"]), ("group 1", "bb", ["z"])]
@@ -96,7 +112,9 @@ def test_verify_refuses_in_one_line(received: Receipt, names: list[str], message
 
 
 def test_check_probe_measures_the_largest_difference() -> None:
-    assert check_probe([-1.0, -2.0], [-1.0, -2.00005], gate=1e-4, mean_gate=1e-4) == pytest.approx(5e-5)
+    assert check_probe([-1.0, -2.0], [-1.0, -2.00005], gate=1e-4, mean_gate=1e-4) == pytest.approx(
+        5e-5
+    )
     for wrong in ([-1.0, -2.1], [-1.0, math.nan]):
         with pytest.raises(SyncError, match="on the probe.*the gate is 1e-04"):
             check_probe([-1.0, -2.0], wrong, gate=1e-4, mean_gate=1e-4)
@@ -107,7 +125,7 @@ def test_check_probe_measures_the_largest_difference() -> None:
         check_probe([-1.0, -2.0], [-1.5, -2.0], gate=1.0, mean_gate=0.2)
 
 
-# -- the engine's side -------------------------------------------------------------------------------------------------
+# --- the engine's side ----------------------------------------------------------------------------
 
 
 @engines
@@ -146,10 +164,13 @@ def assert_fresh(served: Any, model: Any, prompt: list[int]) -> None:
 @engines
 @pytest.mark.parametrize("version", [1, 0], ids=["another-version", "a-version-used-before"])
 def test_no_prefix_of_older_weights_is_reused_by_an_idle_engine(served: Any, version: int) -> None:
-    """With a version used before, requests have the salt of then: only the reset of the cache keeps them apart."""
+    """With a version used before, requests have the salt of then: only the reset of the cache keeps
+    them apart.
+    """
     from tests.actors.tiny_models import make_model, transfer
 
-    prompt, new = long_prompt(served), make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    prompt = long_prompt(served)
+    new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
     assert_fresh(served, served.model, prompt)
     transfer(served.engine, new, version)
     served.engine.accept(version)
@@ -158,10 +179,13 @@ def test_no_prefix_of_older_weights_is_reused_by_an_idle_engine(served: Any, ver
 
 @engines
 def test_no_prefix_of_older_weights_is_reused_while_requests_run(served: Any) -> None:
-    """The cache of a busy engine cannot be reset: here the version in the salt keeps old and new apart."""
+    """The cache of a busy engine cannot be reset: here the version in the salt keeps old and new
+    apart.
+    """
     from tests.actors.tiny_models import make_model, transfer
 
-    prompt, new = long_prompt(served), make_model(seed=1, tied=served.model.config.tie_word_embeddings)
+    prompt = long_prompt(served)
+    new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
     assert_fresh(served, served.model, prompt)
     long = [request([1, 2], tokens=1, slot=0), request([1, 9], tokens=150, slot=1, size=8)]
     with closing(served.engine.generate(long)) as stream:
@@ -173,7 +197,9 @@ def test_no_prefix_of_older_weights_is_reused_while_requests_run(served: Any) ->
 
 
 @engines
-def test_an_idle_engine_that_keeps_its_cache_is_not_accepted(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_engine_that_keeps_its_cache_is_not_accepted(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.actors.tiny_models import transfer
 
     with monkeypatch.context() as patch:
@@ -189,7 +215,10 @@ def test_a_stale_engine_gets_no_prompts_until_it_is_accepted(served: Any) -> Non
 
     engine = served.engine
     engine.start_weight_update()
-    for step in (lambda: engine.update_weights({"groups": packed_groups(served.model)}), engine.finish_weight_update):
+    for step in (
+        lambda: engine.update_weights({"groups": packed_groups(served.model)}),
+        engine.finish_weight_update,
+    ):
         with pytest.raises(RuntimeError, match="STALE"):
             generate(served, [1, 2])
         with pytest.raises(RuntimeError, match="STALE: its weights are half replaced"):
@@ -218,13 +247,16 @@ def break_in_the_middle(engine: Any, groups: list[dict[str, Any]]) -> None:
 
 
 def lose_the_sender(engine: Any, groups: list[dict[str, Any]]) -> None:
-    assert groups[0]["names"][-1].endswith("k_proj.weight")  # vLLM fuses q, k and v: one layer is left half filled
+    # vLLM fuses q, k and v: one layer is left half filled
+    assert groups[0]["names"][-1].endswith("k_proj.weight")
     engine.update_weights({"groups": groups[:1]})  # and nobody sends the rest
 
 
 @engines
 @pytest.mark.parametrize("interrupt", [corrupt_digest, break_in_the_middle, lose_the_sender])
-def test_a_full_update_repairs_an_interrupted_one(served: Any, interrupt: Callable[..., None]) -> None:
+def test_a_full_update_repairs_an_interrupted_one(
+    served: Any, interrupt: Callable[..., None]
+) -> None:
     from tests.actors.tiny_models import make_model, packed_groups, transfer
 
     new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
@@ -253,7 +285,8 @@ def test_running_requests_live_through_an_update_and_say_so(served: Any) -> None
     from tests.actors.tiny_models import make_model, transfer
 
     tied = served.model.config.tie_word_embeddings
-    short, long = request([1, 2], tokens=1, slot=0), request([1, 9], tokens=150, slot=1, size=8)
+    short = request([1, 2], tokens=1, slot=0)
+    long = request([1, 9], tokens=150, slot=1, size=8)
     stream = served.engine.generate([short, long])
     next(stream)  # now the long one is under way
     transfer(served.engine, make_model(seed=1, tied=tied), 5)
@@ -267,7 +300,9 @@ def test_running_requests_live_through_an_update_and_say_so(served: Any) -> None
 def test_running_requests_of_a_refused_update_are_failed(served: Any) -> None:
     from tests.actors.tiny_models import transfer
 
-    stream = served.engine.generate([request([1, 2], tokens=1, slot=0), request([1, 9], tokens=150, slot=1, size=8)])
+    stream = served.engine.generate(
+        [request([1, 2], tokens=1, slot=0), request([1, 9], tokens=150, slot=1, size=8)]
+    )
     next(stream)
     transfer(served.engine, served.model, 1)  # and nobody accepts it
     transfer(served.engine, served.model, 1)
@@ -282,28 +317,39 @@ def request(prompt: list[int], tokens: int, slot: int = 0, size: int = 1) -> Pro
 
 
 def generate(served: Any, prompt: list[int], tokens: int = 2) -> list[Rollout]:
-    return [sample for groups in served.engine.generate([request(prompt, tokens)]) for g in groups for sample in g]
+    return [
+        sample
+        for groups in served.engine.generate([request(prompt, tokens)])
+        for g in groups
+        for sample in g
+    ]
 
 
 def probe_difference(served: Any, model: Any) -> float:
     from tests.actors.tiny_models import logprobs
 
-    expected, found = logprobs(model, PROBE).tolist(), served.engine.probe_logprobs(PROBE)
+    expected = logprobs(model, PROBE).tolist()
+    found = served.engine.probe_logprobs(PROBE)
     return check_probe(expected, found, gate=math.inf, mean_gate=math.inf)
 
 
-# -- the trainer's side ------------------------------------------------------------------------------------------------
+# --- the trainer's side ---------------------------------------------------------------------------
 
 
 class TwoLayers:
     """A source of weights."""
 
     def __init__(self) -> None:
-        self.layers = [(["a", "b"], [torch.ones(3), torch.zeros(2, 2)]), (["c"], [torch.arange(4.0)])]
+        self.layers = [
+            (["a", "b"], [torch.ones(3), torch.zeros(2, 2)]),
+            (["c"], [torch.arange(4.0)]),
+        ]
 
     def metadata(self) -> Metadata:
         return [
-            (n, t.dtype, tuple(t.shape)) for names, tensors in self.layers for n, t in zip(names, tensors, strict=True)
+            (n, t.dtype, tuple(t.shape))
+            for names, tensors in self.layers
+            for n, t in zip(names, tensors, strict=True)
         ]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
@@ -318,7 +364,8 @@ def two_engines(cluster: None) -> list[Any]:
     class Recorder:
         def call(self, method: str, *args: Any) -> Any:
             if method == "forget":
-                self.notes, self.trouble = [], args[0]  # type: ignore[var-annotated]
+                self.notes = []  # type: ignore[var-annotated]
+                self.trouble = args[0]
             elif method == "notes":
                 return self.notes
             elif method == self.trouble:
@@ -341,7 +388,9 @@ def prepare(handles: list[Any], troubles: list[str]) -> None:
     """Forget all notes; from now on each engine fails in the given method, after 3 s."""
     import ray
 
-    ray.get([h.call.remote("forget", t) for h, t in zip(handles, troubles, strict=True)], timeout=60)
+    ray.get(
+        [h.call.remote("forget", t) for h, t in zip(handles, troubles, strict=True)], timeout=60
+    )
 
 
 def notes(handles: list[Any]) -> list[Any]:
@@ -358,7 +407,8 @@ def test_a_sync_is_three_calls_to_every_engine(handles: list[Any]) -> None:
     client.begin(7)
     sent = ObjectStoreSender(TwoLayers(), client, rank=0).send_weights()
     verify(sent, sent, ["a", "b", "c"])
-    assert ObjectStoreSender(TwoLayers(), client, rank=1).send_weights() == []  # other ranks only gather
+    # other ranks only gather
+    assert ObjectStoreSender(TwoLayers(), client, rank=1).send_weights() == []
     for connect, start, update, finish in notes(handles):
         assert connect == ("init_weight_transfer_engine", {"timeout_s": 30})
         assert (start, finish) == (("start_weight_update",), ("finish_weight_update", "7"))
@@ -372,7 +422,9 @@ def test_a_sync_is_three_calls_to_every_engine(handles: list[Any]) -> None:
 def test_a_late_or_failing_engine_is_named(handles: list[Any]) -> None:
     prepare(handles, ["update_weights", "start_weight_update"])
     names = ["engine[0] on node a", "engine[1] on node b"]
-    with pytest.raises(SyncError, match=r"start_weight_update: engine\[1\] on node b did not answer within 1 s"):
+    with pytest.raises(
+        SyncError, match=r"start_weight_update: engine\[1\] on node b did not answer within 1 s"
+    ):
         EngineClient(handles, deadline_s=1, names=names).start_weight_update()
     with pytest.raises(SyncError, match=r"update_weights: engine\[0\] failed: no room"):
         EngineClient(handles, deadline_s=30).update_weights({})
@@ -383,16 +435,22 @@ def test_independent_engines_get_their_own_ranks(handles: list[Any]) -> None:
     client = EngineClient(handles, deadline_s=30, workers_per_engine=4)
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": client.world_size})
     (_, first), (_, second) = (note[0] for note in notes(handles))
-    assert (first, second) == ({"rank_offset": 1, "world_size": 9}, {"rank_offset": 5, "world_size": 9})
+    assert (first, second) == (
+        {"rank_offset": 1, "world_size": 9},
+        {"rank_offset": 5, "world_size": 9},
+    )
 
 
 @engines
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
-def test_the_gpu_sender_fits_the_installed_vllm(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_sender_fits_the_installed_vllm(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    real, seen = inspect.signature(WeightTransferTrainerFactory.trainer_init), {}
+    real = inspect.signature(WeightTransferTrainerFactory.trainer_init)
+    seen = {}
 
     class Engine:
         def send_weights(self) -> None:
@@ -405,14 +463,27 @@ def test_the_gpu_sender_fits_the_installed_vllm(backend: str, monkeypatch: pytes
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
     client = EngineClient([object(), object()], deadline_s=1)
     sender = GpuSender(backend, TwoLayers(), client, rank=0, address="node", port=1234)
-    tensors = [(n, t) for names, ts in TwoLayers().iter_groups() for n, t in zip(names, ts, strict=True)]
+    tensors = [
+        (n, t) for names, ts in TwoLayers().iter_groups() for n, t in zip(names, ts, strict=True)
+    ]
     for _ in range(2):  # the second receipt is not the first one continued
-        assert sender.send_weights() == [(name, checksum(tensor), [name]) for name, tensor in tensors]
-    info, source = seen["init_info"], seen["source"]
+        assert sender.send_weights() == [
+            (name, checksum(tensor), [name]) for name, tensor in tensors
+        ]
+    info = seen["init_info"]
+    source = seen["source"]
     assert info.backend == backend and info.is_sender and getattr(info, "world_size", 3) == 3
     assert isinstance(client, VLLMWeightSyncClient) and isinstance(source, WeightSource)
     assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == TwoLayers().metadata()
-    assert GpuSender(backend, TwoLayers(), client, rank=1).send_weights() == []  # other ranks only gather
-    for method in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
-        ours, theirs = (inspect.signature(getattr(c, method)) for c in (EngineClient, VLLMWeightSyncClient))
+    # other ranks only gather
+    assert GpuSender(backend, TwoLayers(), client, rank=1).send_weights() == []
+    for method in (
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ):
+        ours, theirs = (
+            inspect.signature(getattr(c, method)) for c in (EngineClient, VLLMWeightSyncClient)
+        )
         assert list(ours.parameters) == list(theirs.parameters)

@@ -14,7 +14,9 @@ from actors.settings import GenerationSettings
 from actors.weight_sync import Receipt, pack_group
 from learners.settings import ModelSettings
 
-VOCAB, EOS, MAX_TOKENS = 64, 2, 192
+VOCAB = 64
+EOS = 2
+MAX_TOKENS = 192
 THREADS = 1  # not what torch would take by itself
 
 
@@ -66,7 +68,9 @@ def logprobs(model: Any, ids: list[int], temperature: float = 1.0) -> torch.Tens
 
 
 def packed_groups(model: Any) -> list[dict[str, Any]]:
-    """The model's weights as our backend sends them, three tensors to a group; arrays instead of Ray references."""
+    """The model's weights as our backend sends them, three tensors to a group; arrays instead of
+    Ray references.
+    """
     named = [(name, p.detach()) for name, p in model.named_parameters()]
     groups = []
     for start in range(0, len(named), 3):

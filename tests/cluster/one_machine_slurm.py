@@ -1,4 +1,6 @@
-"""A real Slurm of two nodes on this machine: its daemons, configuration and state live in one folder."""
+"""A real Slurm of two nodes on this machine: its daemons, configuration and state live in one
+folder.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class OneMachineSlurm:
-    """Start it, submit to it, kill one of its nodes, stop it. Installs Slurm when it is missing; needs root."""
+    """Start it, submit to it, kill one of its nodes, stop it. Installs Slurm when it is missing;
+    needs root.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,8 +59,15 @@ class OneMachineSlurm:
         install()
         self.started_munge = start_munge()
         (self.folder / "state").mkdir()
-        host, ports = socket.gethostname().split(".")[0], (CONTROLLER_PORT, CONTROLLER_PORT + 1, CONTROLLER_PORT + 2)
-        values = {"host": host, "folder": self.folder, "port": ports[0], "first": ports[1], "last": ports[2]}
+        host = socket.gethostname().split(".")[0]
+        ports = (CONTROLLER_PORT, CONTROLLER_PORT + 1, CONTROLLER_PORT + 2)
+        values = {
+            "host": host,
+            "folder": self.folder,
+            "port": ports[0],
+            "first": ports[1],
+            "last": ports[2],
+        }
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         self._launch("slurmctld", "slurmctld", "-D", "-i")
         for node in NODES:
@@ -66,7 +77,11 @@ class OneMachineSlurm:
         """Start the node's daemon and wait until Slurm would give it work."""
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         self._launch(node, "slurmd", "-D", "-N", node)
-        wait_until(lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%t") == "idle", 60, f"{node} is not idle")
+        wait_until(
+            lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%t") == "idle",
+            60,
+            f"{node} is not idle",
+        )
 
     def stop(self) -> None:
         for daemon in reversed(list(self.daemons.values())):
@@ -74,7 +89,9 @@ class OneMachineSlurm:
         for daemon in self.daemons.values():
             daemon.wait(30)
         if self.started_munge:
-            subprocess.run(["runuser", "-u", "munge", "--", "munged", "--stop"], check=True, timeout=30)
+            subprocess.run(
+                ["runuser", "-u", "munge", "--", "munged", "--stop"], check=True, timeout=30
+            )
 
     def fell(self, node: str) -> None:
         """What a loss of power does to a node: its daemon and everything it started end at once."""
@@ -91,28 +108,43 @@ class OneMachineSlurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=self.environment)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=self.environment
+        )
 
     def _ask(self, *command: str) -> str:
         return self.run(*command).stdout.strip()
 
     def _launch(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.log", "ab") as log:
-            self.daemons[name] = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
+            self.daemons[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self.environment
+            )
 
 
 def install() -> None:
-    """Debian's packages, unless they are there; whoever cannot install them cannot run these tests."""
+    """Debian's packages, unless they are there; whoever cannot install them cannot run these
+    tests.
+    """
     if shutil.which("slurmd") and shutil.which("munged"):
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *command], capture_output=True, text=True, timeout=300, env=quiet)
-    assert done.returncode == 0, f"Slurm cannot be installed (it takes Debian's packages and root): {done.stderr}"
+    for command in (
+        ["update", "-qq"],
+        ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+    ):
+        done = subprocess.run(
+            ["apt-get", *command], capture_output=True, text=True, timeout=300, env=quiet
+        )
+    assert done.returncode == 0, (
+        f"Slurm cannot be installed (it takes Debian's packages and root): {done.stderr}"
+    )
 
 
 def start_munge() -> bool:
-    """Slurm's messages are signed by it, and one serves the whole machine. Returns whether it had to be started."""
+    """Slurm's messages are signed by it, and one serves the whole machine. Returns whether it had
+    to be started.
+    """
     Path("/run/munge").mkdir(mode=0o755, exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     if munge_answers():
@@ -134,9 +166,11 @@ def started_on(node: str) -> list[psutil.Process]:
 
 
 def of_job(number: str) -> dict[int, str]:
-    """Command lines of all processes a job has started, by their environment, arguments or open files.
+    """Command lines of all processes a job has started, by their environment, arguments or open
+    files.
 
-    Ray's workers rename themselves, which overwrites their environment; but they write to logs in the job's folder.
+    Ray's workers rename themselves, which overwrites their environment; but they write to logs in
+    the job's folder.
     """
     folder = f"/tmp/quatuor-{number}/"
     found = {}

@@ -1,4 +1,6 @@
-"""`quatuor slurm` under a real Slurm of two nodes: a run that succeeds, one that loses a node, one out of time."""
+"""`quatuor slurm` under a real Slurm of two nodes: a run that succeeds, one that loses a node, one
+out of time.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +39,27 @@ class Jobs:
     def sft(self, name: str, steps: int) -> list[str]:
         """SFT with a rank on each node."""
         return self.arguments(
-            "sft", name, f"learner.model.path={self.folder / 'base'}", f"data.path={self.folder / 'sft.jsonl'}",
-            f"train.steps={steps}", "learner.ranks=2", "learner.zero_stage=2",
-        )  # fmt: skip
+            "sft",
+            name,
+            f"learner.model.path={self.folder / 'base'}",
+            f"data.path={self.folder / 'sft.jsonl'}",
+            f"train.steps={steps}",
+            "learner.ranks=2",
+            "learner.zero_stage=2",
+        )
 
     def submit(self, arguments: list[str], time_limit: str) -> str:
         """Returns the job's number."""
-        done = self.slurm.run(QUATUOR, "slurm", *arguments, "--nodes", "2", "--time", time_limit, "--submit")
+        done = self.slurm.run(
+            QUATUOR, "slurm", *arguments, "--nodes", "2", "--time", time_limit, "--submit"
+        )
         assert done.returncode == 0, done.stderr
         return re.findall(r"Submitted batch job (\d+)", done.stdout)[0]
 
     def wait(self, number: str, *states: str, seconds: float = 400) -> dict[str, str]:
-        wait_until(lambda: self.slurm.job(number)["JobState"] in (*states, *OVER), seconds, f"not {states}")
+        wait_until(
+            lambda: self.slurm.job(number)["JobState"] in (*states, *OVER), seconds, f"not {states}"
+        )
         return self.slurm.job(number)
 
     def steps(self, name: str) -> list[int]:
@@ -93,18 +104,29 @@ def nothing_left(number: str) -> None:
 
 
 def test_ppo_runs_on_two_nodes(jobs: Jobs) -> None:
-    base, judge = jobs.folder / "base", jobs.folder / "judge"
+    base = jobs.folder / "base"
+    judge = jobs.folder / "judge"
     number = jobs.submit(
         jobs.arguments(
-            "ppo", "ppo", f"actor.model.path={base}", f"critic.model.path={judge}",
-            f"rewards.0.model.path={judge}", f"prompts.path={jobs.folder / 'prompts.jsonl'}",
-            "step.steps=2", "step.prompts_per_step=16", "step.mini_batch_size=8", "generation.threads=1",
-            "evaluation.prompts=null", "evaluation.test_prompts=null", "evaluation.function=null",
+            "ppo",
+            "ppo",
+            f"actor.model.path={base}",
+            f"critic.model.path={judge}",
+            f"rewards.0.model.path={judge}",
+            f"prompts.path={jobs.folder / 'prompts.jsonl'}",
+            "step.steps=2",
+            "step.prompts_per_step=16",
+            "step.mini_batch_size=8",
+            "generation.threads=1",
+            "evaluation.prompts=null",
+            "evaluation.test_prompts=null",
+            "evaluation.function=null",
             "evaluation.every_steps=0",
         ),
         "10",
-    )  # fmt: skip
-    job, log = jobs.wait(number, "COMPLETED"), jobs.log("ppo", number)
+    )
+    job = jobs.wait(number, "COMPLETED")
+    log = jobs.log("ppo", number)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert jobs.steps("ppo") == [1, 2]
     assert (jobs.folder / "ppo" / "model" / "config.json").exists()
@@ -129,19 +151,25 @@ def test_the_loss_of_a_node_ends_the_job(jobs: Jobs) -> None:
 
 
 def test_out_of_time_it_is_queued_again_and_completes(jobs: Jobs) -> None:
-    steps, arguments = 150, [*jobs.sft("long", 150), "train.batch_size=384"]  # cannot be done within a minute
+    steps = 150  # cannot be done within a minute
+    arguments = [*jobs.sft("long", 150), "train.batch_size=384"]
     number = jobs.submit(arguments, "1")
     wait_until(lambda: jobs.slurm.job(number)["Restarts"] == "1", 120, "was not queued again")
     reached = jobs.steps("long")[-1]
     assert 1 <= reached < steps
-    assert [p.name for p in (jobs.folder / "long" / "checkpoints").iterdir()] == [f"step-{reached:06d}"]
+    assert [p.name for p in (jobs.folder / "long" / "checkpoints").iterdir()] == [
+        f"step-{reached:06d}"
+    ]
     nothing_left(number)
     for other in ("learner.ranks=1", "learner.zero_stage=1"):
-        refused = subprocess.run([QUATUOR, "sft", *arguments, other, "--resume"], capture_output=True, text=True)
+        refused = subprocess.run(
+            [QUATUOR, "sft", *arguments, other, "--resume"], capture_output=True, text=True
+        )
         assert refused.returncode == 2 and other.partition("=")[0] in refused.stderr, refused.stderr
 
     jobs.slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=10")
-    job, log = jobs.wait(number, "COMPLETED"), jobs.log("long", number)
+    job = jobs.wait(number, "COMPLETED")
+    log = jobs.log("long", number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert jobs.steps("long") == list(range(1, steps + 1))
     assert "left with a checkpoint" in log and "--resume" in log

@@ -1,4 +1,6 @@
-"""Real runs on a real cluster, each started once: what they left behind is what the tests look at."""
+"""Real runs on a real cluster, each started once: what they left behind is what the tests
+look at.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ class Run:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Metrics of the training steps, in order."""
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
         return [row for row in rows if row["phase"] == "train"]
 
     @property
     def figures(self) -> list[dict[str, float]]:
         """Metrics of the training steps without times."""
         return [
-            {k: v for k, v in row.items() if k not in ("phase", "time") and not k.startswith("seconds/")}
+            {
+                k: v
+                for k, v in row.items()
+                if k not in ("phase", "time") and not k.startswith("seconds/")
+            }
             for row in self.steps
         ]
 
@@ -49,7 +57,9 @@ class Run:
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "alarms.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "alarms.jsonl").read_text().splitlines()
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,12 @@ class Workshop:
     def run(self, kind: str, name: str, *overrides: str, resume: bool = False) -> Run:
         """Run a demo recipe with overrides; paths of data and models must be among them."""
         folder = self.folder / name
-        fixed = [f"run.folder={folder}", f"run.seed={SEED}", "run.progress=false", "run.tensorboard=false"]
+        fixed = [
+            f"run.folder={folder}",
+            f"run.seed={SEED}",
+            "run.progress=false",
+            "run.tensorboard=false",
+        ]
         recipe = load_recipe(RECIPES / f"demo_{kind}.yaml", [*fixed, *overrides], kind)
         module = supervised if kind in ("sft", "rm") else driver
         return Run(folder, module.run(recipe, resume=resume))
@@ -69,15 +84,24 @@ class Workshop:
     def quick(self, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
         """Two steps of GRPO with as few processes as there can be: no Reference, no evaluation."""
         few = ["algorithm.kl_beta=0", "evaluation.prompts=null", "evaluation.test_prompts=null"]
-        few += ["evaluation.function=null", "evaluation.every_steps=0", "actor.ranks=1", "actor.zero_stage=0"]
+        few += [
+            "evaluation.function=null",
+            "evaluation.every_steps=0",
+            "actor.ranks=1",
+            "actor.zero_stage=0",
+        ]
         size = ["step.steps=2", "step.prompts_per_step=8", "step.mini_batch_size=32"]
         return self.reinforce("grpo", name, sft, *few, *size, *overrides, resume=resume)
 
-    def reinforce(self, kind: str, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
+    def reinforce(
+        self, kind: str, name: str, sft: Run, *overrides: str, resume: bool = False
+    ) -> Run:
         """Run PPO or GRPO from an SFT run."""
         data = self.folder / "data"
         judged = {"prompts": "validation", "test_prompts": "test"}
-        judged = {key: name for key, name in judged.items() if f"evaluation.{key}=null" not in overrides}
+        judged = {
+            key: name for key, name in judged.items() if f"evaluation.{key}=null" not in overrides
+        }
         paths = [
             f"actor.model.path={sft.model}",
             f"prompts.path={data / 'prompts.jsonl'}",
@@ -94,7 +118,11 @@ def workshop(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Worksho
     task.make_tokenizer(folder / "base")
     task.make_model(folder / "base", SEED)
     task.write_rows(folder / "data" / "sft.jsonl", task.make_demonstrations(8000, SEED))
-    for name, split, count in (("prompts", "train", 1000), ("validation", "validation", 100), ("test", "test", 400)):
+    for name, split, count in (
+        ("prompts", "train", 1000),
+        ("validation", "validation", 100),
+        ("test", "test", 400),
+    ):
         task.write_rows(folder / "data" / f"{name}.jsonl", task.make_prompts(count, SEED, split))
     rows = [row["prompt"] for row in task.make_prompts(3000, SEED, "train")]
     pairs = task.make_pairs(rows, [[task.slip(prompt)] for prompt in rows], SEED)
@@ -106,11 +134,18 @@ def workshop(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Worksho
 @pytest.fixture(scope="session")
 def sft(workshop: Workshop) -> Run:
     """An SFT model that is right in roughly two of five answers."""
-    base, data = workshop.folder / "base", workshop.folder / "data" / "sft.jsonl"
+    base = workshop.folder / "base"
+    data = workshop.folder / "data" / "sft.jsonl"
     return workshop.run(
-        "sft", "sft", f"learner.model.path={base}", f"data.path={data}", "train.steps=120",
-        f"held_out.path={data}", "held_out.limit=64", "learner.optimizer.warmup_steps=20",
-    )  # fmt: skip
+        "sft",
+        "sft",
+        f"learner.model.path={base}",
+        f"data.path={data}",
+        "train.steps=120",
+        f"held_out.path={data}",
+        "held_out.limit=64",
+        "learner.optimizer.warmup_steps=20",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -118,22 +153,35 @@ def reward_model(workshop: Workshop, sft: Run) -> Run:
     """A decoder reward model, left-padded in training, calibrated."""
     data = workshop.folder / "data"
     return workshop.run(
-        "rm", "rm", f"learner.model.path={sft.model}", f"data.path={data / 'pairs.jsonl'}", "train.steps=40",
-        f"held_out.path={data / 'pairs_test.jsonl'}", "reward_model.padding_side=left",
-        f"reward_model.calibration.path={data / 'sft.jsonl'}", "reward_model.calibration.limit=200",
-    )  # fmt: skip
+        "rm",
+        "rm",
+        f"learner.model.path={sft.model}",
+        f"data.path={data / 'pairs.jsonl'}",
+        "train.steps=40",
+        f"held_out.path={data / 'pairs_test.jsonl'}",
+        "reward_model.padding_side=left",
+        f"reward_model.calibration.path={data / 'sft.jsonl'}",
+        "reward_model.calibration.limit=200",
+    )
 
 
 @pytest.fixture(scope="session")
 def encoder_reward_model(workshop: Workshop) -> Run:
     """A BERT-style reward model with a tokenizer of its own."""
-    base, data = workshop.folder / "encoder", workshop.folder / "data"
+    base = workshop.folder / "encoder"
+    data = workshop.folder / "data"
     make_encoder(base)
     return workshop.run(
-        "rm", "rm_encoder", f"learner.model.path={base}", f"data.path={data / 'pairs.jsonl'}", "train.steps=40",
-        f"held_out.path={data / 'pairs_test.jsonl'}", "reward_model.calibration=null",
-        "learner.zero_stage=3", "learner.micro_batch_tokens=700",
-    )  # fmt: skip
+        "rm",
+        "rm_encoder",
+        f"learner.model.path={base}",
+        f"data.path={data / 'pairs.jsonl'}",
+        "train.steps=40",
+        f"held_out.path={data / 'pairs_test.jsonl'}",
+        "reward_model.calibration=null",
+        "learner.zero_stage=3",
+        "learner.micro_batch_tokens=700",
+    )
 
 
 def make_encoder(folder: Path) -> None:
@@ -148,11 +196,21 @@ def make_encoder(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    names = dict(
+        zip(
+            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True
+        )
+    )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(str(folder))
     torch.manual_seed(SEED)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=128, max_position_embeddings=64, pad_token_id=0, architectures=["BertModel"],
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        architectures=["BertModel"],
+    )
     BertModel(config).save_pretrained(str(folder))

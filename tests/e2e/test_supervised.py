@@ -22,14 +22,26 @@ def test_sft_learns_the_answers(sft: Run) -> None:
 
 
 def test_training_that_blew_up_stops_with_a_checkpoint(workshop: Workshop) -> None:
-    """The first update throws every weight out of float32's useful range; after it nothing is finite."""
-    base, data = workshop.folder / "base", workshop.folder / "data" / "sft.jsonl"
-    with pytest.raises(WorkerError, match="stopped after step 3: in 2 steps .*for learner_(loss|gradient)_not"):
+    """The first update throws every weight out of float32's useful range; after it nothing is
+    finite.
+    """
+    base = workshop.folder / "base"
+    data = workshop.folder / "data" / "sft.jsonl"
+    with pytest.raises(
+        WorkerError, match="stopped after step 3: in 2 steps .*for learner_(loss|gradient)_not"
+    ):
         workshop.run(
-            "sft", "blown_up", f"learner.model.path={base}", f"data.path={data}", "train.steps=9",
-            "held_out=null", "learner.optimizer.learning_rate=1e30", "learner.optimizer.warmup_steps=0",
-            "train.evaluate_every=0", "run.max_skipped_steps=2",
-        )  # fmt: skip
+            "sft",
+            "blown_up",
+            f"learner.model.path={base}",
+            f"data.path={data}",
+            "train.steps=9",
+            "held_out=null",
+            "learner.optimizer.learning_rate=1e30",
+            "learner.optimizer.warmup_steps=0",
+            "train.evaluate_every=0",
+            "run.max_skipped_steps=2",
+        )
     run = Run(workshop.folder / "blown_up", {})
     assert [step["skipped_updates"] for step in run.steps] == [0, 1, 1]
     assert [row["step"] for row in run.alarms] == [2, 3]
@@ -65,18 +77,28 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
     texts = [("uniq:800299=", "0289"), ("uniq:5111=", "15"), ("uniq:1234567890=", "0123456789")]
     candidates = [
         Candidate(
-            actor(prompt)["input_ids"], [*actor(answer, add_special_tokens=False)["input_ids"], 2],
-            prompt, answer, "stop", {},
+            actor(prompt)["input_ids"],
+            [*actor(answer, add_special_tokens=False)["input_ids"], 2],
+            prompt,
+            answer,
+            "stop",
+            {},
         )
         for prompt, answer in texts
-    ]  # fmt: skip
-    ours = torch.tensor(worker.scores(candidates)) * worker.calibration.std + worker.calibration.mean
+    ]
+    ours = (
+        torch.tensor(worker.scores(candidates)) * worker.calibration.std + worker.calibration.mean
+    )
 
-    model, info = AutoModelForSequenceClassification.from_pretrained(run.model, output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        run.model, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     end = "" if which == "encoder_reward_model" else tokenizer.eos_token
     inputs = tokenizer([p + a + end for p, a in texts], padding=True, return_tensors="pt")
     with torch.no_grad():
-        plain = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+        plain = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        ).logits[:, 0]
     assert torch.allclose(ours, plain, atol=1e-4)

@@ -20,7 +20,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "1+1=", "chosen": "2", "rejected": "3"}\n')
     (tmp_path / "rewards_of_test.py").write_text(
-        "def exact(prompts, responses, answer):\n    return [float(r == a) for r, a in zip(responses, answer)]\n"
+        "def exact(prompts, responses, answer):\n    return [float(r == a) for r, a in "
+        "zip(responses, answer)]\n"
         "def needs_more(prompts, responses, difficulty):\n    return []\n"
         "number = 3\n"
     )

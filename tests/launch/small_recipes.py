@@ -6,8 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-DECODER = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "max_position_embeddings": 64}
-REWARD_MODEL = {**DECODER, "architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+DECODER = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "max_position_embeddings": 64,
+}
+REWARD_MODEL = {
+    **DECODER,
+    "architectures": ["Qwen3ForSequenceClassification"],
+    "id2label": {"0": "LABEL_0"},
+}
 ENCODER = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "pad_token_id": 0}
 TOKENS = {"pad_token": "<pad>", "eos_token": {"content": "<eos>"}}
 
@@ -34,8 +42,17 @@ def recipes() -> dict[str, dict[str, Any]]:
     supervised = {"run": {"folder": "runs/new"}, "learner": {"model": {"path": "./decoder"}}}
     pairs = {"path": "pairs.jsonl"}
     return {
-        "sft": {"kind": "sft", **supervised, "data": {"path": "pairs.jsonl", "response_column": "chosen"}},
+        "sft": {
+            "kind": "sft",
+            **supervised,
+            "data": {"path": "pairs.jsonl", "response_column": "chosen"},
+        },
         "rm": {"kind": "rm", **supervised, "data": pairs, "held_out": pairs},
-        "ppo": {"kind": "ppo", **rl, "critic": {"model": {"path": "./reward_model"}}, "rewards": [model]},
+        "ppo": {
+            "kind": "ppo",
+            **rl,
+            "critic": {"model": {"path": "./reward_model"}},
+            "rewards": [model],
+        },
         "grpo": {"kind": "grpo", **rl, "rewards": [function]},
     }

@@ -33,7 +33,7 @@ def told(place: Path, capsys: pytest.CaptureFixture[str]) -> Told:
     return refused
 
 
-# -- known within a second, by the recipe and by JSON files ------------------------------------------------------------
+# --- known within a second, by the recipe and by JSON files ---------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,32 @@ def told(place: Path, capsys: pytest.CaptureFixture[str]) -> Told:
         (["ppo", "ppo.yaml", "run.folder=prompts.jsonl/run"], "is a file"),
         (["ppo", "ppo.yaml", "--resume"], "nothing to resume"),
         (["ppo", "ppo.yaml", "run.wandb_project=curves"], "wandb is not installed"),
-        (["grpo", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"], "13 GPUs are needed, the cluster has"),
-        (["slurm", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"], "--nodes: 13 GPUs are needed"),
-        (["slurm", "grpo.yaml", "cluster.device=cuda", "generation.tensor_parallel=9"], "raise cluster.gpus_per_node"),
+        (
+            ["grpo", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"],
+            "13 GPUs are needed, the cluster has",
+        ),
+        (
+            ["slurm", "grpo.yaml", "cluster.device=cuda", "generation.engines=12"],
+            "--nodes: 13 GPUs are needed",
+        ),
+        (
+            ["slurm", "grpo.yaml", "cluster.device=cuda", "generation.tensor_parallel=9"],
+            "raise cluster.gpus_per_node",
+        ),
         (["slurm", "grpo.yaml", "--script", "."], "--script: . cannot be written: Is a directory"),
         (["slurm", "grpo.yaml", "--script", "x" * 300], "cannot be written: File name too long"),
         (["plan", "nowhere.yaml"], "nowhere.yaml"),
         (["slurm", "ppo.yaml", "step.stepz=3"], "did you mean step.steps"),
-        (["submit", "ppo.yaml", "step.stepz=3", "--address", "http://127.0.0.1:1"], "did you mean step.steps"),
+        (
+            ["submit", "ppo.yaml", "step.stepz=3", "--address", "http://127.0.0.1:1"],
+            "did you mean step.steps",
+        ),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
-def test_recipes_arguments_and_files(place: Path, told: Told, arguments: list[str], said: str) -> None:
+def test_recipes_arguments_and_files(
+    place: Path, told: Told, arguments: list[str], said: str
+) -> None:
     (place / "broken.yaml").write_text("kind: ppo\nrun: {folder: [\n")
     (place / "empty.yaml").write_text("")
     lines = told(*arguments)
@@ -97,8 +111,17 @@ def write_run(folder: Path, recipe: Path) -> None:
 
 def test_a_resume_with_a_changed_recipe(place: Path, told: Told) -> None:
     write_run(place / "runs/new", place / "grpo.yaml")
-    lines = told("grpo", "grpo.yaml", "--resume", "actor.optimizer.learning_rate=0.5", "algorithm.kl_beta=0.1")
-    assert "actor.optimizer.learning_rate: is 0.5, the run to resume has 1e-06" in lines[0] and len(lines) == 2
+    lines = told(
+        "grpo",
+        "grpo.yaml",
+        "--resume",
+        "actor.optimizer.learning_rate=0.5",
+        "algorithm.kl_beta=0.1",
+    )
+    assert (
+        "actor.optimizer.learning_rate: is 0.5, the run to resume has 1e-06" in lines[0]
+        and len(lines) == 2
+    )
     assert "algorithm.kl_beta" in lines[1] and "choose another run.folder" in lines[1]
 
 
@@ -106,10 +129,12 @@ def test_a_resume_may_go_on_for_longer(place: Path) -> None:
     from launch.config import read_recipe
 
     write_run(place / "runs/new", place / "grpo.yaml")
-    read_recipe("grpo.yaml", ["step.steps=500", "alarms.clip_fraction=0.9"], files=True, resume=True)
+    read_recipe(
+        "grpo.yaml", ["step.steps=500", "alarms.clip_fraction=0.9"], files=True, resume=True
+    )
 
 
-# -- known once data and tokenizers are read, before any model loads ---------------------------------------------------
+# --- known once data and tokenizers are read, before any model loads ------------------------------
 
 
 @pytest.fixture
@@ -120,7 +145,13 @@ def real(place: Path) -> Path:
     for name in ("decoder", "reward_model"):
         task.make_tokenizer(place / name)
         config = json.loads((place / name / "config.json").read_text())
-        small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 16}
+        small = {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "head_dim": 16,
+        }
         config |= {**small, "num_key_value_heads": 1, "intermediate_size": 16, "pad_token_id": 0}
         (place / name / "config.json").write_text(json.dumps(config))
     return place
@@ -167,14 +198,31 @@ def write_prompts(place: Path, *prompts: Any) -> None:
     [
         (["1+1=", ""], "run.seed=0", "row 2: the prompt is empty"),
         (["1+1=", "0123456789" * 4], "prompts.max_prompt_tokens=20", "set long_prompts: drop"),
-        (["0123456789" * 4], ["prompts.max_prompt_tokens=20", "prompts.long_prompts=drop"], "no row can be used: 1"),
-        ([[{"role": "user", "content": "1+1="}]], "run.seed=0", "the tokenizer has no chat template"),
+        (
+            ["0123456789" * 4],
+            ["prompts.max_prompt_tokens=20", "prompts.long_prompts=drop"],
+            "no row can be used: 1",
+        ),
+        (
+            [[{"role": "user", "content": "1+1="}]],
+            "run.seed=0",
+            "the tokenizer has no chat template",
+        ),
         ([["1+1="]], "run.seed=0", "a prompt must be text, or a list of messages"),
         (["<bos><bos>1+1="], "run.seed=0", "the prompt begins with <bos> twice"),
     ],
-    ids=["empty", "too long", "all too long", "chat without template", "neither text nor chat", "double BOS"],
+    ids=[
+        "empty",
+        "too long",
+        "all too long",
+        "chat without template",
+        "neither text nor chat",
+        "double BOS",
+    ],
 )
-def test_prompts(real: Path, told: Told, prompts: list[Any], override: str | list[str], said: str) -> None:
+def test_prompts(
+    real: Path, told: Told, prompts: list[Any], override: str | list[str], said: str
+) -> None:
     write_prompts(real, *prompts)
     overrides = [override] if isinstance(override, str) else override
     assert said in told("grpo", "grpo.yaml", *overrides)[0]
@@ -185,12 +233,20 @@ def test_prompts(real: Path, told: Told, prompts: list[Any], override: str | lis
     [
         ("tokenizer.json", "{}", "decoder: cannot be loaded: KeyError 'added_tokens'"),
         ("config.json", {"hidden_size": "16"}, "decoder: cannot be loaded: StrictDataclass"),
-        ("config.json", {"vocab_size": 4}, "actor.model: ./decoder knows 4 ids, the data hold ids up to"),
+        (
+            "config.json",
+            {"vocab_size": 4},
+            "actor.model: ./decoder knows 4 ids, the data hold ids up to",
+        ),
     ],
 )
-def test_a_malformed_model(real: Path, told: Told, file: str, text: str | dict[str, Any], said: str) -> None:
+def test_a_malformed_model(
+    real: Path, told: Told, file: str, text: str | dict[str, Any], said: str
+) -> None:
     path = real / "decoder" / file
-    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
+    path.write_text(
+        text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text)
+    )
     (line,) = told("grpo", "grpo.yaml")
     assert said in line
 
@@ -202,16 +258,23 @@ def test_a_critic_that_reads_other_ids_than_the_actor_writes(real: Path, told: T
     assert "critic.model" in lines[0] and "has another vocabulary than the Actor" in lines[0]
 
 
-def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_with(real: Path, told: Told) -> None:
+def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_with(
+    real: Path, told: Told
+) -> None:
     from learners.data import tokenizer_digest
     from learners.models import load_tokenizer
 
     config = json.loads((real / "reward_model/config.json").read_text())
     trained_with = tokenizer_digest(load_tokenizer(str(real / "reward_model")))
-    (real / "reward_model/config.json").write_text(json.dumps(config | {"tokenizer_digest": trained_with}))
+    (real / "reward_model/config.json").write_text(
+        json.dumps(config | {"tokenizer_digest": trained_with})
+    )
     file = real / "reward_model/tokenizer.json"
     file.write_text(file.read_text().replace('"7":', '"X":'))
     recipe = yaml.safe_load((real / "ppo.yaml").read_text())
     recipe["critic"]["model"]["path"] = "./decoder"
     (real / "ppo.yaml").write_text(yaml.safe_dump(recipe))
-    assert "rewards.0.model.path: ./reward_model was trained with another tokenizer" in told("ppo", "ppo.yaml")[0]
+    assert (
+        "rewards.0.model.path: ./reward_model was trained with another tokenizer"
+        in told("ppo", "ppo.yaml")[0]
+    )

@@ -29,9 +29,16 @@ def quatuor(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command that must answer without anything heavy, in under a second of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = os.times()
-    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, env=environment
+    )
     ended = os.times()
-    busy = ended.children_user + ended.children_system - started.children_user - started.children_system
+    busy = (
+        ended.children_user
+        + ended.children_system
+        - started.children_user
+        - started.children_system
+    )
     assert busy < 1.0, f"{busy:.2f} s of CPU time"
     return done
 
@@ -39,8 +46,14 @@ def quatuor(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["ppo", "ppo.yaml", "actor.zero_stag=2"], "command line: actor.zero_stag: unknown key; did you mean"),
-        (["ppo", "ppo.yaml", "actor.model.path=./none"], "actor.model.path: ./none: no such model folder"),
+        (
+            ["ppo", "ppo.yaml", "actor.zero_stag=2"],
+            "command line: actor.zero_stag: unknown key; did you mean",
+        ),
+        (
+            ["ppo", "ppo.yaml", "actor.model.path=./none"],
+            "actor.model.path: ./none: no such model folder",
+        ),
         (["rm", "rm.yaml", "data.chosen_column=good"], "pairs.jsonl has no column 'good'"),
         (["grpo", "grpo.yaml", "step.group_size=1"], "GRPO needs 2 or more"),
         (["ppo", "ppo.yaml", "step.mini_batch_size=5"], "5 does not divide"),
@@ -53,7 +66,9 @@ def quatuor(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["demo", "--folder", "."], "is not a demo's"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(place: Path, arguments: list[str], told: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    place: Path, arguments: list[str], told: str
+) -> None:
     before = sorted(p for p in place.rglob("*"))
     done = quatuor(*arguments)
     assert done.returncode == 2, done
@@ -63,32 +78,51 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, arguments: list[str]
 
 
 def test_pad_equal_to_eos_is_refused_for_a_reward_model(place: Path) -> None:
-    (place / "decoder/tokenizer_config.json").write_text('{"pad_token": "<eos>", "eos_token": "<eos>"}')
+    (place / "decoder/tokenizer_config.json").write_text(
+        '{"pad_token": "<eos>", "eos_token": "<eos>"}'
+    )
     done = quatuor("rm", "rm.yaml")
-    assert done.returncode == 2 and "PAD equals EOS" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "PAD equals EOS" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_help_lists_commands_and_every_key(place: Path) -> None:
     done = quatuor("--help")
     assert done.returncode == 0
-    assert all(f"  {name} " in done.stdout for name in ("sft", "rm", "ppo", "grpo", "demo", "version"))
+    assert all(
+        f"  {name} " in done.stdout for name in ("sft", "rm", "ppo", "grpo", "demo", "version")
+    )
     keys = quatuor("ppo", "--help").stdout
-    for line in ("actor.optimizer.learning_rate", "rewards.N.weight", "algorithm.lam", "cluster.start_deadline_s"):
+    for line in (
+        "actor.optimizer.learning_rate",
+        "rewards.N.weight",
+        "algorithm.lam",
+        "cluster.start_deadline_s",
+    ):
         assert f"\n{line} " in keys
     for command in ("plan", "submit", "slurm"):
         told = quatuor(command, "--help").stdout
         assert "keys below" not in told and "quatuor ppo --help lists" in " ".join(told.split())
 
 
-def test_a_terminal_that_does_not_know_every_letter(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_does_not_know_every_letter(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = quatuor("sft", "sft.yaml", "--check", "run.folder=läufe")
     assert done.returncode == 0 and "folder: l?ufe" in done.stdout, done.stderr
     assert quatuor("plan", str(ROOT / "launch/recipes/grpo_qwen3_8b.yaml")).returncode == 0
 
 
-def test_a_port_that_is_taken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It keeps nothing from running: Ray, engines and learners look for free ports, and a run may join that Ray."""
+def test_a_port_that_is_taken_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps nothing from running: Ray, engines and learners look for free ports, and a run may
+    join that Ray.
+    """
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr(doctor, "HEAD_PORTS", (port,))
@@ -97,14 +131,21 @@ def test_a_port_that_is_taken_is_told(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert line.startswith("pass") and f"{port} taken: perhaps by a Ray head" in line
 
 
-def test_a_reward_function_that_cannot_be_imported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_function_that_cannot_be_imported(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["grpo", "grpo.yaml", "rewards.0.function=nowhere:f"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: command line: rewards.0.function: ") and "No module named 'nowhere'" in told
+    assert (
+        told.startswith("error: command line: rewards.0.function: ")
+        and "No module named 'nowhere'" in told
+    )
     assert len(told.splitlines()) == 1 and not Path("runs").exists()
 
 
-def test_check_prints_the_resolved_recipe_and_runs_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_resolved_recipe_and_runs_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["grpo", "grpo.yaml", "step.steps=3", "--check"]) == 0
     assert "steps: 3  # command line" in capsys.readouterr().out
     assert not Path("runs").exists()
@@ -132,13 +173,19 @@ def test_a_run_gets_its_recipe_and_its_summary_is_shown(
     assert "0.4401" in out and "0.95" in out and "steps" in out
     assert out.splitlines()[-1] == "the trained model is in runs/new/model"
     ((resume, saved),) = seen
-    assert not resume and "folder: runs/new  # grpo.yaml:" in saved and "seed: 7  # command line" in saved
+    assert (
+        not resume
+        and "folder: runs/new  # grpo.yaml:" in saved
+        and "seed: 7  # command line" in saved
+    )
 
 
 def test_failures_inside_a_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A user's mistake: its lines, 2. Ours: one line, the traceback in the run folder, 1. Ctrl-C: 130."""
+    """A user's mistake: its lines, 2. Ours: one line, the traceback in the run folder, 1. Ctrl-C:
+    130.
+    """
 
     def fail_with(error: BaseException) -> tuple[int, str]:
         def run(recipe: object, resume: bool, config_yaml: str) -> None:
@@ -155,7 +202,9 @@ def test_failures_inside_a_run(
     assert fail_with(UserError(["a: one", "b: two"])) == (2, "error: a: one\nerror: b: two\n")
     code, told = fail_with(RuntimeError("learn: actor[1] on node n failed: boom\nlong story"))
     assert code == 1
-    assert told == "error: learn: actor[1] on node n failed: boom (traceback in runs/new/error.log)\n"
+    assert (
+        told == "error: learn: actor[1] on node n failed: boom (traceback in runs/new/error.log)\n"
+    )
     assert "RuntimeError: learn" in (place / "error.log").read_text()
     assert fail_with(KeyboardInterrupt()) == (130, "interrupted\n")
 

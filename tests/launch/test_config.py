@@ -19,10 +19,43 @@ from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 LONG = "x" * 300  # longer than any file's name may be
 NASTY = [
-    "many words " * 12, "a\n\nb", "\na", "a\u2028b", "a\x85b", "a\tb", "\x0c\x7f", "\ufeffa", "ä😀", "a  # b", "# a",
-    "a: b", " a ", "on", "null", "~", "", "'", '"', "\\n", "- a", "*a", "!a", "[a", "|", "<<", "=", "1e5", "1.5e5",
-    "-.5", "08", "0x10", "1_000", ".inf", "12:30:00", "2026-01-01",
-]  # fmt: skip
+    "many words " * 12,
+    "a\n\nb",
+    "\na",
+    "a\u2028b",
+    "a\x85b",
+    "a\tb",
+    "\x0c\x7f",
+    "\ufeffa",
+    "ä😀",
+    "a  # b",
+    "# a",
+    "a: b",
+    " a ",
+    "on",
+    "null",
+    "~",
+    "",
+    "'",
+    '"',
+    "\\n",
+    "- a",
+    "*a",
+    "!a",
+    "[a",
+    "|",
+    "<<",
+    "=",
+    "1e5",
+    "1.5e5",
+    "-.5",
+    "08",
+    "0x10",
+    "1_000",
+    ".inf",
+    "12:30:00",
+    "2026-01-01",
+]
 
 
 def problems(path: str, *overrides: str, files: bool = True, resume: bool = False) -> list[str]:
@@ -34,7 +67,7 @@ def problems(path: str, *overrides: str, files: bool = True, resume: bool = Fals
     return [f"{p.keys[0]}: {p.message}" for p in function_problems(recipe)]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,7 +86,12 @@ def test_shipped_recipes_are_sound_and_survive_a_round_trip(path: Path, tmp_path
 def test_overrides_reach_sections_lists_and_keys_nobody_wrote(place: Path) -> None:
     recipe = load_recipe(
         "grpo.yaml",
-        ["rewards.0.weight=2", "actor.optimizer.learning_rate=1e-5", "sync.gate=", "actor.optimizer.betas=[0.8, 0.9]"],
+        [
+            "rewards.0.weight=2",
+            "actor.optimizer.learning_rate=1e-5",
+            "sync.gate=",
+            "actor.optimizer.betas=[0.8, 0.9]",
+        ],
     )
     assert isinstance(recipe, GRPORecipe)
     assert recipe.rewards[0].weight == 2
@@ -64,16 +102,23 @@ def test_overrides_reach_sections_lists_and_keys_nobody_wrote(place: Path) -> No
 
 def test_yaml_means_what_it_seems_to_mean(tmp_path: Path, place: Path) -> None:
     """1e-5 is a number; `on`, 08 and a date are texts."""
-    recipe = load_recipe("ppo.yaml", ["run.wandb_project=on", "algorithm.kl_beta=1e-5", "prompts.prompt_column=08"])
+    recipe = load_recipe(
+        "ppo.yaml", ["run.wandb_project=on", "algorithm.kl_beta=1e-5", "prompts.prompt_column=08"]
+    )
     assert isinstance(recipe, PPORecipe)
-    assert (recipe.run.wandb_project, recipe.algorithm.kl_beta, recipe.prompts.prompt_column) == ("on", 1e-5, "08")
+    assert (recipe.run.wandb_project, recipe.algorithm.kl_beta, recipe.prompts.prompt_column) == (
+        "on",
+        1e-5,
+        "08",
+    )
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe("again.yaml") == recipe
 
 
 def test_an_override_changes_one_of_two_places_that_share_an_alias(place: Path) -> None:
     text = (
-        "kind: rm\nrun: {folder: runs/x}\nlearner: {model: {path: ./decoder}}\ndata: &d {path: a.jsonl}\nheld_out: *d\n"
+        "kind: rm\nrun: {folder: runs/x}\nlearner: {model: {path: ./decoder}}\ndata: &d "
+        "{path: a.jsonl}\nheld_out: *d\n"
     )
     Path("alias.yaml").write_text(text)
     recipe = load_recipe("alias.yaml", ["held_out.path=b.jsonl"])
@@ -134,9 +179,15 @@ def test_every_key_of_every_recipe_is_described() -> None:
         ("run: {folder: x}\n", "a.yaml: kind: missing; one of sft, rm, ppo, grpo"),
         ("kind: dpo\n", "a.yaml:1: kind: is 'dpo'; a recipe is one of sft, rm, ppo, grpo"),
         ("kind: sft\nkind: sft\n", "a.yaml:2: kind: written twice, first at a.yaml:1"),
-        ("kind: sft\nrun: {seed: !!int x}\n", "a.yaml:2: not valid YAML: 'x' cannot be read as int"),
+        (
+            "kind: sft\nrun: {seed: !!int x}\n",
+            "a.yaml:2: not valid YAML: 'x' cannot be read as int",
+        ),
         ("kind: sft\nrun: " + "[" * 1000, "a.yaml: not valid YAML: nested too deeply"),
-        ("kind: sft\nrun.seed: 3\n", "a.yaml:2: run.seed: a key with dots is for the command line; here write run: {"),
+        (
+            "kind: sft\nrun.seed: 3\n",
+            "a.yaml:2: run.seed: a key with dots is for the command line; here write run: {",
+        ),
     ],
 )
 def test_malformed_files(place: Path, text: str, told: str) -> None:
@@ -152,11 +203,13 @@ def test_files_that_cannot_be_read(place: Path) -> None:
 
 
 def test_a_recipe_for_another_command(place: Path) -> None:
-    with pytest.raises(RecipeError, match="this is a recipe for grpo: run quatuor grpo, not quatuor ppo"):
+    with pytest.raises(
+        RecipeError, match="this is a recipe for grpo: run quatuor grpo, not quatuor ppo"
+    ):
         load_recipe("grpo.yaml", kind="ppo")
 
 
-# --- keys and types ---------------------------------------------------------------------------------------------------
+# --- keys and types -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,7 +224,10 @@ def test_a_recipe_for_another_command(place: Path) -> None:
         ("run.folder.x=2", "run.folder is 'runs/new' and has no key x"),
         ("folder", "folder: an override reads key.sub=value"),
         ("run.seed=[1", "command line: run.seed: not valid YAML"),
-        ("run.seed=!!float x", "command line: run.seed: not valid YAML: 'x' cannot be read as float"),
+        (
+            "run.seed=!!float x",
+            "command line: run.seed: not valid YAML: 'x' cannot be read as float",
+        ),
         ("run.seed=!!bool x", "'x' cannot be read as bool"),
         ("run.seed=!!timestamp x", "'x' cannot be read as timestamp"),
         (f"run.seed={'9' * 5000}", "cannot be read as int"),
@@ -185,12 +241,21 @@ def test_a_recipe_for_another_command(place: Path) -> None:
         ("run.seed=-1", "run.seed: must be at least 0, not -1"),
         ("run.progress=yes", "run.progress: must be true or false, not 'yes'"),
         ("run.folder=3", "run.folder: must be text, not 3"),
-        ("actor.optimizer=", "actor.optimizer: must be a section of keys, not nothing; leave the key out"),
-        ("actor=", "command line: actor: must be a section of keys, not nothing: set actor.model.path"),
+        (
+            "actor.optimizer=",
+            "actor.optimizer: must be a section of keys, not nothing; leave the key out",
+        ),
+        (
+            "actor=",
+            "command line: actor: must be a section of keys, not nothing: set actor.model.path",
+        ),
         ("step=", "must be a section of keys, not nothing: write step: {} for its defaults"),
         ("actor.modle.path=x", "command line: actor.modle: unknown key; did you mean actor.model?"),
         ("bogus.key=1", "command line: bogus: unknown key; known here: run, cluster"),
-        ("reference={model.path: x}", "reference.model.path: a key with dots is for the command line; here write"),
+        (
+            "reference={model.path: x}",
+            "reference.model.path: a key with dots is for the command line; here write",
+        ),
         ("actor.optimizer.learning_rate=-1", "must be at least 0, not -1"),
         ("actor.optimizer.learning_rate=.nan", "must be a finite number"),
         ("actor.optimizer.betas=[0.9]", "actor.optimizer.betas"),
@@ -225,21 +290,37 @@ def test_problems_name_the_line(place: Path) -> None:
 def test_everything_wrong_is_told_at_once(place: Path) -> None:
     """Keys, types, combinations, files; what follows from a broken key is not told."""
     found = problems(
-        "grpo.yaml", "actor.zero_stag=3", "step.mini_batch_size=many", "generation.temperature=0.5",
-        "step.group_size=1", "evaluation.every_steps=2", "prompts.path=./none.jsonl",
-    )  # fmt: skip
+        "grpo.yaml",
+        "actor.zero_stag=3",
+        "step.mini_batch_size=many",
+        "generation.temperature=0.5",
+        "step.group_size=1",
+        "evaluation.every_steps=2",
+        "prompts.path=./none.jsonl",
+    )
     keys = [line.split(": ")[1] for line in found]
     assert sorted(keys) == sorted(
-        ["actor.zero_stag", "step.mini_batch_size", "generation.temperature", "step.group_size",
-         "evaluation.every_steps", "prompts.path"]
-    )  # fmt: skip
+        [
+            "actor.zero_stag",
+            "step.mini_batch_size",
+            "generation.temperature",
+            "step.group_size",
+            "evaluation.every_steps",
+            "prompts.path",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     "wrong", ["rewards.0.function=nocolon", "rewards.0.kind=model", "actor.offload_parameters=true"]
 )
 def test_an_impossible_section_does_not_hide_the_rest(place: Path, wrong: str) -> None:
-    others = ["generation.temperature=0.5", "step.mini_batch_size=7", "run.folder=decoder", "prompts.path=./gone"]
+    others = [
+        "generation.temperature=0.5",
+        "step.mini_batch_size=7",
+        "run.folder=decoder",
+        "prompts.path=./gone",
+    ]
     found = problems("grpo.yaml", wrong, *others)
     assert {line.split(": ")[1] for line in found} > {one.split("=")[0] for one in others}, found
 
@@ -255,44 +336,124 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
     assert problems("sft.yaml") == ["sft.yaml:3: run.foldr: unknown key; did you mean run.folder?"]
 
 
-# --- combinations -----------------------------------------------------------------------------------------------------
+# --- combinations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "overrides", "told"),
     [
-        ("grpo", ["step.group_size=1"], "step.group_size: 1 leaves nothing to compare a response with"),
-        ("ppo", ["step.mini_batch_size=12"], "12 does not divide prompts_per_step 8 * group_size 4 = 32; nearest: 8"),
+        (
+            "grpo",
+            ["step.group_size=1"],
+            "step.group_size: 1 leaves nothing to compare a response with",
+        ),
+        (
+            "ppo",
+            ["step.mini_batch_size=12"],
+            "12 does not divide prompts_per_step 8 * group_size 4 = 32; nearest: 8",
+        ),
         ("ppo", ["step.mini_batch_size=64"], "nearest: 32"),
-        ("grpo", ["generation.temperature=0.7"], "generation.temperature: 0.7 makes groups of near copies"),
-        ("ppo", ["algorithm.kl_target=6", "algorithm.kl_beta=0"], "algorithm.kl_target: adapts kl_beta by factors"),
+        (
+            "grpo",
+            ["generation.temperature=0.7"],
+            "generation.temperature: 0.7 makes groups of near copies",
+        ),
+        (
+            "ppo",
+            ["algorithm.kl_target=6", "algorithm.kl_beta=0"],
+            "algorithm.kl_target: adapts kl_beta by factors",
+        ),
         ("ppo", ["rewards=[]"], "rewards: needs at least one source of scores"),
         ("ppo", ["rewards.0.weight=0"], "every weight is 0"),
-        ("ppo", ["actor.model.attention=flash_attention_2"], "flash_attention_2 needs cluster.device cuda"),
-        ("ppo", ["cluster.device=cuda", "critic.model.attention=flash_attention_2"], "needs dtype bfloat16"),
-        ("ppo", ["actor.offload_optimizer=true"], "actor.offload_optimizer: needs cluster.device cuda"),
-        ("ppo", ["cluster.device=cuda", "actor.offload_optimizer=true", "actor.zero_stage=0"], "needs zero_stage 1, 2"),
-        ("sft", ["learner.model.dtype=bfloat16", "learner.zero_stage=0"], "learner.zero_stage: bfloat16 needs"),
-        ("sft", ["cluster.device=cuda", "learner.offload_parameters=true"], "offload_parameters: needs zero_stage 3"),
-        ("grpo", ["rewards.0.function=nocolon"], "rewards.0.function: must read module:function, not 'nocolon'"),
-        ("grpo", ["rewards.0.function="], "rewards.0.function: missing: kind function needs it: set it to module"),
-        ("ppo", ["rewards.0.model="], "rewards.0.model: missing: kind model needs it: set rewards.0.model.path"),
+        (
+            "ppo",
+            ["actor.model.attention=flash_attention_2"],
+            "flash_attention_2 needs cluster.device cuda",
+        ),
+        (
+            "ppo",
+            ["cluster.device=cuda", "critic.model.attention=flash_attention_2"],
+            "needs dtype bfloat16",
+        ),
+        (
+            "ppo",
+            ["actor.offload_optimizer=true"],
+            "actor.offload_optimizer: needs cluster.device cuda",
+        ),
+        (
+            "ppo",
+            ["cluster.device=cuda", "actor.offload_optimizer=true", "actor.zero_stage=0"],
+            "needs zero_stage 1, 2",
+        ),
+        (
+            "sft",
+            ["learner.model.dtype=bfloat16", "learner.zero_stage=0"],
+            "learner.zero_stage: bfloat16 needs",
+        ),
+        (
+            "sft",
+            ["cluster.device=cuda", "learner.offload_parameters=true"],
+            "offload_parameters: needs zero_stage 3",
+        ),
+        (
+            "grpo",
+            ["rewards.0.function=nocolon"],
+            "rewards.0.function: must read module:function, not 'nocolon'",
+        ),
+        (
+            "grpo",
+            ["rewards.0.function="],
+            "rewards.0.function: missing: kind function needs it: set it to module",
+        ),
+        (
+            "ppo",
+            ["rewards.0.model="],
+            "rewards.0.model: missing: kind model needs it: set rewards.0.model.path",
+        ),
         ("ppo", ["rewards.0.function=a:b"], "rewards.0.function: is for kind function, not model"),
-        ("ppo", ["generation.tensor_parallel=2"], "generation.tensor_parallel: needs cluster.device cuda"),
-        ("ppo", ["generation.max_model_tokens=16"], "leaves no room for a prompt beside max_new_tokens 16"),
-        ("ppo", ["generation.top_p=0.9"], "generation.top_p: 0.9 samples from another distribution than the policy"),
+        (
+            "ppo",
+            ["generation.tensor_parallel=2"],
+            "generation.tensor_parallel: needs cluster.device cuda",
+        ),
+        (
+            "ppo",
+            ["generation.max_model_tokens=16"],
+            "leaves no room for a prompt beside max_new_tokens 16",
+        ),
+        (
+            "ppo",
+            ["generation.top_p=0.9"],
+            "generation.top_p: 0.9 samples from another distribution than the policy",
+        ),
         ("grpo", ["generation.top_k=20"], "generation.top_k: 20 samples from another distribution"),
         ("grpo", ["generation.min_p=0.1"], "set algorithm.rollout_correction to weigh the tokens"),
-        ("grpo", ["generation.repetition_penalty=1.1"], "generation.repetition_penalty: 1.1 samples from another"),
-        ("grpo", ["generation.presence_penalty=-0.5"], "generation.presence_penalty: -0.5 samples from another"),
-        ("grpo", ["generation.frequency_penalty=0.5"], "generation.frequency_penalty: 0.5 samples from another"),
+        (
+            "grpo",
+            ["generation.repetition_penalty=1.1"],
+            "generation.repetition_penalty: 1.1 samples from another",
+        ),
+        (
+            "grpo",
+            ["generation.presence_penalty=-0.5"],
+            "generation.presence_penalty: -0.5 samples from another",
+        ),
+        (
+            "grpo",
+            ["generation.frequency_penalty=0.5"],
+            "generation.frequency_penalty: 0.5 samples from another",
+        ),
         (
             "grpo",
             ["algorithm.old_logprobs=engine", "algorithm.rollout_correction.cap=2"],
             "algorithm.old_logprobs: engine leaves nothing to correct",
         ),
         ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
-        ("ppo", ["evaluation.prompts.path=p.jsonl"], "evaluation.prompts: needs the true score of a response"),
+        (
+            "ppo",
+            ["evaluation.prompts.path=p.jsonl"],
+            "evaluation.prompts: needs the true score of a response",
+        ),
         ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to judge"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
     ],
@@ -303,18 +464,25 @@ def test_combinations(place: Path, kind: str, overrides: list[str], told: str) -
 
 
 def test_distorted_sampling_is_accepted_where_its_tokens_are_weighed(place: Path) -> None:
-    recipe = load_recipe("grpo.yaml", ["generation.top_p=0.9", "algorithm.rollout_correction.kind=token_truncate"])
+    recipe = load_recipe(
+        "grpo.yaml", ["generation.top_p=0.9", "algorithm.rollout_correction.kind=token_truncate"]
+    )
     assert isinstance(recipe, GRPORecipe)
-    assert recipe.generation.distortions == {"top_p": 0.9} and recipe.generation.plain.distortions == {}
+    assert (
+        recipe.generation.distortions == {"top_p": 0.9}
+        and recipe.generation.plain.distortions == {}
+    )
 
 
 def test_reward_names_are_unique(place: Path) -> None:
     source = '{name: a, kind: function, function: "m:f"}'
     found = problems("grpo.yaml", f"rewards=[{source}, {source}]", files=False)
-    assert found == ["command line: rewards.1.name: 'a' names 2 sources; each needs a name of its own"]
+    assert found == [
+        "command line: rewards.1.name: 'a' names 2 sources; each needs a name of its own"
+    ]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,16 +494,32 @@ def test_reward_names_are_unique(place: Path) -> None:
         ("ppo", "actor.model.path=./encoder", "BertForMaskedLM has no language-model head"),
         ("ppo", "critic.model.path=./encoder", "is an encoder (bert)"),
         ("ppo", "rewards.0.model.path=./decoder", "has no score head: Qwen3ForCausalLM"),
-        ("ppo", "generation.max_new_tokens=64", "64 leaves no room for a prompt in the model's 64 positions"),
+        (
+            "ppo",
+            "generation.max_new_tokens=64",
+            "64 leaves no room for a prompt in the model's 64 positions",
+        ),
         ("ppo", "prompts.path=./none.jsonl", "./none.jsonl: no such data file"),
-        ("ppo", "prompts.prompt_column=promt", "prompts.jsonl has no column 'promt'; did you mean 'prompt'?"),
+        (
+            "ppo",
+            "prompts.prompt_column=promt",
+            "prompts.jsonl has no column 'promt'; did you mean 'prompt'?",
+        ),
         (
             "ppo",
             "prompts.answer_columns=[solution]",
             "prompts.answer_columns.0: prompts.jsonl has no column 'solution'",
         ),
-        ("rm", "data.chosen_column=better", "data.chosen_column: pairs.jsonl has no column 'better'; it has prompt,"),
-        ("rm", "held_out.margin_column=margin", "held_out.margin_column: pairs.jsonl has no column 'margin'"),
+        (
+            "rm",
+            "data.chosen_column=better",
+            "data.chosen_column: pairs.jsonl has no column 'better'; it has prompt,",
+        ),
+        (
+            "rm",
+            "held_out.margin_column=margin",
+            "held_out.margin_column: pairs.jsonl has no column 'margin'",
+        ),
         ("sft", "run.folder=decoder", "run.folder: decoder exists"),
         ("sft", "run.folder=pairs.jsonl/run", "is a file"),
         ("sft", f"run.folder={LONG}", "cannot be made"),
@@ -358,10 +542,19 @@ def test_files(place: Path, kind: str, override: str, told: str) -> None:
 
 
 def test_sampling_defaults_that_came_with_the_model_are_refused(place: Path) -> None:
-    defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "repetition_penalty": 1.0, "eos_token_id": 2}
+    defaults = {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": None,
+        "repetition_penalty": 1.0,
+        "eos_token_id": 2,
+    }
     Path("decoder/generation_config.json").write_text(json.dumps(defaults))
     (found,) = problems("grpo.yaml")
-    assert "actor.model.path: decoder: generation_config.json asks for top_p 0.95, which would break" in found
+    assert (
+        "actor.model.path: decoder: generation_config.json asks for top_p 0.95, which would break"
+        in found
+    )
     assert "generation.model_sampling: ignore" in found
     assert problems("grpo.yaml", "generation.model_sampling=ignore") == []
 
@@ -393,7 +586,9 @@ def test_broken_files(place: Path) -> None:
         (ENCODER, {}, None),
     ],
 )
-def test_pad_and_eos_of_a_reward_model(place: Path, config: dict, tokens: dict, told: str | None) -> None:
+def test_pad_and_eos_of_a_reward_model(
+    place: Path, config: dict, tokens: dict, told: str | None
+) -> None:
     make_model(place / "base", {**DECODER, **config}, tokens)
     found = problems("rm.yaml", "learner.model.path=./base")
     assert (told in found[0]) if told else found == []
@@ -407,7 +602,9 @@ def test_two_labels_are_not_a_score(place: Path) -> None:
 
 
 def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
-    assert problems("sft.yaml", resume=True) == ["sft.yaml:3: run.folder: runs/new does not exist: nothing to resume"]
+    assert problems("sft.yaml", resume=True) == [
+        "sft.yaml:3: run.folder: runs/new does not exist: nothing to resume"
+    ]
     (place / "runs/new/checkpoints/step-000002.tmp").mkdir(parents=True)
     assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
     (place / "runs/new/checkpoints/step-000001").mkdir()
@@ -419,7 +616,10 @@ def test_resume_needs_a_recipe_to_compare_with(place: Path, before: bytes) -> No
     (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
     (place / "runs/new/config.yaml").write_bytes(before)
     (found,) = problems("sft.yaml", resume=True)
-    assert found.startswith("sft.yaml:3: run.folder: runs/new/config.yaml") and "must say what it was" in found
+    assert (
+        found.startswith("sft.yaml:3: run.folder: runs/new/config.yaml")
+        and "must say what it was" in found
+    )
 
 
 @pytest.mark.parametrize("kind", ["sft", "rm", "ppo", "grpo"])
@@ -429,10 +629,15 @@ def test_resume_needs_a_recipe_to_compare_with(place: Path, before: bytes) -> No
         ({"architectures": 3}, "config.json: architectures must be a list, not 3"),
         ({"model_type": ["qwen3"]}, "config.json: model_type must be text, not a list"),
         ({"id2label": 1}, "config.json: id2label must be a section, not 1"),
-        ({"max_position_embeddings": "64"}, "config.json: max_position_embeddings must be a whole number, not '64'"),
+        (
+            {"max_position_embeddings": "64"},
+            "config.json: max_position_embeddings must be a whole number, not '64'",
+        ),
     ],
 )
-def test_models_that_say_what_no_model_says(place: Path, kind: str, written: dict[str, object], told: str) -> None:
+def test_models_that_say_what_no_model_says(
+    place: Path, kind: str, written: dict[str, object], told: str
+) -> None:
     (place / "decoder/config.json").write_text(json.dumps(DECODER | written))
     (found,) = problems(f"{kind}.yaml")
     assert told in found
@@ -441,20 +646,29 @@ def test_models_that_say_what_no_model_says(place: Path, kind: str, written: dic
 def test_more_gpus_than_the_cluster_has(place: Path) -> None:
     many = ["cluster.device=cuda", "generation.engines=12"]
     (found,) = problems("grpo.yaml", *many)
-    assert "cluster.nodes: 13 GPUs are needed, the cluster has 1 x 8: ask for 2 nodes, or join" in found
-    (found,) = problems("grpo.yaml", "cluster.device=cuda", "cluster.nodes=4", "generation.tensor_parallel=16")
-    told = "17 GPUs are needed, the cluster has 4 x 8: 16 of them must be on one node: raise cluster"
+    assert (
+        "cluster.nodes: 13 GPUs are needed, the cluster has 1 x 8: ask for 2 nodes, or join"
+        in found
+    )
+    (found,) = problems(
+        "grpo.yaml", "cluster.device=cuda", "cluster.nodes=4", "generation.tensor_parallel=16"
+    )
+    told = (
+        "17 GPUs are needed, the cluster has 4 x 8: 16 of them must be on one node: raise cluster"
+    )
     assert told in found
     assert problems("grpo.yaml", *many, "cluster.nodes=2") == []
     assert problems("grpo.yaml", *many, "cluster.address=auto") == []  # Ray knows what that has
 
 
 def test_local_paths_and_hub_names(place: Path) -> None:
-    assert all(is_local(path) for path in ("./a", "/a/b", "../a", "a", "a/b/c", "decoder", "decoder/x"))
+    assert all(
+        is_local(path) for path in ("./a", "/a/b", "../a", "a", "a/b/c", "decoder", "decoder/x")
+    )
     assert not any(is_local(path) for path in ("Qwen/Qwen3-8B", "OpenRLHF/prompt-collection-v0.1"))
 
 
-# --- functions --------------------------------------------------------------------------------------------------------
+# --- functions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -479,6 +693,9 @@ def test_reasoning_gym_rows_are_scored_by_the_package(tmp_path: Path) -> None:
     assert [row["prompt"][0]["role"] for row in found] == ["system"] * 3
     answers = [f"so <answer>{json.loads(row['entry'])['answer']}</answer>" for row in found]
     assert score([""] * 3, answers, entry=[row["entry"] for row in found]) == [1, 1, 1]
-    assert score([""] * 3, ["", "7", "<answer>no</answer>"], entry=[row["entry"] for row in found]) == [0, 0, 0]
+    assert score(
+        [""] * 3, ["", "7", "<answer>no</answer>"], entry=[row["entry"] for row in found]
+    ) == [0, 0, 0]
     assert not {row["entry"] for row in found} & {row["entry"] for row in rows("gcd", 3, seed=1)}
-    assert list(rows("boxnet", 1, seed=0)) == []  # it comes without an answer, so nothing could be rewarded
+    # it comes without an answer, so nothing could be rewarded
+    assert list(rows("boxnet", 1, seed=0)) == []

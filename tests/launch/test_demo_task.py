@@ -19,7 +19,11 @@ from launch.tasks import unique_digits as task
 
 @pytest.mark.parametrize(
     ("prompt", "right", "slipped"),
-    [("uniq:800299=", "0289", "002899"), ("uniq:1111=", "1", "1111"), ("uniq:4321=", "1234", "1234")],
+    [
+        ("uniq:800299=", "0289", "002899"),
+        ("uniq:1111=", "1", "1111"),
+        ("uniq:4321=", "1234", "1234"),
+    ],
 )
 def test_answers(prompt: str, right: str, slipped: str) -> None:
     assert task.answer(prompt) == right
@@ -48,12 +52,17 @@ def test_a_corruption_is_never_the_answer(text: str) -> None:
 def test_splits_share_no_prompt_and_rows_depend_on_the_seed_alone() -> None:
     splits = {s: task.make_prompts(400, 7, s) for s in get_args(task.Split)}
     seen = {s: {r["prompt"] for r in rows} for s, rows in splits.items()}
-    assert not (seen["train"] & seen["validation"] | seen["train"] & seen["test"] | seen["validation"] & seen["test"])
+    assert not (
+        seen["train"] & seen["validation"]
+        | seen["train"] & seen["test"]
+        | seen["validation"] & seen["test"]
+    )
     assert all(len(rows) == 400 for rows in splits.values())
     assert all(re.fullmatch(r"uniq:[0-9]{4,10}=", p) for prompts in seen.values() for p in prompts)
     assert splits["train"] == task.make_prompts(400, 7, "train")
     assert splits["train"] != task.make_prompts(400, 8, "train")
-    assert task.split_of("uniq:800299=") == "test" and task.split_of("uniq:1234=") == "train"  # fixed for ever
+    # fixed for ever
+    assert task.split_of("uniq:800299=") == "test" and task.split_of("uniq:1234=") == "train"
 
 
 def test_demonstrations_are_partly_right() -> None:
@@ -62,8 +71,12 @@ def test_demonstrations_are_partly_right() -> None:
     right = [r["response"] == task.answer(r["prompt"]) for r in rows]
     ambiguous = [task.slip(r["prompt"]) == task.answer(r["prompt"]) for r in rows]
     clear = len(rows) - sum(ambiguous)  # duplicates present: the slip is a mistake
-    assert sum(s and not a for s, a in zip(slipped, ambiguous, strict=True)) / clear == pytest.approx(0.45, abs=0.04)
-    assert sum(r and not a for r, a in zip(right, ambiguous, strict=True)) / clear == pytest.approx(0.45, abs=0.03)
+    assert sum(
+        s and not a for s, a in zip(slipped, ambiguous, strict=True)
+    ) / clear == pytest.approx(0.45, abs=0.04)
+    assert sum(r and not a for r, a in zip(right, ambiguous, strict=True)) / clear == pytest.approx(
+        0.45, abs=0.03
+    )
     assert {task.split_of(r["prompt"]) for r in rows} == {"train"}
     assert rows == task.make_demonstrations(4000, 0)
 
@@ -77,7 +90,9 @@ def test_pairs_prefer_the_right_answer_over_a_sampled_or_corrupted_one() -> None
 
 
 def test_measured_pairs_use_only_what_the_model_got_wrong() -> None:
-    rows = task.make_sampled_pairs(["uniq:800299=", "uniq:4321=", "uniq:1111="], [["0289"], ["1234", "12"], ["", "11"]])
+    rows = task.make_sampled_pairs(
+        ["uniq:800299=", "uniq:4321=", "uniq:1111="], [["0289"], ["1234", "12"], ["", "11"]]
+    )
     assert rows == [
         {"prompt": "uniq:4321=", "chosen": "1234", "rejected": "12"},
         {"prompt": "uniq:1111=", "chosen": "1", "rejected": ""},
@@ -97,7 +112,9 @@ def test_the_reward_wants_the_answer_and_its_end() -> None:
 def test_rows_are_json_lines(tmp_path: Path) -> None:
     rows = task.make_prompts(3, 0, "test")
     task.write_rows(tmp_path / "data" / "prompts.jsonl", rows)
-    assert [json.loads(x) for x in (tmp_path / "data" / "prompts.jsonl").read_text().splitlines()] == rows
+    assert [
+        json.loads(x) for x in (tmp_path / "data" / "prompts.jsonl").read_text().splitlines()
+    ] == rows
 
 
 def test_tokenizer_is_one_token_per_character(tmp_path: Path) -> None:
@@ -129,7 +146,9 @@ def test_model_has_the_promised_size_and_depends_on_the_seed(tmp_path: Path) -> 
     assert a.lm_head.weight is a.model.embed_tokens.weight
     assert (a.config.pad_token_id, a.config.bos_token_id, a.config.eos_token_id) == (0, 1, 2)
     assert (a.generation_config.pad_token_id, a.generation_config.eos_token_id) == (0, 2)
-    assert torch.equal(a.lm_head.weight, b.lm_head.weight) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight) and not torch.equal(
+        a.lm_head.weight, c.lm_head.weight
+    )
 
 
 def test_nothing_heavy_is_imported() -> None:
@@ -146,9 +165,14 @@ def metrics_file(path: Path, rows: list[dict[str, object]]) -> Path:
 def test_a_curve_is_read_from_the_metrics(tmp_path: Path) -> None:
     file = metrics_file(
         tmp_path / "metrics.jsonl",
-        [{"step": 0, "score/mean": 0.5}, {"step": 1, "loss": 2.0}, {"step": 2, "score/mean": None},
-         {"step": 3, "score/mean": 0.7}, {"step": 3, "score/mean": 0.75}],
-    )  # fmt: skip
+        [
+            {"step": 0, "score/mean": 0.5},
+            {"step": 1, "loss": 2.0},
+            {"step": 2, "score/mean": None},
+            {"step": 3, "score/mean": 0.7},
+            {"step": 3, "score/mean": 0.75},
+        ],
+    )
     assert read_curve(file, "score/mean") == [(0, 0.5), (3, 0.75)]
     assert read_curve(file, "absent") == []
 
@@ -165,7 +189,12 @@ def test_the_page_stands_alone_and_shows_table_and_curves(tmp_path: Path) -> Non
     page = (tmp_path / "page.html").read_text()
     for foreign in ("http:", "https:", "src=", "href=", "@import", "url("):
         assert foreign not in page
-    assert "0.441" in page and "PPO &lt;&amp;&gt;" in page and "two cores" in page and "nan" not in page
+    assert (
+        "0.441" in page
+        and "PPO &lt;&amp;&gt;" in page
+        and "two cores" in page
+        and "nan" not in page
+    )
     figures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(figures) == 2  # metrics that no run has get no chart
     lines = [line for line in ElementTree.fromstring(figures[0]).iter("polyline")]

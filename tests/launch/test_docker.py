@@ -1,4 +1,6 @@
-"""The images, as far as they can be checked without a Docker engine: CI runs the same docker/install.sh by itself."""
+"""The images, as far as they can be checked without a Docker engine: CI runs the same
+docker/install.sh by itself.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,19 @@ IMAGES = ("cpu", "gpu")
 
 
 def instructions(variant: str) -> list[tuple[str, str]]:
-    """(instruction, argument) of a Dockerfile, in order; comments left out, continued lines joined."""
+    """(instruction, argument) of a Dockerfile, in order; comments left out, continued lines
+    joined.
+    """
     text = (ROOT / f"docker/Dockerfile.{variant}").read_text()
-    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", "").splitlines()
-    return [(word, " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
+    lines = (
+        "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+        .replace("\\\n", "")
+        .splitlines()
+    )
+    return [
+        (word, " ".join(rest.split()))
+        for word, _, rest in (line.partition(" ") for line in lines if line.strip())
+    ]
 
 
 def arguments(variant: str, instruction: str) -> list[str]:
@@ -50,7 +61,9 @@ def test_what_is_copied_exists_and_the_packages_do_not_depend_on_our_code(varian
         assert list(ROOT.glob(pattern)), f"{pattern} is not in the checkout"
     assert all(name.startswith("docker/") for name in first)
     words = [word for word, _ in instructions(variant)]
-    assert words.index("COPY") < words.index("RUN", words.index("COPY")), "the packages come before our code"
+    assert words.index("COPY") < words.index("RUN", words.index("COPY")), (
+        "the packages come before our code"
+    )
 
 
 @pytest.mark.parametrize("variant", IMAGES)
@@ -72,12 +85,16 @@ def test_the_health_check_is_a_command_that_exists(variant: str) -> None:
 
 
 def test_images_leave_out_what_git_leaves_out() -> None:
-    ignored = [(ROOT / f"docker/Dockerfile.{variant}.dockerignore").read_text() for variant in IMAGES]
+    ignored = [
+        (ROOT / f"docker/Dockerfile.{variant}.dockerignore").read_text() for variant in IMAGES
+    ]
     assert ignored[0] == ignored[1]
     rules = GitIgnoreSpec.from_lines(ignored[0].splitlines())
     for line in (ROOT / ".gitignore").read_text().split():
         sample = line.replace("*", "x")
-        assert rules.match_file(f"{sample}file" if line.endswith("/") else sample), f"{line} would be copied"
+        assert rules.match_file(f"{sample}file" if line.endswith("/") else sample), (
+            f"{line} would be copied"
+        )
     assert rules.match_file(".git/HEAD") and not rules.match_file("launch/cli.py")
 
 

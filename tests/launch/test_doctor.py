@@ -76,20 +76,33 @@ def test_a_passed_line(finding: doctor.Finding) -> None:
 
 def test_a_name_that_means_loopback_is_told_for_several_machines() -> None:
     assert "GLOO_SOCKET_IFNAME" in doctor.network("127.0.1.1", NETWORK, None).found
-    assert "GLOO_SOCKET_IFNAME" not in doctor.network("127.0.1.1", NETWORK, ("GLOO_SOCKET_IFNAME", "eth0")).found
+    assert (
+        "GLOO_SOCKET_IFNAME"
+        not in doctor.network("127.0.1.1", NETWORK, ("GLOO_SOCKET_IFNAME", "eth0")).found
+    )
 
 
 def test_what_became_of_a_started_part() -> None:
     passed = doctor.verdict("zero", 0, "noise\ndoctor: one step\nnoise at exit\n", 6.0)
     assert str(passed) == "pass  ZeRO           one step, 6 s from start to end"
-    assert "not ready within 240 s; its last words: loading" in doctor.verdict("engine", None, "loading\n", 240.0).found
+    assert (
+        "not ready within 240 s; its last words: loading"
+        in doctor.verdict("engine", None, "loading\n", 240.0).found
+    )
     assert "was ended by signal 11" in doctor.verdict("engine", -11, "", 1.0).found
-    assert "OSError: no port" in doctor.verdict("ray", 1, "Traceback\ndoctor: OSError: no port\n", 1.0).found
+    assert (
+        "OSError: no port"
+        in doctor.verdict("ray", 1, "Traceback\ndoctor: OSError: no port\n", 1.0).found
+    )
     assert doctor.verdict("ray", 0, "nothing of ours\n", 1.0).remedy
 
 
-def test_a_part_that_hangs_or_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real processes in the place of Python: one that fails, one that hangs and has a child that hangs."""
+def test_a_part_that_hangs_or_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes in the place of Python: one that fails, one that hangs and has a child that
+    hangs.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     failed = doctor.started("engine", "cpu", "do this")
@@ -99,7 +112,10 @@ def test_a_part_that_hangs_or_fails_is_one_line(tmp_path: Path, monkeypatch: pyt
     hanging.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(hanging))
     monkeypatch.setitem(doctor.PATIENCE_S, "engine", 0.5)
-    assert "not ready within 0 s; its last words: loading" in doctor.started("engine", "cpu", "do this").found
+    assert (
+        "not ready within 0 s; its last words: loading"
+        in doctor.started("engine", "cpu", "do this").found
+    )
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int((tmp_path / "child").read_text())).wait(5)
 
@@ -108,7 +124,11 @@ def test_ports_and_addresses_are_measured() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert not doctor.is_free(port) and doctor.answers(f"127.0.0.1:{port}")
-    assert doctor.is_free(port) and not doctor.answers(f"127.0.0.1:{port}") and not doctor.answers("nonsense")
+    assert (
+        doctor.is_free(port)
+        and not doctor.answers(f"127.0.0.1:{port}")
+        and not doctor.answers("nonsense")
+    )
     assert doctor.bindable_ports(5) == 5
     assert doctor.interfaces()["lo"] == "127.0.0.1"
 
@@ -117,8 +137,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     code = cli.main(["doctor", "--no-start"])
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line[6:20].strip() for line in lines[:8]] == [
-        "versions", "processor", "memory", "disk", "ray's disk", "shared memory", "ports", "network",
-    ]  # fmt: skip
+        "versions",
+        "processor",
+        "memory",
+        "disk",
+        "ray's disk",
+        "shared memory",
+        "ports",
+        "network",
+    ]
     assert (code, last) == (0, f"all {len(lines)} pass")
     monkeypatch.setattr(doctor, "LEAST_DISK_GIB", 1e9)
     assert cli.main(["doctor", "--no-start"]) == 1
@@ -145,7 +172,9 @@ def test_ray_an_engine_and_zero_start(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.engines
-def test_a_broken_package_is_a_failed_line_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_package_is_a_failed_line_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "deepspeed.py").write_text("raise ImportError('libmpi.so: cannot open')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

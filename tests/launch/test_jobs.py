@@ -29,7 +29,11 @@ def files_in(root: Path, **contents: str) -> list[str]:
 def test_this_checkout_can_be_shipped() -> None:
     files = list(jobs.shipped_files(jobs.ROOT))
     assert {"launch/cli.py", "launch/recipes/demo_ppo.yaml", "setup.cfg"} <= set(files)
-    assert not [f for f in files if f.startswith((".git/", ".venv", "runs/")) or "__pycache__" in f or "_cache/" in f]
+    assert not [
+        f
+        for f in files
+        if f.startswith((".git/", ".venv", "runs/")) or "__pycache__" in f or "_cache/" in f
+    ]
     assert not list(jobs.size_problems(jobs.sizes(jobs.ROOT, files)))
     assert not list(jobs.shadowing_problems(files, jobs.installed_modules()))
 
@@ -41,11 +45,28 @@ def test_what_git_or_ray_ignore_stays_here(tmp_path: Path) -> None:
     (tmp_path / "checkout" / "link").symlink_to(tmp_path / "elsewhere")
     files = files_in(
         tmp_path / "checkout",
-        _dot_gitignore="*.pt\n/data/\n!keep.pt\n", _dot_rayignore="notes.txt\n", launch___dot_gitignore="secret.py\n",
-        launch__cli_dot_py="", launch__secret_dot_py="", weights_dot_pt="", keep_dot_pt="", notes_dot_txt="",
-        data__x_dot_jsonl="", docs__data__y_dot_md="", _dot_venv__bin__python="", _dot_git__HEAD="", runs__a="",
-    )  # fmt: skip
-    assert files == [".gitignore", ".rayignore", "docs/data/y.md", "keep.pt", "launch/.gitignore", "launch/cli.py"]
+        _dot_gitignore="*.pt\n/data/\n!keep.pt\n",
+        _dot_rayignore="notes.txt\n",
+        launch___dot_gitignore="secret.py\n",
+        launch__cli_dot_py="",
+        launch__secret_dot_py="",
+        weights_dot_pt="",
+        keep_dot_pt="",
+        notes_dot_txt="",
+        data__x_dot_jsonl="",
+        docs__data__y_dot_md="",
+        _dot_venv__bin__python="",
+        _dot_git__HEAD="",
+        runs__a="",
+    )
+    assert files == [
+        ".gitignore",
+        ".rayignore",
+        "docs/data/y.md",
+        "keep.pt",
+        "launch/.gitignore",
+        "launch/cli.py",
+    ]
 
 
 def test_a_checkout_that_is_too_large_names_the_largest_files() -> None:
@@ -57,8 +78,19 @@ def test_a_checkout_that_is_too_large_names_the_largest_files() -> None:
 
 
 def test_names_that_would_hide_a_module() -> None:
-    installed = {"queue": "Python's own module", "ray": "the installed package ray", "tests": "some package"}
-    files = ["queue.py", "ray/__init__.py", "launch/queue.py", "tests/test_x.py", "launch/__init__.py", "queue.txt"]
+    installed = {
+        "queue": "Python's own module",
+        "ray": "the installed package ray",
+        "tests": "some package",
+    }
+    files = [
+        "queue.py",
+        "ray/__init__.py",
+        "launch/queue.py",
+        "tests/test_x.py",
+        "launch/__init__.py",
+        "queue.txt",
+    ]
     first, second = jobs.shadowing_problems(files, installed)
     assert "queue.py would hide Python's own module" in first and "rename" in first
     assert "ray/__init__.py would hide the installed package ray" in second
@@ -66,7 +98,10 @@ def test_names_that_would_hide_a_module() -> None:
 
 def test_installed_modules_are_those_of_others() -> None:
     installed = jobs.installed_modules()
-    assert installed["json"] == "Python's own module" and installed["ray"] == "the installed package ray"
+    assert (
+        installed["json"] == "Python's own module"
+        and installed["ray"] == "the installed package ray"
+    )
     assert not {"launch", "actors", "learners"} & set(installed)
 
 
@@ -75,7 +110,10 @@ def test_paths_that_mean_nothing_in_a_job(place: Path) -> None:
     problems = {p.keys[0]: p.message for p in jobs.path_problems(recipe, ["setup.cfg"])}
     models = {"actor.model.path", "critic.model.path", "rewards.0.model.path"}
     assert set(problems) == {"run.folder", "prompts.path", *models}
-    assert "runs/new is relative" in problems["run.folder"] and "absolute path" in problems["run.folder"]
+    assert (
+        "runs/new is relative" in problems["run.folder"]
+        and "absolute path" in problems["run.folder"]
+    )
     shipped = ["decoder/config.json", "reward_model/config.json", "prompts.jsonl"]
     assert {p.keys[0] for p in jobs.path_problems(recipe, shipped)} == {"run.folder"}
     absolute = load_recipe("ppo.yaml", [f"run.folder={place / 'new'}"])
@@ -88,15 +126,29 @@ def test_a_hub_name_is_no_path(place: Path) -> None:
 
 
 def test_a_function_that_would_not_be_shipped(place: Path) -> None:
-    recipe = load_recipe("grpo.yaml", ["run.folder=/shared/new", f"actor.model.path={place / 'decoder'}"])
+    recipe = load_recipe(
+        "grpo.yaml", ["run.folder=/shared/new", f"actor.model.path={place / 'decoder'}"]
+    )
     (problem,) = jobs.path_problems(recipe, ["prompts.jsonl"])
-    assert problem.keys == ("rewards.0.function",) and "rewards_of_test is here, but not among" in problem.message
+    assert (
+        problem.keys == ("rewards.0.function",)
+        and "rewards_of_test is here, but not among" in problem.message
+    )
     assert not list(jobs.path_problems(recipe, ["prompts.jsonl", "rewards_of_test.py"]))
 
 
-def test_the_command_refuses_in_one_line_each_with_its_place(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    absolute = [f"{key}.model.path={place / 'reward_model'}" for key in ("actor", "critic", "rewards.0")]
-    assert cli.main(["submit", "ppo.yaml", *ADDRESS, *absolute, f"prompts.path={place / 'prompts.jsonl'}"]) == 2
+def test_the_command_refuses_in_one_line_each_with_its_place(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absolute = [
+        f"{key}.model.path={place / 'reward_model'}" for key in ("actor", "critic", "rewards.0")
+    ]
+    assert (
+        cli.main(
+            ["submit", "ppo.yaml", *ADDRESS, *absolute, f"prompts.path={place / 'prompts.jsonl'}"]
+        )
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ppo.yaml:") and "run.folder: runs/new is relative" in line
     assert cli.main(["submit", "ppo.yaml", "--address", "head:8265"]) == 2
@@ -105,9 +157,15 @@ def test_the_command_refuses_in_one_line_each_with_its_place(place: Path, capsys
 
 
 def test_a_refusal_loads_nothing_heavy(place: Path) -> None:
-    code = "import sys\nfrom launch.cli import main\ncode = main()\nsys.exit(9 if 'ray' in sys.modules else code)"
+    code = (
+        "import sys\nfrom launch.cli import main\ncode = main()\nsys.exit(9 if 'ray' in "
+        "sys.modules else code)"
+    )
     command = [sys.executable, "-c", code, "submit", "ppo.yaml", *ADDRESS]
-    assert subprocess.run(command, env={"PYTHONPATH": str(jobs.ROOT)}, capture_output=True).returncode == 2
+    assert (
+        subprocess.run(command, env={"PYTHONPATH": str(jobs.ROOT)}, capture_output=True).returncode
+        == 2
+    )
 
 
 def test_the_package_holds_the_checkout_and_a_recipe_from_anywhere(tmp_path: Path) -> None:
@@ -130,17 +188,26 @@ def test_the_entrypoint_survives_the_shell() -> None:
 
 @pytest.mark.parametrize(
     ("status", "driver", "code"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 130),
+    ],
 )
 def test_exit_codes(status: str, driver: int | None, code: int) -> None:
     assert jobs.exit_code(status, driver) == code
 
 
 class BrokenLog:
-    """A job's log whose connection breaks after `pieces[i]`; each connection begins with the first piece again."""
+    """A job's log whose connection breaks after `pieces[i]`; each connection begins with the first
+    piece again.
+    """
 
     def __init__(self, *pieces: str) -> None:
-        self.pieces, self.connections = pieces, 0
+        self.pieces = pieces
+        self.connections = 0
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         self.connections += 1
@@ -152,14 +219,18 @@ class BrokenLog:
         return "".join(self.pieces)
 
 
-def test_a_log_is_printed_once_however_often_the_connection_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_is_printed_once_however_often_the_connection_breaks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
     for _ in range(4):
         asyncio.run(log.print())
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
-def test_last_lines_that_the_connection_did_not_bring_are_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_lines_that_the_connection_did_not_bring_are_fetched(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
     asyncio.run(log.print())
     log.print_rest()

@@ -1,4 +1,6 @@
-"""`quatuor plan`: batches, places, memory and advice, against figures worked out by hand and figures others publish."""
+"""`quatuor plan`: batches, places, memory and advice, against figures worked out by hand and
+figures others publish.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,17 @@ def plan(name: str, *overrides: str) -> Plan:
     return make_plan(recipe(name, *overrides))
 
 
-# --- the recipes that come with it ------------------------------------------------------------------------------------
+# --- the recipes that come with it ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_recipe_fits(path: Path) -> None:
     """On nodes with usual CPU memory: 16 GB for the demo, 64 for one GPU, 1 TB for eight."""
     made = make_plan(load_recipe(path))
-    memory = 16 if made.recipe.cluster.device == "cpu" else 64 if made.recipe.cluster.gpus_per_node == 1 else 1000
+    cluster = made.recipe.cluster
+    memory = 64 if cluster.gpus_per_node == 1 else 1000
+    if cluster.device == "cpu":
+        memory = 16
     made = make_plan(load_recipe(path, [f"cluster.node_memory_gib={memory}"]))
     assert made.fits, made.problems
     assert all(m.headroom is not None and m.headroom > 0 for m in made.memories)
@@ -52,37 +57,53 @@ def test_every_shipped_recipe_fits(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "nodes", "gpus", "memory"),
     [
-        ("grpo_qwen3_0.6b", 1, 1, 22), ("ppo_qwen3_0.6b", 1, 1, 22),
-        ("grpo_qwen3_8b", 1, 8, 80), ("ppo_qwen3_8b", 1, 8, 80),
-        ("grpo_qwen3_32b", 4, 8, 80), ("ppo_qwen3_14b", 4, 8, 80),
+        ("grpo_qwen3_0.6b", 1, 1, 22),
+        ("ppo_qwen3_0.6b", 1, 1, 22),
+        ("grpo_qwen3_8b", 1, 8, 80),
+        ("ppo_qwen3_8b", 1, 8, 80),
+        ("grpo_qwen3_32b", 4, 8, 80),
+        ("ppo_qwen3_14b", 4, 8, 80),
     ],
-)  # fmt: skip
-def test_recipes_to_start_from_use_the_cluster_they_name(name: str, nodes: int, gpus: int, memory: int) -> None:
+)
+def test_recipes_to_start_from_use_the_cluster_they_name(
+    name: str, nodes: int, gpus: int, memory: int
+) -> None:
     made = plan(name)
     assert made.recipe.cluster.gpu_memory_gib == memory
     used = {(p.node, gpu) for p in made.where.processes for gpu in p.gpus}
     assert used == {(node, gpu) for node in range(nodes) for gpu in range(gpus)}
 
 
-# --- batches and places -----------------------------------------------------------------------------------------------
+# --- batches and places ---------------------------------------------------------------------------
 
 
 def test_batch_arithmetic() -> None:
-    """128 prompts x 8 in mini-batches of 256: 4 optimizer steps; a rank's 64 sequences of 5120, 3 in 16384 tokens."""
+    """128 prompts x 8 in mini-batches of 256: 4 optimizer steps; a rank's 64 sequences of 5120, 3
+    in 16384 tokens.
+    """
     batch = plan("grpo_qwen3_8b").batch
-    assert (batch["sequences"], batch["mini_batches"], batch["optimizer_steps_per_step"]) == (1024, 4, 4)
+    assert (batch["sequences"], batch["mini_batches"], batch["optimizer_steps_per_step"]) == (
+        1024,
+        4,
+        4,
+    )
     assert (batch["optimizer_steps"], batch["longest_sequence_tokens"]) == (800, 5120)
     assert batch["ranks"]["actor"]["sequences_per_rank"] == 64
     assert batch["ranks"]["actor"]["micro_batches_at_most"] == 22
 
 
 def test_pairs_stay_together_and_positions_bound_lengths() -> None:
-    """64 pairs are 128 sequences; a model of 64 positions has no longer ones, so 16 fit 1024 tokens."""
+    """64 pairs are 128 sequences; a model of 64 positions has no longer ones, so 16 fit 1024
+    tokens.
+    """
     batch = plan("demo_rm", "data.max_tokens=2048", "held_out.max_tokens=2048").batch
     assert (batch["sequences"], batch["longest_sequence_tokens"]) == (128, 64)
     assert batch["ranks"]["rm"] == {
-        "ranks": 2, "sequences_per_rank": 64, "micro_batch_tokens": 1024, "micro_batches_at_most": 4,
-    }  # fmt: skip
+        "ranks": 2,
+        "sequences_per_rank": 64,
+        "micro_batch_tokens": 1024,
+        "micro_batches_at_most": 4,
+    }
     assert plan("demo_ppo").batch["optimizer_steps_per_step"] == 4  # two mini-batches, two epochs
 
 
@@ -96,7 +117,11 @@ def test_separate_roles_fill_nodes_in_order() -> None:
 def test_an_engine_never_straddles_two_nodes() -> None:
     made = plan("grpo_qwen3_32b", "cluster.gpus_per_node=7", "cluster.nodes=5")
     assert all(len({p.node}) == 1 and max(p.gpus, default=0) < 7 for p in made.where.processes)
-    assert {p.name: p.gpus for p in made.where.processes}["engine[3]"] == (0, 1)  # on the next node: one GPU was left
+    # on the next node: one GPU was left
+    assert {p.name: p.gpus for p in made.where.processes}["engine[3]"] == (
+        0,
+        1,
+    )
 
 
 def test_cpu_nodes_are_spread_over() -> None:
@@ -105,10 +130,15 @@ def test_cpu_nodes_are_spread_over() -> None:
 
 
 def test_shared_gpus_are_taken_in_turns() -> None:
-    """Engines alone while generating; learners alone while learning; who is away waits in CPU memory."""
+    """Engines alone while generating; learners alone while learning; who is away waits in CPU
+    memory.
+    """
     made = plan("ppo_qwen3_0.6b")
     gpu, host = made.memories
-    weights = {phase: {name for name, use in uses.items() if use.get("weights")} for phase, uses in gpu.uses.items()}
+    weights = {
+        phase: {name for name, use in uses.items() if use.get("weights")}
+        for phase, uses in gpu.uses.items()
+    }
     assert weights["generate"] == {"engine"}
     assert weights["score"] == {"actor", "critic", "reference", "reward reward_model"}
     assert weights["learn"] == {"actor", "critic"}
@@ -122,21 +152,25 @@ def test_ranges_of_numbers() -> None:
     assert ranges([5, 0, 1, 2, 3]) == "0-3,5"
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def states(parameters: int, stage: int, ranks: int) -> dict[str, int]:
     """GB of a bfloat16 model that is one large matrix."""
     shape = Shape("llama", 1, 1, 1, 1, 1, 1, 1, 1, True, (parameters,), (), ())
     settings = {"model": {"path": "x", "dtype": "bfloat16"}, "zero_stage": stage, "ranks": ranks}
-    return {k: v / 1e9 for k, v in model_states(shape, "lm", LearnerSettings.model_validate(settings)).items()}
+    return {
+        k: v / 1e9
+        for k, v in model_states(shape, "lm", LearnerSettings.model_validate(settings)).items()
+    }
 
 
 @pytest.mark.parametrize(("stage", "published"), [(1, 31.4), (2, 16.6), (3, 1.9)])
 def test_the_zero_papers_figure(stage: int, published: float) -> None:
     """Rajbhandari et al., arXiv:1910.02054, figure 1: 7.5 billion parameters on 64 GPUs.
 
-    The paper keeps gradients in 16 bits: 2 bytes each, of all parameters in stage 1 and of a rank's share in 2 and 3.
+    The paper keeps gradients in 16 bits: 2 bytes each, of all parameters in stage 1 and of a rank's
+    share in 2 and 3.
     """
     ours = states(7_500_000_000, stage, 64)
     gradients = 2 * 7.5 / (1 if stage == 1 else 64)
@@ -147,15 +181,19 @@ def test_the_zero_papers_figure(stage: int, published: float) -> None:
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", ["Llama-2-7b", "Llama-2-13b", "Llama-2-70b"])
 def test_deepspeeds_own_estimates(model: str, nodes: int) -> None:
-    """Nodes of 8 GPUs. Two known differences. DeepSpeed adds ZeRO-3's largest layer, which is among the buffers here.
-    And its ZeRO-2 counts 16-bit gradients of a rank's share beside the float32 ones: 6 % of the whole on 8 GPUs, 1 %
-    on 64. With float32 accumulation it keeps none (_use_compact_grad_partition_buffer in stage_1_and_2.py: each bucket
-    is added to one float32 buffer), as test_plan_measured.py finds."""
+    """Nodes of 8 GPUs. Two known differences. DeepSpeed adds ZeRO-3's largest layer, which is among
+    the buffers here. And its ZeRO-2 counts 16-bit gradients of a rank's share beside the float32
+    ones: 6 % of the whole on 8 GPUs, 1 % on 64. With float32 accumulation it keeps none
+    (_use_compact_grad_partition_buffer in stage_1_and_2.py: each bucket is added to one float32
+    buffer), as test_plan_measured.py finds.
+    """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero_3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero_2
 
-    shape, gpus = find_shape(f"meta-llama/{model}"), 8 * nodes
-    whole, largest = shape.parameters("lm"), shape.vocabulary * shape.hidden
+    shape = find_shape(f"meta-llama/{model}")
+    gpus = 8 * nodes
+    whole = shape.parameters("lm")
+    largest = shape.vocabulary * shape.hidden
     two, three = (sum(states(whole, stage, gpus).values()) * 1e9 for stage in (2, 3))
     _, theirs = zero_2(whole, 8, nodes, cpu_offload=False)
     assert two + 2 * whole / gpus == pytest.approx(theirs, rel=1e-6)
@@ -166,9 +204,13 @@ def test_deepspeeds_own_estimates(model: str, nodes: int) -> None:
 
 
 def test_the_example_in_deepspeeds_documentation() -> None:
-    """deepspeed.readthedocs.io/en/latest/memory.html: 2851 M parameters, 8 GPUs: ZeRO-3 takes 6.09 GiB a GPU, of which
-    0.12 is the largest layer (ZeRO-2 takes 5.31 of weights, with all the rest offloaded)."""
-    assert sum(states(2_851_000_000, 3, 8).values()) * 1e9 / GIB == pytest.approx(6.09 - 0.12, abs=0.01)
+    """deepspeed.readthedocs.io/en/latest/memory.html: 2851 M parameters, 8 GPUs: ZeRO-3 takes 6.09
+    GiB a GPU, of which 0.12 is the largest layer (ZeRO-2 takes 5.31 of weights, with all the rest
+    offloaded).
+    """
+    assert sum(states(2_851_000_000, 3, 8).values()) * 1e9 / GIB == pytest.approx(
+        6.09 - 0.12, abs=0.01
+    )
     assert states(2_851_000_000, 2, 8)["weights"] * 1e9 / GIB == pytest.approx(5.31, abs=0.01)
 
 
@@ -176,24 +218,40 @@ def test_the_example_in_deepspeeds_documentation() -> None:
     ("model", "nodes", "gpus", "parallel", "offload"),
     [("Qwen2.5-7B", 1, 2, 2, True), ("Qwen2.5-14B", 1, 4, 2, True), ("Qwen2.5-72B", 4, 8, 8, True)],
 )
-def test_what_verl_runs_on_80_gb_fits(model: str, nodes: int, gpus: int, parallel: int, offload: bool) -> None:
-    """verl, docs/perf/device_tuning.rst, GRPO on H800 (80 GB) with engines on the same GPUs: Qwen2-7B on 2, 14B on 4,
-    70B on 32. As there: states offloaded between phases, gradient checkpointing, prompts and responses of 1024."""
+def test_what_verl_runs_on_80_gb_fits(
+    model: str, nodes: int, gpus: int, parallel: int, offload: bool
+) -> None:
+    """verl, docs/perf/device_tuning.rst, GRPO on H800 (80 GB) with engines on the same GPUs:
+    Qwen2-7B on 2, 14B on 4, 70B on 32. As there: states offloaded between phases, gradient
+    checkpointing, prompts and responses of 1024.
+    """
     made = plan(
-        "grpo_qwen3_8b", f"actor.model.path=Qwen/{model}", f"cluster.nodes={nodes}", f"cluster.gpus_per_node={gpus}",
-        "cluster.placement=colocated", f"actor.ranks={nodes * gpus}", f"generation.tensor_parallel={parallel}",
-        f"generation.engines={nodes * gpus // parallel}", "actor.micro_batch_tokens=4096",
-        f"actor.offload_optimizer={str(offload).lower()}", "generation.max_new_tokens=1024",
-        "generation.gpu_memory_fraction=0.6", "cluster.node_memory_gib=2000",
-    )  # fmt: skip
+        "grpo_qwen3_8b",
+        f"actor.model.path=Qwen/{model}",
+        f"cluster.nodes={nodes}",
+        f"cluster.gpus_per_node={gpus}",
+        "cluster.placement=colocated",
+        f"actor.ranks={nodes * gpus}",
+        f"generation.tensor_parallel={parallel}",
+        f"generation.engines={nodes * gpus // parallel}",
+        "actor.micro_batch_tokens=4096",
+        f"actor.offload_optimizer={str(offload).lower()}",
+        "generation.max_new_tokens=1024",
+        "generation.gpu_memory_fraction=0.6",
+        "cluster.node_memory_gib=2000",
+    )
     assert made.fits, made.problems
 
 
 def test_gradients_of_zero_2_that_stay_on_the_gpu() -> None:
-    """In float32 even where the optimizer is offloaded; in bfloat16 those of parameters larger than a bucket, here the
-    embedding and the head of Qwen3-8B."""
+    """In float32 even where the optimizer is offloaded; in bfloat16 those of parameters larger than
+    a bucket, here the embedding and the head of Qwen3-8B.
+    """
     made = plan("ppo_qwen3_0.6b")
-    assert made.memories[0].uses["learn"]["critic"]["gradients"] == 4 * made.models["critic"].parameters
+    assert (
+        made.memories[0].uses["learn"]["critic"]["gradients"]
+        == 4 * made.models["critic"].parameters
+    )
     actor = plan("grpo_qwen3_8b", "actor.zero_stage=2").memories[2]
     assert actor.uses["learn"]["actor"]["buffers"] == 2 * (500_000_000 + 2 * 151_936 * 4096)
 
@@ -201,9 +259,13 @@ def test_gradients_of_zero_2_that_stay_on_the_gpu() -> None:
 def test_70b_does_not_fit_where_nobody_claims_it() -> None:
     """18 bytes of 70.6 billion parameters are 1183 GiB: more than 8 x 80 GB."""
     made = plan(
-        "grpo_qwen3_8b", "actor.model.path=meta-llama/Llama-3.1-70B", "actor.ranks=8", "cluster.placement=colocated",
-        "generation.engines=1", "generation.tensor_parallel=8",
-    )  # fmt: skip
+        "grpo_qwen3_8b",
+        "actor.model.path=meta-llama/Llama-3.1-70B",
+        "actor.ranks=8",
+        "cluster.placement=colocated",
+        "generation.engines=1",
+        "generation.tensor_parallel=8",
+    )
     assert not made.fits and "node 0 GPU 0-7: learn needs" in made.problems[0]
 
 
@@ -222,37 +284,101 @@ def test_sync_and_kv_cache() -> None:
 def test_every_phase_takes_time_and_no_size_is_negative(path: Path) -> None:
     made = make_plan(load_recipe(path))
     assert all(seconds > 0 for seconds in made.seconds.values())
-    sizes = [n for m in made.memories for uses in m.uses.values() for use in uses.values() for n in use.values()]
+    sizes = [
+        n
+        for m in made.memories
+        for uses in m.uses.values()
+        for use in uses.values()
+        for n in use.values()
+    ]
     assert min(sizes) > 0
 
 
-# --- what does not fit, and what would --------------------------------------------------------------------------------
+# --- what does not fit, and what would ------------------------------------------------------------
 
 LLAMA_2 = ["actor.model.path=meta-llama/Llama-2-7b", "generation.max_new_tokens=50000"]
 ON_CPU = ["cluster.device=cpu", "actor.model.dtype=float32", "generation.max_new_tokens=8192"]
 SEVEN = [
-    "actor.model.path=Qwen/Qwen2.5-0.5B", "generation.tensor_parallel=7", "generation.engines=1", "cluster.nodes=2",
-]  # fmt: skip
+    "actor.model.path=Qwen/Qwen2.5-0.5B",
+    "generation.tensor_parallel=7",
+    "generation.engines=1",
+    "cluster.nodes=2",
+]
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "problem", "change"),
     [
-        ("grpo_qwen3_8b", ["actor.model.gradient_checkpointing=false"], "learn needs", "gradient_checkpointing=true"),
-        ("grpo_qwen3_8b", ["actor.micro_batch_tokens=65536"], "learn needs", "actor.micro_batch_tokens"),
+        (
+            "grpo_qwen3_8b",
+            ["actor.model.gradient_checkpointing=false"],
+            "learn needs",
+            "gradient_checkpointing=true",
+        ),
+        (
+            "grpo_qwen3_8b",
+            ["actor.micro_batch_tokens=65536"],
+            "learn needs",
+            "actor.micro_batch_tokens",
+        ),
         ("grpo_qwen3_8b", ["actor.zero_stage=1"], "learn needs", "actor.zero_stage=2"),
         ("grpo_qwen3_8b", ["cluster.gpu_memory_gib=48"], "learn needs", "actor.offload_optimizer"),
-        ("grpo_qwen3_8b", ["generation.gpu_memory_fraction=1.0"], "sync needs", "generation.gpu_memory_fraction"),
-        ("grpo_qwen3_8b", ["generation.gpu_memory_fraction=0.2"], "no KV cache", "generation.gpu_memory_fraction"),
-        ("grpo_qwen3_32b", ["cluster.nodes=2"], "32 GPUs are needed, the cluster has 2 x 8", "cluster.placement"),
-        ("ppo_qwen3_0.6b", ["critic.offload_optimizer=false"], "learn needs", "critic.offload_optimizer"),
-        ("demo_grpo", ["generation.kv_cache_gib=20", "cluster.node_memory_gib=16"], "CPU memory", "kv_cache_gib"),
-        ("grpo_qwen3_8b", LLAMA_2, "50000 leaves no room for a prompt in the model's 4096 positions", "tokens=3072"),
-        ("demo_grpo", ["generation.max_model_tokens=65"], "65 is more than the model's 64", "max_model_tokens=64"),
-        ("grpo_qwen3_0.6b", ON_CPU, "1 GiB of KV cache do not hold one sequence of 8704", "kv_cache_gib=2.0"),
-        ("grpo_qwen3_8b", SEVEN, "7 does not divide the model's 2 key-value heads, 4864 MLP", "tensor_parallel=2"),
+        (
+            "grpo_qwen3_8b",
+            ["generation.gpu_memory_fraction=1.0"],
+            "sync needs",
+            "generation.gpu_memory_fraction",
+        ),
+        (
+            "grpo_qwen3_8b",
+            ["generation.gpu_memory_fraction=0.2"],
+            "no KV cache",
+            "generation.gpu_memory_fraction",
+        ),
+        (
+            "grpo_qwen3_32b",
+            ["cluster.nodes=2"],
+            "32 GPUs are needed, the cluster has 2 x 8",
+            "cluster.placement",
+        ),
+        (
+            "ppo_qwen3_0.6b",
+            ["critic.offload_optimizer=false"],
+            "learn needs",
+            "critic.offload_optimizer",
+        ),
+        (
+            "demo_grpo",
+            ["generation.kv_cache_gib=20", "cluster.node_memory_gib=16"],
+            "CPU memory",
+            "kv_cache_gib",
+        ),
+        (
+            "grpo_qwen3_8b",
+            LLAMA_2,
+            "50000 leaves no room for a prompt in the model's 4096 positions",
+            "tokens=3072",
+        ),
+        (
+            "demo_grpo",
+            ["generation.max_model_tokens=65"],
+            "65 is more than the model's 64",
+            "max_model_tokens=64",
+        ),
+        (
+            "grpo_qwen3_0.6b",
+            ON_CPU,
+            "1 GiB of KV cache do not hold one sequence of 8704",
+            "kv_cache_gib=2.0",
+        ),
+        (
+            "grpo_qwen3_8b",
+            SEVEN,
+            "7 does not divide the model's 2 key-value heads, 4864 MLP",
+            "tensor_parallel=2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_said_with_a_change_that_is_enough(
     name: str, overrides: list[str], problem: str, change: str
 ) -> None:
@@ -266,7 +392,11 @@ def test_what_does_not_fit_is_said_with_a_change_that_is_enough(
 
 
 def test_smaller_changes_than_the_one_offered_are_not_enough() -> None:
-    (one,) = [c for c in enough(recipe("grpo_qwen3_8b", "actor.micro_batch_tokens=65536")) if len(c.values) == 1][:1]
+    (one,) = [
+        c
+        for c in enough(recipe("grpo_qwen3_8b", "actor.micro_batch_tokens=65536"))
+        if len(c.values) == 1
+    ][:1]
     tokens = one.values["actor.micro_batch_tokens"]
     assert plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={tokens}").fits
     assert not plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={2 * tokens}").fits
@@ -278,42 +408,67 @@ def test_smaller_changes_than_the_one_offered_are_not_enough() -> None:
         ("ppo_qwen3_8b", "cluster.nodes=8 actor.ranks=64", {"actor.ranks=59", "cluster.nodes=9"}),
         ("ppo_qwen3_8b", "actor.ranks=512", {"actor.ranks=3", "cluster.nodes=65"}),
         ("ppo_qwen3_8b", "actor.ranks=2", {"actor.ranks=3"}),
-        ("ppo_qwen3_8b", "actor.ranks=16 critic.ranks=16 cluster.placement=colocated",
-         {"actor.ranks=8 critic.ranks=8", "cluster.nodes=2"}),
+        (
+            "ppo_qwen3_8b",
+            "actor.ranks=16 critic.ranks=16 cluster.placement=colocated",
+            {"actor.ranks=8 critic.ranks=8", "cluster.nodes=2"},
+        ),
         ("grpo_qwen3_8b", "cluster.gpu_memory_gib=48", {"actor.ranks=9 cluster.nodes=2"}),
-        ("grpo_qwen3_8b", "actor.offload_optimizer=true cluster.node_memory_gib=64", {"actor.offload_optimizer=false"}),
-        ("grpo_qwen3_8b", "generation.tensor_parallel=3 generation.engines=1",
-         {"generation.tensor_parallel=2", "generation.tensor_parallel=4"}),
-        ("grpo_qwen3_8b", "generation.tensor_parallel=16 generation.engines=1", {"generation.tensor_parallel=4"}),
+        (
+            "grpo_qwen3_8b",
+            "actor.offload_optimizer=true cluster.node_memory_gib=64",
+            {"actor.offload_optimizer=false"},
+        ),
+        (
+            "grpo_qwen3_8b",
+            "generation.tensor_parallel=3 generation.engines=1",
+            {"generation.tensor_parallel=2", "generation.tensor_parallel=4"},
+        ),
+        (
+            "grpo_qwen3_8b",
+            "generation.tensor_parallel=16 generation.engines=1",
+            {"generation.tensor_parallel=4"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_smallest_change_is_offered_and_nothing_that_contains_another(
     name: str, overrides: str, offered: set[str]
 ) -> None:
-    """Every process count and every number of nodes is the least that does: one step back is not enough."""
+    """Every process count and every number of nodes is the least that does: one step back is not
+    enough.
+    """
     changes = enough(recipe(name, *overrides.split()))
     assert offered <= set(map(str, changes))
     for one in changes:
         assert plan(name, *overrides.split(), *str(one).split()).fits
         assert not any(other.values.keys() < one.values.keys() for other in changes)
         for key, value in one.values.items():
-            before = getattr(getattr(recipe(name, *overrides.split()), key.split(".")[0]), key.split(".")[1])
+            before = getattr(
+                getattr(recipe(name, *overrides.split()), key.split(".")[0]), key.split(".")[1]
+            )
             if key in ("actor.ranks", "critic.ranks", "cluster.nodes"):
                 back = value - 1 if value > before else value + 1
                 assert not plan(name, *overrides.split(), *str(one).split(), f"{key}={back}").fits
 
 
 def test_a_rank_never_holds_more_than_its_rows() -> None:
-    """One row of 5120 tokens a rank and mini-batch, whatever the budget; while scoring, 256 rows."""
+    """One row of 5120 tokens a rank and mini-batch, whatever the budget; while scoring, 256
+    rows.
+    """
     wide = ["step.mini_batch_size=4", "actor.micro_batch_tokens=65536"]
-    (actor,) = [m for m in plan("grpo_qwen3_8b", *wide).memories if "actor" in m.uses["learn"] and m.is_gpu][:1]
+    (actor,) = [
+        m for m in plan("grpo_qwen3_8b", *wide).memories if "actor" in m.uses["learn"] and m.is_gpu
+    ][:1]
     assert plan("grpo_qwen3_8b", *wide).fits
     narrow = plan("grpo_qwen3_8b", "actor.micro_batch_tokens=5120").memories
     assert actor.uses["learn"] in [m.uses["learn"] for m in narrow]
-    assert actor.uses["score"]["actor"]["activations"] > 65536 * 151936 * 2  # the logits of all of them
+    # the logits of all of them
+    assert actor.uses["score"]["actor"]["activations"] > 65536 * 151936 * 2
 
 
-@pytest.mark.parametrize("extra", [[], ["cluster.nodes=1"], ["cluster.gpu_memory_gib=20", "cluster.node_memory_gib=9"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["cluster.nodes=1"], ["cluster.gpu_memory_gib=20", "cluster.node_memory_gib=9"]]
+)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_changes_are_tried_on_the_same_arithmetic(path: Path, extra: list[str]) -> None:
     made = make_plan(load_recipe(path, extra))
@@ -339,7 +494,7 @@ def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str]) ->
     assert "No change that was tried is enough" in capsys.readouterr().out
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -348,7 +503,9 @@ def at_once(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_shipped_recipe_fits_and_so_does_its_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_shipped_recipe_fits_and_so_does_its_plan(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["plan", str(path)]) == 0
     out, err = capsys.readouterr()
     assert "It fits." in out and err == ""
@@ -380,7 +537,10 @@ def test_it_takes_no_longer_when_it_does_not_fit(name: str, overrides: str) -> N
 def test_what_does_not_fit_exits_with_1_at_once() -> None:
     done = at_once(str(RECIPES / "ppo_qwen3_8b.yaml"), "cluster.gpu_memory_gib=24")
     assert done.returncode == 1
-    assert "node 0 GPU 1-3: learn needs" in done.stdout and "Together these are enough: " in done.stdout
+    assert (
+        "node 0 GPU 1-3: learn needs" in done.stdout
+        and "Together these are enough: " in done.stdout
+    )
 
 
 def test_an_unknown_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -394,7 +554,9 @@ def test_an_unknown_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 def test_every_model_that_is_not_known_is_told_with_its_line() -> None:
     path = RECIPES / "ppo_qwen3_8b.yaml"
-    parsed, document = read_recipe(path, ["critic.model.path=a/critic", "actor.model.path=an/actor"])
+    parsed, document = read_recipe(
+        path, ["critic.model.path=a/critic", "actor.model.path=an/actor"]
+    )
     with pytest.raises(UserError) as error:
         show_plan(parsed, document=document)
     actor, critic = error.value.problems
@@ -404,25 +566,46 @@ def test_every_model_that_is_not_known_is_told_with_its_line() -> None:
     document = Document.parse(text, "my.yaml")
     with pytest.raises(UserError) as error:
         make_plan(PPORecipe.model_validate(document.values), document)
-    line = next(i for i, line in enumerate(text.splitlines(), 1) if line.startswith("  model: {path: FacebookAI"))
-    assert error.value.problems[0].startswith(f"my.yaml:{line}: actor.model.path: FacebookAI/roberta-base: ")
+    line = next(
+        i
+        for i, line in enumerate(text.splitlines(), 1)
+        if line.startswith("  model: {path: FacebookAI")
+    )
+    assert error.value.problems[0].startswith(
+        f"my.yaml:{line}: actor.model.path: FacebookAI/roberta-base: "
+    )
 
 
 @pytest.mark.parametrize(
-    "override", ["generation.kv_cache_gib=1e308", "cluster.gpu_memory_gib=1e308", "cluster.node_memory_gib=1e308"]
+    "override",
+    [
+        "generation.kv_cache_gib=1e308",
+        "cluster.gpu_memory_gib=1e308",
+        "cluster.node_memory_gib=1e308",
+    ],
 )
-def test_a_size_beyond_all_machines_is_one_line(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_size_beyond_all_machines_is_one_line(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["plan", str(RECIPES / "demo_ppo.yaml"), override]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"error: command line: {override.split('=')[0]}: must be at most") and told.count("\n") == 1
+    assert (
+        told.startswith(f"error: command line: {override.split('=')[0]}: must be at most")
+        and told.count("\n") == 1
+    )
 
 
-# --- the JSON ---------------------------------------------------------------------------------------------------------
+# --- the JSON -------------------------------------------------------------------------------------
 
 NAMES = {  # keys that are names, by the path of what holds them
-    "models": "ROLE", "batch.ranks": "ROLE", "changes[]": "KEY", "estimated_phases": "PHASE",
-    "memory[].phases": "PHASE", "memory[].phases.PHASE": "PROCESS", "memory[].phases.PHASE.PROCESS": "COMPONENT",
-}  # fmt: skip
+    "models": "ROLE",
+    "batch.ranks": "ROLE",
+    "changes[]": "KEY",
+    "estimated_phases": "PHASE",
+    "memory[].phases": "PHASE",
+    "memory[].phases.PHASE": "PROCESS",
+    "memory[].phases.PHASE.PROCESS": "COMPONENT",
+}
 
 
 def paths(value: Any, name: str = "") -> set[str]:
@@ -431,16 +614,28 @@ def paths(value: Any, name: str = "") -> set[str]:
         return set[str]().union(*(paths(item, f"{name}[]") for item in value))
     if not isinstance(value, dict):
         return {name}
-    return set[str]().union(*(paths(v, f"{name}.{NAMES.get(name, k)}".lstrip(".")) for k, v in value.items()))
+    return set[str]().union(
+        *(paths(v, f"{name}.{NAMES.get(name, k)}".lstrip(".")) for k, v in value.items())
+    )
 
 
-def test_the_documented_keys_are_those_that_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_keys_are_those_that_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (RECIPES.parents[1] / "docs" / "plan.md").read_text().split("## The JSON")[1]
     documented = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
     written: set[str] = set()
     words: set[str] = set()
     for arguments in (["ppo_qwen3_8b.yaml", "actor.ranks=2"], ["demo_rm.yaml"], ["demo_ppo.yaml"]):
-        cli.main(["plan", str(RECIPES / arguments[0]), *arguments[1:], "--json", str(tmp_path / "plan.json")])
+        cli.main(
+            [
+                "plan",
+                str(RECIPES / arguments[0]),
+                *arguments[1:],
+                "--json",
+                str(tmp_path / "plan.json"),
+            ]
+        )
         told = json.loads((tmp_path / "plan.json").read_text())
         written |= paths(told)
         for device in told["memory"]:
@@ -454,21 +649,45 @@ def test_the_documented_keys_are_those_that_are_written(tmp_path: Path, capsys: 
 
 def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
-    assert cli.main(["plan", str(RECIPES / "grpo_qwen3_8b.yaml"), "actor.zero_stage=1", "--json", str(file)]) == 1
+    assert (
+        cli.main(
+            ["plan", str(RECIPES / "grpo_qwen3_8b.yaml"), "actor.zero_stage=1", "--json", str(file)]
+        )
+        == 1
+    )
     told: dict[str, Any] = json.loads(file.read_text())
     assert told["fits"] is False and told["problems"] and {"actor.zero_stage": 2} in told["changes"]
-    assert told["models"]["actor"] == {"path": "Qwen/Qwen3-8B", "dtype": "bfloat16", "parameters": 8_190_735_360}
-    assert [(m["node"], m["gpu"]) for m in told["memory"]] == [*((0, gpu) for gpu in range(8)), (0, None)]
+    assert told["models"]["actor"] == {
+        "path": "Qwen/Qwen3-8B",
+        "dtype": "bfloat16",
+        "parameters": 8_190_735_360,
+    }
+    assert [(m["node"], m["gpu"]) for m in told["memory"]] == [
+        *((0, gpu) for gpu in range(8)),
+        (0, None),
+    ]
     first = told["memory"][0]
     assert first["phases"]["learn"]["engine[0]"]["weights"] == 2 * 8_190_735_360
     assert first["headroom_bytes"] == first["limit_bytes"] - first["peak_bytes"]
     sender, other = (told["memory"][gpu]["phases"]["sync"][f"actor[{gpu - 4}]"] for gpu in (4, 5))
     assert sender["sync"] > 0 and "sync" not in other
-    assert told["placement"][0] == {"process": "engine[0]", "role": "engine", "node": 0, "gpus": [0]}
+    assert told["placement"][0] == {
+        "process": "engine[0]",
+        "role": "engine",
+        "node": 0,
+        "gpus": [0],
+    }
     assert sum(p["share"] for p in told["estimated_phases"].values()) == pytest.approx(1)
     capsys.readouterr()
 
 
-def test_json_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", str(RECIPES / "demo_sft.yaml"), "--json", str(tmp_path / "no" / "plan.json")]) == 2
+def test_json_that_cannot_be_written_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.main(
+            ["plan", str(RECIPES / "demo_sft.yaml"), "--json", str(tmp_path / "no" / "plan.json")]
+        )
+        == 2
+    )
     assert "cannot be written" in capsys.readouterr().err

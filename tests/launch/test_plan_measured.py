@@ -1,4 +1,6 @@
-"""Weights, gradients and optimizer states: the plan against what DeepSpeed really holds, tensor by tensor."""
+"""Weights, gradients and optimizer states: the plan against what DeepSpeed really holds, tensor by
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,27 @@ from tests.learners.ranks import Ranks
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
 CONFIG = Qwen3Config(
-    vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-    num_key_value_heads=4, head_dim=64, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-CASES = [(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16") if stage or dtype == "float32"]
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CASES = [
+    (stage, dtype)
+    for stage in range(4)
+    for dtype in ("float32", "bfloat16")
+    if stage or dtype == "float32"
+]
 
 
-# -- on the ranks ------------------------------------------------------------------------------------------------------
+# --- on the ranks ---------------------------------------------------------------------------------
 
 
 def storages(tensors: Any) -> dict[int, int]:
@@ -48,20 +64,30 @@ def living() -> dict[int, int]:
 
 
 def held(engine: Any, before: set[int]) -> dict[str, int]:
-    """Bytes this rank holds: weights, optimizer states, and as gradients everything else but reduction buckets."""
-    zero, parameters = engine.engine.optimizer, list(engine.model.parameters())
+    """Bytes this rank holds: weights, optimizer states, and as gradients everything else but
+    reduction buckets.
+    """
+    zero = engine.engine.optimizer
+    parameters = list(engine.model.parameters())
     optimizer = getattr(zero, "optimizer", zero)
     shards = [getattr(p, "ds_tensor", None) for p in parameters]
     buckets = getattr(zero, "ipg_buckets", {}).values()
     flat = ("bit16_groups_flat", "bf16_groups_flat")
-    masters = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+    masters = (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    )
     known = {
         "weights": [*parameters, *shards, *(t for name in flat for t in getattr(zero, name, []))],
         "optimizer": [t for name in masters for t in getattr(zero, name, [])]
         + [t for state in optimizer.state.values() for t in state.values()],
-        "buckets": [t for b in buckets for t in (b.buffer if isinstance(b.buffer, list) else [b.buffer])],
+        "buckets": [
+            t for b in buckets for t in (b.buffer if isinstance(b.buffer, list) else [b.buffer])
+        ],
     }
-    sizes, seen = {}, set(before)
+    sizes = {}
+    seen = set(before)
     for name, tensors in known.items():
         own = {place: size for place, size in storages(tensors).items() if place not in seen}
         sizes[name] = sum(own.values())
@@ -72,7 +98,9 @@ def held(engine: Any, before: set[int]) -> dict[str, int]:
 
 
 def largest_states(place: Place, settings: LearnerSettings) -> tuple[int, dict[str, int]]:
-    """How often we looked, and the largest size of each kind: during an optimizer step of several micro-batches."""
+    """How often we looked, and the largest size of each kind: during an optimizer step of several
+    micro-batches.
+    """
     from learners.experience import Experience
     from learners.sft import SFTLearner
 
@@ -81,7 +109,8 @@ def largest_states(place: Place, settings: LearnerSettings) -> tuple[int, dict[s
     batch = Experience.from_ids([[1] * 8] * 16, [[2] * 8] * 16)
     shard = batch.select(batch.shard(place.world_size)[place.rank])
     looks: list[dict[str, int]] = []
-    backward, step = engine.engine.backward, engine._step
+    backward = engine.engine.backward
+    step = engine._step
 
     def look_after_backward(loss: Any) -> None:
         backward(loss)
@@ -93,17 +122,20 @@ def largest_states(place: Place, settings: LearnerSettings) -> tuple[int, dict[s
         looks.append(held(engine, before))
         return norm
 
-    engine.engine.backward, engine._step = look_after_backward, look_around_step
+    engine.engine.backward = look_after_backward
+    engine._step = look_around_step
     engine.train(shard)
     return len(looks), {kind: max(look[kind] for look in looks) for kind in looks[0]}
 
 
-# -- the tests ---------------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """17 million parameters: large beside everything that is not counted, small enough for a test."""
+    """17 million parameters: large beside everything that is not counted, small enough for a
+    test.
+    """
     folder = tmp_path_factory.mktemp("model")
     Qwen3ForCausalLM(CONFIG).save_pretrained(folder)
     return folder
@@ -134,8 +166,11 @@ def test_states_are_what_deepspeed_holds(ranks: Ranks, model: Path, stage: int, 
 
 def test_sgd_has_master_weights_alone(ranks: Ranks, model: Path) -> None:
     settings = LearnerSettings(
-        model=ModelSettings(path=str(model), dtype="bfloat16"), ranks=ranks.world_size, zero_stage=2,
-        micro_batch_tokens=64, optimizer=OptimizerSettings(kind="sgd"),
-    )  # fmt: skip
+        model=ModelSettings(path=str(model), dtype="bfloat16"),
+        ranks=ranks.world_size,
+        zero_stage=2,
+        micro_batch_tokens=64,
+        optimizer=OptimizerSettings(kind="sgd"),
+    )
     planned = model_states(find_shape(str(model)), "lm", settings)
     assert ranks.run(largest_states, settings)[0][1] == pytest.approx(planned, rel=0.05)

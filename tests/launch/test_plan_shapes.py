@@ -1,4 +1,6 @@
-"""Shapes against Transformers: every parameter of every family, on the meta device; activations against autograd."""
+"""Shapes against Transformers: every parameter of every family, on the meta device; activations
+against autograd.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,15 @@ from learners.experience import Experience
 from learners.models import response_logprobs
 from learners.settings import ModelSettings, UserError
 
-SMALL = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-         "num_key_value_heads": 2, "max_position_embeddings": 40}  # fmt: skip
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+}
 GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 40, "n_inner": 80}
 CONFIGS = [
     ("qwen3", {**SMALL, "head_dim": 16}),
@@ -31,7 +40,16 @@ CONFIGS = [
     ("qwen2", SMALL),
     ("qwen2", {**SMALL, "tie_word_embeddings": True}),
     ("llama", SMALL),
-    ("llama", {**SMALL, "head_dim": 10, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    (
+        "llama",
+        {
+            **SMALL,
+            "head_dim": 10,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     ("mistral", SMALL),
     ("gpt2", GPT2),
     ("gpt2", {**GPT2, "n_inner": None, "tie_word_embeddings": False}),
@@ -60,8 +78,12 @@ def sizes(model: Any) -> list[int]:
     return sorted(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("family", "values"), CONFIGS, ids=lambda v: v if isinstance(v, str) else "")
-def test_every_parameter_of_a_decoder_is_counted(family: str, values: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "values"), CONFIGS, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_every_parameter_of_a_decoder_is_counted(
+    family: str, values: dict[str, Any], tmp_path: Path
+) -> None:
     """With every head, from the config.json that Transformers writes."""
     config = CONFIG_MAPPING[family](**values)
     config.save_pretrained(tmp_path)
@@ -77,18 +99,24 @@ def test_every_parameter_of_a_decoder_is_counted(family: str, values: dict[str, 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_every_parameter_of_an_encoder_is_counted(family: str, tmp_path: Path) -> None:
-    config = CONFIG_MAPPING[family](**{k: v for k, v in SMALL.items() if "key_value" not in k}, type_vocab_size=2)
+    config = CONFIG_MAPPING[family](
+        **{k: v for k, v in SMALL.items() if "key_value" not in k}, type_vocab_size=2
+    )
     config.save_pretrained(tmp_path)
     config.num_labels = 1
     found = sizes(meta(AutoModelForSequenceClassification, config))
     assert sorted(find_shape(str(tmp_path)).tensors("score").elements()) == found
 
 
-@pytest.mark.parametrize("name", [name for name, entry in model_table().items() if isinstance(entry, dict)])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in model_table().items() if isinstance(entry, dict)]
+)
 def test_the_table_makes_models_that_transformers_builds(name: str) -> None:
     entry = dict(model_table()[name])
     config = CONFIG_MAPPING[entry.pop("model_type")](**entry)
-    assert sorted(find_shape(name).tensors("lm").elements()) == sizes(meta(AutoModelForCausalLM, config))
+    assert sorted(find_shape(name).tensors("lm").elements()) == sizes(
+        meta(AutoModelForCausalLM, config)
+    )
 
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
@@ -101,7 +129,9 @@ def test_the_demos_shape_is_that_of_the_model_it_makes(tmp_path: Path) -> None:
     assert find_shape(str(tmp_path / "base")) == find_shape("runs/demo/sft/model")
 
 
-def test_what_cannot_be_counted_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_counted_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
 
     def told(config: dict[str, Any]) -> str:
@@ -113,25 +143,40 @@ def test_what_cannot_be_counted_is_said_in_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="some/model: its shape is not known here"):
         find_shape("some/model")
     assert "model_type mamba cannot be planned" in told({"model_type": "mamba"})
-    assert "config.json: hidden_size must be a whole number from 1 to" in told({"model_type": "qwen3"})
+    assert "config.json: hidden_size must be a whole number from 1 to" in told(
+        {"model_type": "qwen3"}
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("qwen3", "hidden_size", "48"), ("qwen2", "hidden_size", None), ("llama", "max_position_embeddings", None),
-        ("mistral", "num_hidden_layers", 0), ("qwen3", "vocab_size", -96), ("qwen3", "num_key_value_heads", 0),
-        ("llama", "head_dim", 16.0), ("qwen2", "intermediate_size", True), ("bert", "num_attention_heads", []),
-        ("roberta", "type_vocab_size", 10**400), ("gpt2", "n_layer", 0), ("gpt2", "n_inner", -1),
+        ("qwen3", "hidden_size", "48"),
+        ("qwen2", "hidden_size", None),
+        ("llama", "max_position_embeddings", None),
+        ("mistral", "num_hidden_layers", 0),
+        ("qwen3", "vocab_size", -96),
+        ("qwen3", "num_key_value_heads", 0),
+        ("llama", "head_dim", 16.0),
+        ("qwen2", "intermediate_size", True),
+        ("bert", "num_attention_heads", []),
+        ("roberta", "type_vocab_size", 10**400),
+        ("gpt2", "n_layer", 0),
+        ("gpt2", "n_inner", -1),
     ],
-)  # fmt: skip
-def test_a_size_that_makes_no_sense_is_one_line(family: str, key: str, value: Any, tmp_path: Path) -> None:
+)
+def test_a_size_that_makes_no_sense_is_one_line(
+    family: str, key: str, value: Any, tmp_path: Path
+) -> None:
     config = GPT2 if family == "gpt2" else {**SMALL, "head_dim": 8, "type_vocab_size": 2}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **config, key: value}))
     with pytest.raises(UserError) as error:
         find_shape(str(tmp_path))
     (line,) = error.value.problems
-    assert line.startswith(f"{tmp_path}: config.json: {key} must be a whole number from 1 to") and "\n" not in line
+    assert (
+        line.startswith(f"{tmp_path}: config.json: {key} must be a whole number from 1 to")
+        and "\n" not in line
+    )
 
 
 def test_heads_wider_than_the_model_are_refused(tmp_path: Path) -> None:
@@ -149,7 +194,7 @@ def test_the_hubs_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_shape("some/model") == read_shape({"model_type": "gpt2", **GPT2})
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
+# --- activations ----------------------------------------------------------------------------------
 
 
 def saved_bytes(config: Any, dtype: torch.dtype, checkpointing: bool) -> int:
@@ -175,20 +220,36 @@ def saved_bytes(config: Any, dtype: torch.dtype, checkpointing: bool) -> int:
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gpt2"])
 def test_activations_are_what_autograd_keeps(family: str, dtype: str) -> None:
     """Of one layer within 1 %; of a whole model never less, and at most half as much again."""
-    values = {"n_embd": 256, "n_head": 4, "n_inner": 640, "vocab_size": 512, "n_positions": 64} | dict.fromkeys(
-        ("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0
-    )
+    values = {
+        "n_embd": 256,
+        "n_head": 4,
+        "n_inner": 640,
+        "vocab_size": 512,
+        "n_positions": 64,
+    } | dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0)
     if family != "gpt2":
-        values = {**SMALL, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 640, "vocab_size": 512,
-                  "max_position_embeddings": 64, "head_dim": 64}  # fmt: skip
+        values = {
+            **SMALL,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 640,
+            "vocab_size": 512,
+            "max_position_embeddings": 64,
+            "head_dim": 64,
+        }
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    two, three = (CONFIG_MAPPING[family](**{**values, layers: n}, bos_token_id=1, eos_token_id=2) for n in (2, 3))
-    shape, tokens = read_shape({**three.to_dict()}), 4 * 64
+    two, three = (
+        CONFIG_MAPPING[family](**{**values, layers: n}, bos_token_id=1, eos_token_id=2)
+        for n in (2, 3)
+    )
+    shape = read_shape({**three.to_dict()})
+    tokens = 4 * 64
     torch_dtype = getattr(torch, dtype)
     whole = saved_bytes(three, torch_dtype, False)
     layer = (whole - saved_bytes(two, torch_dtype, False)) / tokens
     assert layer == pytest.approx(layer_activations(shape, dtype), rel=0.01)
-    model, load = ModelSettings(path="x", dtype=dtype), Load(tokens, 64)
+    model = ModelSettings(path="x", dtype=dtype)
+    load = Load(tokens, 64)
     assert whole <= training_activations(shape, "lm", model, load) <= 1.5 * whole
     checkpointed = ModelSettings(path="x", dtype=dtype, gradient_checkpointing=True)
     inputs = saved_bytes(three, torch_dtype, True)

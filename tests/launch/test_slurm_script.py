@@ -1,4 +1,6 @@
-"""The script of `quatuor slurm` without Slurm: what it says, what it refuses, and what it does with stand-ins."""
+"""The script of `quatuor slurm` without Slurm: what it says, what it refuses, and what it does with
+stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,13 @@ from learners.settings import UserError
 STAND_INS = {
     # Runs its command here. Options come first.
     "srun": 'while [[ $1 == --* ]]; do shift; done; export SLURM_CPUS_ON_NODE=3; exec "$@"',
-    "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" >>"$HERE/calls"; fi',
+    "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" '
+    '>>"$HERE/calls"; fi',
     "sleep": "exec /bin/sleep 0.05",
-    "python": "if [ $1 = -c ]; then echo 10.0.0.1; fi",  # the head's address; or silence: all nodes are there
-    "ray": 'printf "ray $*\\nauth $RAY_AUTH_MODE $RAY_AUTH_TOKEN\\n" >>"$HERE/calls"\necho "Ray speaks"\n'
+    # the head's address; or silence: all nodes are there
+    "python": "if [ $1 = -c ]; then echo 10.0.0.1; fi",
+    "ray": 'printf "ray $*\\nauth $RAY_AUTH_MODE $RAY_AUTH_TOKEN\\n" >>"$HERE/calls"\necho "Ray '
+    'speaks"\n'
     'exec /bin/sleep "${RAY_SECONDS:-100}"',
     "quatuor": 'echo "quatuor $*" >>"$HERE/calls"; exec "$PYTHON" -c "$DRIVER"',
 }
@@ -53,10 +58,19 @@ class Job:
 
     def start(self, driver: str, **more: str) -> subprocess.Popen[str]:
         given = {"SLURM_JOB_ID": "7003", "SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n[1-2]"}
-        given |= {"SLURM_JOB_NUM_NODES": "2", "HERE": str(self.here), "DRIVER": driver, "PYTHON": PYTHON}
+        given |= {
+            "SLURM_JOB_NUM_NODES": "2",
+            "HERE": str(self.here),
+            "DRIVER": driver,
+            "PYTHON": PYTHON,
+        }
         given |= {"PATH": f"{self.here / 'bin'}:{os.environ['PATH']}"} | more
         return subprocess.Popen(
-            ["bash", str(self.script)], env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ["bash", str(self.script)],
+            env=given,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     def run(self, driver: str, **more: str) -> tuple[int, str]:
@@ -67,7 +81,9 @@ class Job:
 
     def calls(self, program: str) -> list[str]:
         lines = (self.here / "calls").read_text().splitlines()
-        return [line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} ")]
+        return [
+            line.removeprefix(f"{program} ") for line in lines if line.startswith(f"{program} ")
+        ]
 
 
 @pytest.fixture
@@ -81,10 +97,18 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     return Job(tmp_path, write(tmp_path, "two words=1"))
 
 
-def write(folder: Path, *overrides: str, kind: str = "sft", given: Sequence[str] = (), **options: Any) -> Path:
+def write(
+    folder: Path, *overrides: str, kind: str = "sft", given: Sequence[str] = (), **options: Any
+) -> Path:
     """Write a demo recipe's script; `given` are overrides that the recipe itself knows."""
     path = RECIPES / f"demo_{kind}.yaml"
-    values: dict[str, Any] = {"nodes": 2, "time_limit": "10", "partition": None, "account": None, "send": False}
+    values: dict[str, Any] = {
+        "nodes": 2,
+        "time_limit": "10",
+        "partition": None,
+        "account": None,
+        "send": False,
+    }
     script = folder / "run.slurm.sh"
     recipe = load_recipe(path, [f"run.folder={folder / 'run'}", *given])
     write_job(recipe, path, overrides, script=script, **values | options)
@@ -102,14 +126,21 @@ def test_a_run_that_succeeds(job: Job) -> None:
     code, said = job.run("exit(0)")
     assert code == 0, said
     head, worker = job.calls("ray")
-    assert "--head --port=24006 --ray-client-server-port=24007" in head  # 20000 + 2 * (7003 mod 5000)
+    # 20000 + 2 * (7003 mod 5000)
+    assert "--head --port=24006 --ray-client-server-port=24007" in head
     assert "--address=10.0.0.1:24006" in worker and "--head" not in worker
     for node in (head, worker):
         assert "--num-cpus=3 --num-gpus=0 --temp-dir=/tmp/quatuor-7003 " in node
     tokens = job.calls("auth")
-    assert len(tokens) == 2 and tokens[0] == tokens[1] and re.fullmatch("token [0-9a-f]{64}", tokens[0]), tokens
+    assert (
+        len(tokens) == 2
+        and tokens[0] == tokens[1]
+        and re.fullmatch("token [0-9a-f]{64}", tokens[0])
+    ), tokens
     recipe = RECIPES / "demo_sft.yaml"
-    assert job.calls("quatuor") == [f"sft {recipe} two words=1 cluster.nodes=2 cluster.address=10.0.0.1:24006"]
+    assert job.calls("quatuor") == [
+        f"sft {recipe} two words=1 cluster.nodes=2 cluster.address=10.0.0.1:24006"
+    ]
     assert not left_of(job) and not list(job.here.glob("run.ray-*"))
 
 
@@ -145,7 +176,9 @@ def test_a_node_that_ends_is_the_end(job: Job) -> None:
 
 
 def test_a_node_that_ends_before_all_have_come_is_the_end(job: Job) -> None:
-    waits = "#!/usr/bin/env bash\nif [ $1 = -c ]; then echo 10.0.0.1; else exec /bin/sleep 100; fi\n"
+    waits = (
+        "#!/usr/bin/env bash\nif [ $1 = -c ]; then echo 10.0.0.1; else exec /bin/sleep 100; fi\n"
+    )
     (job.here / "bin" / "python").write_text(waits)
     code, said = job.run("exit(0)", RAY_SECONDS="0.3")
     assert code == 1 and "Ray on n1 ended" in said, said
@@ -188,7 +221,14 @@ def left_of(job: Job) -> list[str]:
 
 def test_sbatch_is_told_of_time_signal_and_site(tmp_path: Path) -> None:
     text = write(tmp_path, time_limit="1-00", partition="gpu", account="us").read_text()
-    for line in ("nodes=2", "time=1-00", "signal=B:USR1@600", "requeue", "open-mode=append", "partition=gpu"):
+    for line in (
+        "nodes=2",
+        "time=1-00",
+        "signal=B:USR1@600",
+        "requeue",
+        "open-mode=append",
+        "partition=gpu",
+    ):
         assert f"\n#SBATCH --{line}\n" in text, line
     assert "\n#SBATCH --account=us\n" in text and "gpus-per-node" not in text
     gpus = write(tmp_path, kind="ppo", given=["cluster.device=cuda"]).read_text()
@@ -200,7 +240,14 @@ def test_sbatch_is_told_of_time_signal_and_site(tmp_path: Path) -> None:
     [
         ({"time_limit": "soon"}, "--time: 'soon' is not a time"),
         ({"time_limit": "0:30"}, "at least one"),
-        ({"nodes": 1, "kind": "ppo", "given": ["cluster.device=cuda", "cluster.gpus_per_node=2"]}, "ask for 3 nodes"),
+        (
+            {
+                "nodes": 1,
+                "kind": "ppo",
+                "given": ["cluster.device=cuda", "cluster.gpus_per_node=2"],
+            },
+            "ask for 3 nodes",
+        ),
         ({"send": True}, "no sbatch"),
     ],
 )
@@ -228,18 +275,29 @@ def test_a_folder_without_a_checkpoint_is_in_the_way(tmp_path: Path) -> None:
 
 
 def test_times_are_read_as_slurm_reads_them() -> None:
-    written = {"90": 5400, "90:30": 5430, "1:30:15": 5415, "2-3": 183600, "2-3:30": 185400, "2-3:30:15": 185415}
+    written = {
+        "90": 5400,
+        "90:30": 5430,
+        "1:30:15": 5415,
+        "2-3": 183600,
+        "2-3:30": 185400,
+        "2-3:30:15": 185415,
+    }
     assert {text: seconds(text) for text in written} == written
 
 
 def test_every_node_offers_room_for_its_share() -> None:
     three = ["learner.ranks=3", "learner.threads=2"]
-    on = {n: load_recipe(RECIPES / "demo_sft.yaml", [*three, f"cluster.nodes={n}"]) for n in (1, 2, 3)}
+    on = {
+        n: load_recipe(RECIPES / "demo_sft.yaml", [*three, f"cluster.nodes={n}"]) for n in (1, 2, 3)
+    }
     assert [least_cpus(recipe) for recipe in on.values()] == [6, 4, 2]
 
 
 def test_the_run_uses_as_many_nodes_as_the_job_has(tmp_path: Path) -> None:
-    """A recipe that says nothing of nodes would put everything on one of them, and leave the others idle."""
+    """A recipe that says nothing of nodes would put everything on one of them, and leave the others
+    idle.
+    """
     text = write(tmp_path, nodes=3, given=["cluster.nodes=1"]).read_text()
     assert " cluster.nodes=3)" in text and "least_cpus=1\n" in text
 

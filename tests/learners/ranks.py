@@ -1,4 +1,6 @@
-"""A pool of real ranks for tests: processes that stay, joined by gloo, each running the same function per case."""
+"""A pool of real ranks for tests: processes that stay, joined by gloo, each running the same
+function per case.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ from learners.settings import Place
 
 
 class Ranks:
-    """`Ranks(2).run(function, *arguments)` calls `function(place, *arguments)` on every rank, returns all results.
+    """`Ranks(2).run(function, *arguments)` calls `function(place, *arguments)` on every rank,
+    returns all results.
 
-    Processes start in the background, so several pools come up together. After a failure the other ranks may wait in
-    a collective for ever: the pool is ended, and the next `run` starts a new one. `function` must be importable.
+    Processes start in the background, so several pools come up together. After a failure the other
+    ranks may wait in a collective for ever: the pool is ended, and the next `run` starts a new one.
+    `function` must be importable.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -44,7 +48,9 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240
+    ) -> list[Any]:
         if not self.pipes:
             self.start()
         for pipe in self.pipes:
@@ -52,9 +58,13 @@ class Ranks:
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while missing := [rank for rank in range(self.world_size) if rank not in results]:
-            ready = wait([self.pipes[rank] for rank in missing], max(0.0, deadline - time.monotonic()))
+            ready = wait(
+                [self.pipes[rank] for rank in missing], max(0.0, deadline - time.monotonic())
+            )
             if not ready:
-                self._fail(f"ranks {missing} did not answer {function.__name__} within {timeout_s} s")
+                self._fail(
+                    f"ranks {missing} did not answer {function.__name__} within {timeout_s} s"
+                )
             for rank in missing:
                 if self.pipes[rank] in ready:
                     results[rank] = self._receive(rank)
@@ -64,7 +74,8 @@ class Ranks:
         try:
             ok, result = self.pipes[rank].recv()
         except EOFError:
-            ok, result = False, "the process ended without an answer"
+            ok = False
+            result = "the process ended without an answer"
         if not ok:
             self._fail(f"rank {rank} of {self.world_size}: {result}")
         return result
@@ -80,7 +91,8 @@ class Ranks:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-        self.pipes, self.processes = [], []
+        self.pipes = []
+        self.processes = []
 
 
 def _serve(pipe: Connection, place: Place) -> None:

@@ -15,7 +15,8 @@ from learners.advantages import (
     whiten,
 )
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 GARBAGE = (NAN, INF, -INF)
 MASK_TYPES = [torch.bool, torch.int64, torch.float32]
 
@@ -30,7 +31,7 @@ def assert_only_valid_gradients(gradient, mask):
     assert (gradient[mask.bool()] != 0).any()
 
 
-# --- KL ---------------------------------------------------------------------------------------------------
+# --- KL -------------------------------------------------------------------------------------------
 
 
 # d = lp - ref = log 2 on the first token, -log 2 on the second
@@ -43,7 +44,8 @@ def assert_only_valid_gradients(gradient, mask):
     ],
 )
 def test_kl_estimates(kind, first, second):
-    logprobs, ref = row(-1.0, -1.0), row(-1.0 - math.log(2), -1.0 + math.log(2))
+    logprobs = row(-1.0, -1.0)
+    ref = row(-1.0 - math.log(2), -1.0 + math.log(2))
     torch.testing.assert_close(kl_estimate(logprobs, ref, kind), row(first, second))
 
 
@@ -70,7 +72,8 @@ def test_k3_is_never_negative_and_never_infinite():
     difference = torch.cat([torch.linspace(-1e-3, 1e-3, 101), torch.tensor([-1e4, 1e4])])[None]
     k3 = kl_estimate(difference, torch.zeros_like(difference), "k3")
     assert (k3 >= 0).all()
-    torch.testing.assert_close(k3[0, -2:], torch.tensor([math.exp(20) - 21, 19.0]))  # d clamped to -20 and 20
+    # d clamped to -20 and 20
+    torch.testing.assert_close(k3[0, -2:], torch.tensor([math.exp(20) - 21, 19.0]))
     # exp(x) - 1 - x in plain float32 would be wrong in the first digit here: the true value is d²/2
     torch.testing.assert_close(kl_estimate(row(1e-3), row(0.0), "k3"), row(5e-7), rtol=1e-2, atol=0)
 
@@ -87,7 +90,7 @@ def test_an_unknown_kl_names_the_choices():
         kl_estimate(row(0.0), row(0.0), "k4")
 
 
-# --- rewards ----------------------------------------------------------------------------------------------
+# --- rewards --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", MASK_TYPES)
@@ -102,7 +105,9 @@ def test_rewards_are_the_kl_penalty_and_the_score_on_the_last_token(dtype):
 
 
 def test_rewards_use_the_chosen_kl():
-    rewards = token_rewards(torch.zeros(1), row(-1.0), row(-4.0), torch.ones(1, 1), beta=0.5, kl="k2")
+    rewards = token_rewards(
+        torch.zeros(1), row(-1.0), row(-4.0), torch.ones(1, 1), beta=0.5, kl="k2"
+    )
     assert rewards.item() == -0.5 * 4.5  # k2 = 3²/2
 
 
@@ -135,14 +140,20 @@ def test_score_clip_bounds_the_score_and_not_the_kl(score, expected):
 
 
 def test_an_infinite_score_touches_the_last_token_alone():
-    rewards = token_rewards(torch.tensor([INF]), row(-1.0, -1.0), row(0.0, 0.0), torch.ones(1, 2), beta=1.0)
+    rewards = token_rewards(
+        torch.tensor([INF]), row(-1.0, -1.0), row(0.0, 0.0), torch.ones(1, 2), beta=1.0
+    )
     assert rewards.tolist() == [[1.0, INF]]
 
 
 @pytest.mark.parametrize("clip", [None, 5.0])
 def test_an_unscorable_sample_gets_zero_and_leaves_the_others_alone(clip):
-    logprobs, ref, mask = torch.full((2, 2), -1.0), torch.zeros(2, 2), torch.ones(2, 2)
-    rewards = token_rewards(torch.tensor([NAN, 2.0]), logprobs, ref, mask, beta=0.5, score_clip=clip)
+    logprobs = torch.full((2, 2), -1.0)
+    ref = torch.zeros(2, 2)
+    mask = torch.ones(2, 2)
+    rewards = token_rewards(
+        torch.tensor([NAN, 2.0]), logprobs, ref, mask, beta=0.5, score_clip=clip
+    )
     assert rewards.tolist() == [[0.0, 0.0], [0.5, 2.5]]
 
 
@@ -158,23 +169,28 @@ def test_rewards_have_clean_gradients(garbage):
 
 def test_rewards_of_bf16_are_float32():
     zeros = torch.zeros(1, 1).bfloat16()
-    rewards = token_rewards(torch.tensor([1.5]).bfloat16(), zeros, zeros, torch.ones(1, 1), beta=0.1)
+    rewards = token_rewards(
+        torch.tensor([1.5]).bfloat16(), zeros, zeros, torch.ones(1, 1), beta=0.1
+    )
     assert rewards.dtype == torch.float32
     assert rewards.item() == 1.5
 
 
 def test_scores_must_be_one_per_sequence():
     with pytest.raises(ValueError, match="one score per sequence"):
-        token_rewards(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, 1), beta=0.1)
+        token_rewards(
+            torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, 1), beta=0.1
+        )
 
 
-# --- GAE --------------------------------------------------------------------------------------------------
+# --- GAE ------------------------------------------------------------------------------------------
 
 # rewards 1, 0, 2; values 0.5, 1, 1.5; gamma 0.5, lambda 0.5 (so gamma lambda = 1/4)
 #   delta_2 = 2 + 0     - 1.5 =  0.5      A_2 =  0.5
 #   delta_1 = 0 + 0.75  - 1   = -0.25     A_1 = -0.25 + 0.125    = -0.125
 #   delta_0 = 1 + 0.5   - 0.5 =  1        A_0 =  1    - 0.03125  =  0.96875
-REWARDS, VALUES = (1.0, 0.0, 2.0), (0.5, 1.0, 1.5)
+REWARDS = (1.0, 0.0, 2.0)
+VALUES = (0.5, 1.0, 1.5)
 ADVANTAGES = (0.96875, -0.125, 0.5)
 RETURNS = (1.46875, 0.875, 2.0)
 HALVES = {"gamma": 0.5, "lam": 0.5}
@@ -218,7 +234,9 @@ def test_gae_has_clean_gradients(garbage):
 
 
 def test_gae_of_no_tokens():
-    advantages, returns = gae(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0), gamma=1.0, lam=1.0)
+    advantages, returns = gae(
+        torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0), gamma=1.0, lam=1.0
+    )
     assert advantages.shape == returns.shape == (2, 0)
 
 
@@ -265,10 +283,10 @@ def test_an_unknown_critic_label_names_the_choices():
         value_targets(row(0.0), row(0.0), torch.ones(1, 1), **HALVES, kind="lambda")
 
 
-# --- groups -----------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
-# group (1, 2, 6): mean 3, deviations -2, -1, 3, sum of squares 14, sample std sqrt(14 / 2) = sqrt(7)
-# the means of the others are 4, 3.5 and 1.5
+# group (1, 2, 6): mean 3, deviations -2, -1, 3, sum of squares 14, sample std sqrt(14 / 2) =
+# sqrt(7) the means of the others are 4, 3.5 and 1.5
 GROUP_ADVANTAGES = {
     "grpo": [-2 / math.sqrt(7), -1 / math.sqrt(7), 3 / math.sqrt(7)],
     "dr_grpo": [-2.0, -1.0, 3.0],
@@ -279,7 +297,8 @@ KINDS = list(GROUP_ADVANTAGES)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_group_advantages_by_hand(kind):
-    scores = torch.tensor([1.0, 2.0, 6.0, 106.0, 102.0, 101.0])  # the second group: shifted and reversed
+    # the second group: shifted and reversed
+    scores = torch.tensor([1.0, 2.0, 6.0, 106.0, 102.0, 101.0])
     expected = torch.tensor(GROUP_ADVANTAGES[kind] + GROUP_ADVANTAGES[kind][::-1])
     torch.testing.assert_close(group_advantages(scores, 3, kind=kind), expected)
 
@@ -312,12 +331,17 @@ def test_a_group_without_spread_gets_exactly_zero(kind, score, size):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nobody_to_compare_with_gets_zero(kind):
     assert group_advantages(torch.tensor([5.0, NAN]), 1, kind=kind).tolist() == [0.0, 0.0]
-    assert group_advantages(torch.tensor([NAN, 5.0, NAN, NAN, NAN, NAN]), 3, kind=kind).tolist() == [0.0] * 6
+    assert (
+        group_advantages(torch.tensor([NAN, 5.0, NAN, NAN, NAN, NAN]), 3, kind=kind).tolist()
+        == [0.0] * 6
+    )
 
 
 def test_a_tiny_spread_is_still_a_spread():
     advantages = group_advantages(torch.tensor([0.5, 0.5 + 1e-3]), 2)
-    torch.testing.assert_close(advantages.abs(), torch.full((2,), 1 / math.sqrt(2)), rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        advantages.abs(), torch.full((2,), 1 / math.sqrt(2)), rtol=5e-3, atol=0
+    )
 
 
 def test_bf16_scores_and_no_scores():
@@ -338,7 +362,7 @@ def test_an_unknown_group_advantage_names_the_choices():
         group_advantages(torch.zeros(2), 2, kind="mean")
 
 
-# --- whitening --------------------------------------------------------------------------------------------
+# --- whitening ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -359,7 +383,8 @@ def test_whiten_with_nothing_valid_is_zero(shift_mean):
 
 
 def test_whiten_does_not_blow_up_rounding():
-    # the float32 mean of these is off by rounding, and sqrt(eps) = 1e-4 would magnify it ten thousand times
+    # the float32 mean of these is off by rounding, and sqrt(eps) = 1e-4 would magnify it ten
+    # thousand times
     x = torch.full((7, 11), 1000.1)
     assert whiten(x, torch.ones(7, 11)).abs().max() < 1e-4
 
@@ -376,7 +401,7 @@ def test_whiten_of_bf16_is_float32():
     assert whiten(row(1.0, 3.0).bfloat16(), torch.ones(1, 2)).tolist() == [[-1.0, 1.0]]
 
 
-# --- adaptive KL ------------------------------------------------------------------------------------------
+# --- adaptive KL ----------------------------------------------------------------------------------
 
 
 # target 5, 100 of 1000 sequences

@@ -11,7 +11,8 @@ from learners.grpo import GRPO
 from learners.ppo import PPO
 from learners.settings import GRPOSettings, PPOSettings
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 
 
 def ppo(**changes):
@@ -34,8 +35,8 @@ def batch_of(*lengths, **known):
 def samples():
     """Two responses; what lies behind the second one's end is garbage.
 
-    KL per token (k1, old - ref): 1, 0, -0.5 and 0.2. At beta 0.5 and with scores 2 and -1 on the last tokens the
-    rewards are -0.5, 0, 2.25 and -1.1.
+    KL per token (k1, old - ref): 1, 0, -0.5 and 0.2. At beta 0.5 and with scores 2 and -1 on the
+    last tokens the rewards are -0.5, 0, 2.25 and -1.1.
     """
     return batch_of(
         3,
@@ -51,7 +52,7 @@ def close(a, b):
     torch.testing.assert_close(a, torch.tensor(b), atol=1e-6, rtol=0)
 
 
-# -- PPO -----------------------------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------------
 
 
 def test_ppo_by_hand_with_lambda_one(samples):
@@ -64,18 +65,23 @@ def test_ppo_by_hand_with_lambda_one(samples):
             "kl/sequence": (0.5 + 0.2) / 2,
             "kl/beta": 0.5,
             "reward/per_sequence": (1.75 - 1.1) / 2,
-            "advantage/std": math.sqrt((0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2),
+            "advantage/std": math.sqrt(
+                (0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2
+            ),
             "value/mean": 3.9 / 4,
             "return/mean": 5.15 / 4,
-            # the returns' squares sum to 3.0625 + 5.0625 + 5.0625 + 1.21, the errors are the advantages
+            # the returns' squares sum to 3.0625 + 5.0625 + 5.0625 + 1.21, the errors are the
+            # advantages
             "value/explained_variance": 1
-            - ((0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2) / (14.3975 / 4 - (5.15 / 4) ** 2),
+            - ((0.75**2 + 1.75**2 + 0.25**2 + 1.5**2) / 4 - (1.25 / 4) ** 2)
+            / (14.3975 / 4 - (5.15 / 4) ** 2),
         }
     )
 
 
 def test_ppo_by_hand_with_discounts(samples):
-    # deltas at gamma 0.5: -0.5 + 0.25 - 1 = -1.25, 0 + 1 - 0.5 = 0.5, 2.25 - 2 = 0.25; gamma lambda = 0.25
+    # deltas at gamma 0.5: -0.5 + 0.25 - 1 = -1.25, 0 + 1 - 0.5 = 0.5, 2.25 - 2 = 0.25; gamma lambda
+    # = 0.25
     batch, _ = ppo(gamma=0.5, lam=0.5).advantages(samples)
     close(batch.advantages, [[-1.25 + 0.25 * 0.5625, 0.5 + 0.25 * 0.25, 0.25], [-1.5, 0.0, 0.0]])
     close(batch.returns, [[-1.109375 + 1.0, 0.5625 + 0.5, 2.25], [-1.1, 0.0, 0.0]])
@@ -83,7 +89,11 @@ def test_ppo_by_hand_with_discounts(samples):
 
 @pytest.mark.parametrize(
     ("kind", "first"),
-    [("mc", [-0.5 + 0.25 * 2.25, 1.125, 2.25]), ("td", [-0.25, 1.0, 2.25]), ("gae", [-0.109375, 1.0625, 2.25])],
+    [
+        ("mc", [-0.5 + 0.25 * 2.25, 1.125, 2.25]),
+        ("td", [-0.25, 1.0, 2.25]),
+        ("gae", [-0.109375, 1.0625, 2.25]),
+    ],
 )
 def test_the_critics_label_leaves_the_advantages_alone(samples, kind, first):
     plain, _ = ppo(gamma=0.5, lam=0.5).advantages(samples)
@@ -96,7 +106,9 @@ def test_the_critics_label_leaves_the_advantages_alone(samples, kind, first):
 def test_the_kl_in_the_reward_is_the_one_asked_for(samples):
     batch, metrics = ppo(kl="k2").advantages(samples)  # half the squares: 0.5, 0, 0.125 and 0.02
     close(batch.returns, [[-0.25 + 1.9375, 1.9375, 1.9375], [-1.01, 0.0, 0.0]])
-    assert metrics["kl/sequence"] == pytest.approx(0.35), "reported as k1, which is unbiased, whatever is penalised"
+    assert metrics["kl/sequence"] == pytest.approx(0.35), (
+        "reported as k1, which is unbiased, whatever is penalised"
+    )
 
 
 def test_ppo_whitens_once_after_the_returns_are_taken(samples):
@@ -106,7 +118,9 @@ def test_ppo_whitens_once_after_the_returns_are_taken(samples):
     valid = batch.advantages[batch.mask]
     assert valid.mean().item() == pytest.approx(0, abs=1e-6)
     assert valid.std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    assert batch.advantages[0, 0].item() == pytest.approx((0.75 - 1.25 / 4) / before["advantage/std"], rel=1e-5)
+    assert batch.advantages[0, 0].item() == pytest.approx(
+        (0.75 - 1.25 / 4) / before["advantage/std"], rel=1e-5
+    )
     assert not batch.advantages[~batch.mask].any()
 
 
@@ -138,7 +152,9 @@ def test_an_unscorable_sample_changes_nothing_in_ppo(samples, whiten):
 
 
 def test_a_batch_that_could_not_be_scored_at_all_is_zero_and_finite(samples):
-    nothing = replace(samples, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 3, dtype=torch.bool))
+    nothing = replace(
+        samples, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 3, dtype=torch.bool)
+    )
     algorithm = ppo(kl_target=1.0)
     batch, metrics = algorithm.advantages(nothing)
     assert not batch.advantages.any() and not batch.returns.any()
@@ -159,7 +175,10 @@ def test_ppo_needs_all_four_models(samples, field):
         ([[1.75, 2.25, 2.25], [-1.1, 0.0, 0.0]], 1.0),  # foresees every return
         ([[2.75, 3.25, 3.25], [-0.1, 0.0, 0.0]], 1.0),  # a constant offset is not variance
         ([[0.7, 0.7, 0.7], [0.7, 0.0, 0.0]], 0.0),  # knows nothing
-        ([[-1.75, -2.25, -2.25], [1.1, 0.0, 0.0]], -3.0),  # the wrong way round: four times the variance
+        (
+            [[-1.75, -2.25, -2.25], [1.1, 0.0, 0.0]],
+            -3.0,
+        ),  # the wrong way round: four times the variance
     ],
 )
 def test_explained_variance(samples, values, expected):
@@ -168,14 +187,22 @@ def test_explained_variance(samples, values, expected):
 
 
 def test_returns_without_variance_explain_nothing():
-    flat = batch_of(1, 1, scores=[1.0, 1.0], old_logprobs=[[0.0]] * 2, ref_logprobs=[[0.0]] * 2, values=[[0.3], [0.9]])
+    flat = batch_of(
+        1,
+        1,
+        scores=[1.0, 1.0],
+        old_logprobs=[[0.0]] * 2,
+        ref_logprobs=[[0.0]] * 2,
+        values=[[0.3], [0.9]],
+    )
     assert ppo().advantages(flat)[1]["value/explained_variance"] == 0
 
 
 def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
     adaptive = {"kl_target": 0.1, "kl_horizon": 10}
     algorithm = ppo(**adaptive)
-    batch, metrics = algorithm.advantages(samples)  # KL 0.35 is far above the target: the largest step up
+    # KL 0.35 is far above the target: the largest step up
+    batch, metrics = algorithm.advantages(samples)
     close(batch.returns, [[1.75, 2.25, 2.25], [-1.1, 0.0, 0.0]])
     assert metrics["kl/beta"] == 0.5 == algorithm.beta, "a step that is skipped moves nothing"
     algorithm.learned(batch)
@@ -184,7 +211,8 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
     state = algorithm.state()
     resumed = ppo(**adaptive)
     resumed.load_state(state)
-    again, expected = resumed.advantages(samples), algorithm.advantages(samples)
+    again = resumed.advantages(samples)
+    expected = algorithm.advantages(samples)
     for one, (learned, _) in ((resumed, again), (algorithm, expected)):
         one.learned(learned)
     assert again[1] == expected[1] and again[1]["kl/beta"] == pytest.approx(0.52)
@@ -198,16 +226,22 @@ def test_a_fixed_kl_stays(samples):
     assert algorithm.state() == {"kl_beta": 0.5}
 
 
-# -- GRPO ----------------------------------------------------------------------------------------------------
+# --- GRPO -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("grpo", [-(0.5**0.5), 0.5**0.5, 0.0, 0.0]), ("dr_grpo", [-1.0, 1.0, 0.0, 0.0]), ("rloo", [-2.0, 2.0, 0.0, 0.0])],
+    [
+        ("grpo", [-(0.5**0.5), 0.5**0.5, 0.0, 0.0]),
+        ("dr_grpo", [-1.0, 1.0, 0.0, 0.0]),
+        ("rloo", [-2.0, 2.0, 0.0, 0.0]),
+    ],
 )
 def test_grpo_by_hand(kind, expected):
     # groups (1, 3) with mean 2 and sample std sqrt(2), and (5, 5) that teaches nothing
-    batch, metrics = grpo(advantage=kind).advantages(batch_of(1, 3, 2, 1, scores=[1.0, 3.0, 5.0, 5.0]))
+    batch, metrics = grpo(advantage=kind).advantages(
+        batch_of(1, 3, 2, 1, scores=[1.0, 3.0, 5.0, 5.0])
+    )
     a, b, *_ = expected
     torch.testing.assert_close(
         batch.advantages,
@@ -267,13 +301,16 @@ def test_grpo_has_no_state():
     algorithm.load_state({})
 
 
-# -- Actor losses --------------------------------------------------------------------------------------------
+# --- Actor losses ---------------------------------------------------------------------------------
 
 
 def test_ppo_actor_loss_by_hand(samples):
-    # ratios 1, 2, 0.5 and 1 at advantages 1, 1, -1 and 3: objectives 1, 1.2 (clipped), -0.8 (clipped) and 3
+    # ratios 1, 2, 0.5 and 1 at advantages 1, 1, -1 and 3: objectives 1, 1.2 (clipped), -0.8
+    # (clipped) and 3
     batch = replace(samples, advantages=torch.tensor([[1.0, 1.0, -1.0], [3.0, NAN, NAN]]))
-    new = (batch.old_logprobs + torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 1.0]]).log()).requires_grad_()
+    new = (
+        batch.old_logprobs + torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 1.0]]).log()
+    ).requires_grad_()
     loss, stats = ppo().actor_loss(new, batch, denominator=8.0)
     assert loss.item() == pytest.approx(-(1 + 1.2 - 0.8 + 3) / 8)
     assert [float(x) for x in stats["clip_fraction"]] == [2, 4]
@@ -285,7 +322,9 @@ def test_grpo_actor_loss_adds_k3_inside_each_sequence(samples):
     batch = replace(samples, advantages=torch.tensor([[1.0, 1.0, 1.0], [-2.0, NAN, NAN]]))
     loss, stats = grpo(kl_beta=0.1).actor_loss(batch.old_logprobs, batch, denominator=2.0)
     k3 = [math.exp(-d) + d - 1 for d in (1.0, 0.0, -0.5, 0.2)]
-    assert loss.item() == pytest.approx(((-3 + 0.1 * sum(k3[:3])) / 3 + 2 + 0.1 * k3[3]) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(
+        ((-3 + 0.1 * sum(k3[:3])) / 3 + 2 + 0.1 * k3[3]) / 2, rel=1e-5
+    )
     assert [float(x) for x in stats["kl"]] == pytest.approx([sum(k3), 4], rel=1e-5)
 
 
@@ -300,33 +339,52 @@ def test_grpo_actor_loss_adds_k3_inside_each_sequence(samples):
 )
 @pytest.mark.parametrize("algorithm", [PPO, GRPO])
 def test_the_policy_loss_is_weighed_and_its_denominator_stays(algorithm, correction, expected):
-    """One response of two tokens, ratio 1: the loss of a token is -advantage, here -1. Weights exp(old - rollout)."""
+    """One response of two tokens, ratio 1: the loss of a token is -advantage, here -1. Weights
+    exp(old - rollout).
+    """
     weighed = {"rollout_correction": correction, "loss_aggregation": "token_mean"}
     made = PPO(PPOSettings(**weighed)) if algorithm is PPO else GRPO(GRPOSettings(**weighed), 2)
     old = torch.tensor([[-1.0, -1.0]])
-    rollout = old - torch.tensor([[3.0, 0.5]]).log()  # the engine found token 0 three times less likely
+    # the engine found token 0 three times less likely
+    rollout = old - torch.tensor([[3.0, 0.5]]).log()
     batch = Experience.from_ids([[1]], [[2, 3]])
     batch = replace(batch, old_logprobs=old, rollout_logprobs=rollout, advantages=torch.ones(1, 2))
     loss, stats = made.actor_loss(old.clone().requires_grad_(), batch, denominator=2.0)
     assert loss.item() == pytest.approx(-sum(expected) / 2, rel=1e-5)
     assert stats["rollout_weight"][0].item() == pytest.approx(sum(expected), rel=1e-5)
-    assert stats["rollout_capped"][0].item() == (2 if correction["kind"].startswith("sequence") else 1)
+    assert stats["rollout_capped"][0].item() == (
+        2 if correction["kind"].startswith("sequence") else 1
+    )
 
 
 @pytest.mark.parametrize("make", [ppo, grpo])
 def test_every_key_of_the_policy_loss_reaches_it(make):
-    """Two responses whose tokens have ratio 3, at advantages -1 and 1; each key changes a number of its own."""
-    batch = batch_of(2, 1, old_logprobs=[[0.0, 0.0], [0.0, 0.0]], advantages=[[-1.0, -1.0], [1.0, 0.0]])
+    """Two responses whose tokens have ratio 3, at advantages -1 and 1; each key changes a number of
+    its own.
+    """
+    batch = batch_of(
+        2, 1, old_logprobs=[[0.0, 0.0], [0.0, 0.0]], advantages=[[-1.0, -1.0], [1.0, 0.0]]
+    )
     new = batch.old_logprobs + math.log(3)
 
     def loss(denominator=3.0, **keys):
-        return make(loss_aggregation="token_mean", **keys).actor_loss(new, batch, denominator)[0].item() * denominator
+        return (
+            make(loss_aggregation="token_mean", **keys)
+            .actor_loss(new, batch, denominator)[0]
+            .item()
+            * denominator
+        )
 
-    assert loss() == pytest.approx(3 + 3 - 1.2)  # the bad tokens count in full, the good one is clipped at 1.2
+    # the bad tokens count in full, the good one is clipped at 1.2
+    assert loss() == pytest.approx(3 + 3 - 1.2)
     assert loss(clip_high=0.5) == pytest.approx(3 + 3 - 1.5)
     assert loss(dual_clip=2.0) == pytest.approx(2 + 2 - 1.2)
-    assert make(loss_aggregation="sequence_mean").actor_loss(new, batch, 2.0)[0].item() == pytest.approx((3 - 1.2) / 2)
-    assert make(loss_aggregation="constant").actor_loss(new, batch, 20.0)[0].item() == pytest.approx((6 - 1.2) / 20)
+    assert make(loss_aggregation="sequence_mean").actor_loss(new, batch, 2.0)[
+        0
+    ].item() == pytest.approx((3 - 1.2) / 2)
+    assert make(loss_aggregation="constant").actor_loss(new, batch, 20.0)[
+        0
+    ].item() == pytest.approx((6 - 1.2) / 20)
     low = make(loss_aggregation="token_mean", clip_low=0.5)
     loss_below = low.actor_loss(-new, batch, 3.0)[0].item()  # ratio 1/3: bad tokens are held at 0.5
     assert loss_below == pytest.approx((0.5 + 0.5 - 1 / 3) / 3)
@@ -336,13 +394,18 @@ def test_the_sequence_ratio_is_grpos_to_choose():
     batch = batch_of(2, old_logprobs=[[0.0, 0.0]], advantages=[[-1.0, -1.0]])
     new = torch.tensor([[math.log(4), 0.0]])
     loss, _ = grpo(ratio="sequence").actor_loss(new, batch, 1.0)
-    assert loss.item() == pytest.approx(2)  # exp of the mean log-ratio; per token it would be (4 + 1) / 2
+    # exp of the mean log-ratio; per token it would be (4 + 1) / 2
+    assert loss.item() == pytest.approx(2)
 
 
 def test_the_correction_does_not_weigh_grpos_kl():
     correction = {"kind": "token_truncate", "cap": 0.5}
-    batch = batch_of(1, old_logprobs=[[0.0]], rollout_logprobs=[[0.0]], ref_logprobs=[[1.0]], advantages=[[1.0]])
-    loss, _ = grpo(kl_beta=0.1, rollout_correction=correction).actor_loss(torch.zeros(1, 1), batch, 1.0)
+    batch = batch_of(
+        1, old_logprobs=[[0.0]], rollout_logprobs=[[0.0]], ref_logprobs=[[1.0]], advantages=[[1.0]]
+    )
+    loss, _ = grpo(kl_beta=0.1, rollout_correction=correction).actor_loss(
+        torch.zeros(1, 1), batch, 1.0
+    )
     assert loss.item() == pytest.approx(-0.5 + 0.1 * (math.e - 2))
 
 

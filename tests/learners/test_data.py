@@ -79,7 +79,7 @@ def one_line(error):
     return message
 
 
-# -- tokenising --------------------------------------------------------------------------------------------
+# --- tokenising -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,13 @@ def test_a_tokenizer_without_eos_is_refused(bert):
         encode_response(bert, "ab")
 
 
-# -- prompts -----------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_text_prompts(plain, write):
-    path = write({"prompt": "ab", "answer": "3", "other": 1}, {"prompt": "c", "answer": None, "other": 2})
+    path = write(
+        {"prompt": "ab", "answer": "3", "other": 1}, {"prompt": "c", "answer": None, "other": 2}
+    )
     prompts = load_prompts(PromptData(path=path, answer_columns=("answer",)), plain)
     assert [(p.index, p.ids, p.text, p.columns) for p in prompts] == [
         (0, ids("ab"), "ab", {"answer": "3"}),
@@ -131,13 +133,20 @@ def test_text_prompts(plain, write):
 
 def test_chat_prompts_are_what_the_template_renders(plain, write):
     path = write(
-        {"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b", "name": "n"}]},
+        {
+            "prompt": [
+                {"role": "system", "content": "a"},
+                {"role": "user", "content": "b", "name": "n"},
+            ]
+        },
         {"prompt": [{"role": "user", "content": "c"}]},
     )
     prompts = load_prompts(PromptData(path=path), plain)
     assert [p.text for p in prompts] == ["aznbzy", "czy"]
     assert [p.ids for p in prompts] == [ids("aznbzy"), ids("czy")]
-    rendered = plain.apply_chat_template([{"role": "user", "content": "c"}], add_generation_prompt=True)
+    rendered = plain.apply_chat_template(
+        [{"role": "user", "content": "c"}], add_generation_prompt=True
+    )
     assert rendered["input_ids"] == prompts[1].ids
 
 
@@ -166,7 +175,8 @@ def test_chat_without_a_template_is_refused(write, bert):
 )
 def test_bad_prompts_are_named(plain, write, value, problem):
     path = write(
-        {"prompt": [{"role": "user", "content": "a"}] if isinstance(value, list) else "a"}, {"prompt": value}
+        {"prompt": [{"role": "user", "content": "a"}] if isinstance(value, list) else "a"},
+        {"prompt": value},
     )
     with pytest.raises(DataError) as error:
         load_prompts(PromptData(path=path), plain)
@@ -184,7 +194,7 @@ def test_long_prompts_are_refused_or_dropped(plain, write):
         load_prompts(PromptData(path=path, max_prompt_tokens=1, long_prompts="drop"), plain)
 
 
-# -- SFT examples and pairs --------------------------------------------------------------------------------
+# --- SFT examples and pairs -----------------------------------------------------------------------
 
 
 def test_sft_examples(plain, write):
@@ -240,7 +250,7 @@ def test_bad_pairs_are_named(plain, write, column, value):
     assert f"row 2: {column} must be" in one_line(error)
 
 
-# -- reading -----------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_a_file_is_whatever_split_is_asked_for(write):
@@ -255,12 +265,16 @@ def test_parquet_and_folders(write, tmp_path):
     from datasets import Dataset
 
     Dataset.from_list([{"prompt": "p"}]).to_parquet(tmp_path / "rows.parquet")
-    assert read_rows(PromptData(path=str(tmp_path / "rows.parquet")), ["prompt"])["prompt"][:] == ["p"]
+    assert read_rows(PromptData(path=str(tmp_path / "rows.parquet")), ["prompt"])["prompt"][:] == [
+        "p"
+    ]
     write({"prompt": "a"}, name="folder/train.jsonl")
     write({"prompt": "b"}, name="folder/test.jsonl")
     for split, expected in [("train", ["a"]), ("test", ["b"])]:
         assert (
-            read_rows(PromptData(path=str(tmp_path / "folder"), split=split), ["prompt"])["prompt"][:]
+            read_rows(PromptData(path=str(tmp_path / "folder"), split=split), ["prompt"])["prompt"][
+                :
+            ]
             == expected
         )
     with pytest.raises(DataError, match="split validation"):
@@ -278,7 +292,9 @@ def test_changed_files_are_read_again(write):
 
 
 def test_dates_stay_the_text_they_are(plain, write):
-    path = write({"prompt": "a", "answer": "2024-01-01"}, {"prompt": "b", "answer": "2024-01-02 10:00:00"})
+    path = write(
+        {"prompt": "a", "answer": "2024-01-01"}, {"prompt": "b", "answer": "2024-01-02 10:00:00"}
+    )
     prompts = load_prompts(PromptData(path=path, answer_columns=("answer",)), plain)
     assert [p.columns["answer"] for p in prompts] == ["2024-01-01", "2024-01-02 10:00:00"]
 

@@ -33,7 +33,8 @@ def test_masks_come_from_lengths(batch):
     assert batch.lengths.tolist() == [5, 5, 2, 5]
     assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1] * 5]
     assert batch.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
-    zeros = Experience.from_ids([[0, 0]], [[0, 0, 0]])  # ids that look like padding are tokens all the same
+    # ids that look like padding are tokens all the same
+    zeros = Experience.from_ids([[0, 0]], [[0, 0, 0]])
     assert zeros.attention_mask.all() and zeros.mask.all()
 
 
@@ -155,7 +156,9 @@ def test_surplus_rounds_compute_placeholders(rounds, placeholders):
 
 def test_a_rank_without_rows_still_takes_part():
     calls = []
-    assert map_rows(of_lengths(), 9, lambda b: calls.append(len(b)) or b.lengths, rounds=2).shape == (0,)
+    assert map_rows(
+        of_lengths(), 9, lambda b: calls.append(len(b)) or b.lengths, rounds=2
+    ).shape == (0,)
     assert calls == [1, 1]
 
 

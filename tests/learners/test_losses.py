@@ -7,7 +7,8 @@ import torch
 
 from learners.losses import aggregate, pairwise_loss, policy_loss, rollout_correction, value_loss
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 GARBAGE = (NAN, INF, -INF)
 MASK_TYPES = [torch.bool, torch.int64, torch.float32]
 ONES = torch.ones(1, 4)
@@ -28,13 +29,13 @@ def assert_stat(stat, total, count):
     assert stat[1].item() == count
 
 
-# --- policy -----------------------------------------------------------------------------------------------
+# --- policy ---------------------------------------------------------------------------------------
 
 
 def test_policy_loss_by_hand():
-    # ratios 0.5, 1, 1.5 for good tokens (A = 2), then for bad ones (A = -2); the range is 0.9 ... 1.3
-    #   good: min(1, 1.8) = 1     min(2, 2) = 2      min(3, 2.6) = 2.6  clipped
-    #   bad:  min(-1, -1.8) = -1.8 clipped           min(-2, -2) = -2   min(-3, -2.6) = -3
+    # ratios 0.5, 1, 1.5 for good tokens (A = 2), then for bad ones (A = -2); the range is 0.9 ...
+    # 1.3 good: min(1, 1.8) = 1     min(2, 2) = 2      min(3, 2.6) = 2.6  clipped bad:  min(-1,
+    # -1.8) = -1.8 clipped           min(-2, -2) = -2   min(-3, -2.6) = -3
     logprobs = logs(0.5, 1.0, 1.5, 0.5, 1.0, 1.5)
     advantages = row(2.0, 2.0, 2.0, -2.0, -2.0, -2.0)
     loss, stats = policy_loss(
@@ -59,7 +60,8 @@ def test_approx_kl_is_k3_of_old_against_new():
 
 def test_in_the_first_minibatch_the_ratio_is_one_and_the_gradient_is_not_zero():
     logprobs = row(-1.3, -0.2).requires_grad_()
-    loss, stats = policy_loss(logprobs, logprobs, row(1.5, -0.5), torch.ones(1, 2))  # old not even detached
+    # old not even detached
+    loss, stats = policy_loss(logprobs, logprobs, row(1.5, -0.5), torch.ones(1, 2))
     assert loss.tolist() == [[-1.5, 0.5]]
     loss.sum().backward()
     assert logprobs.grad.tolist() == [[-1.5, 0.5]]
@@ -69,9 +71,12 @@ def test_in_the_first_minibatch_the_ratio_is_one_and_the_gradient_is_not_zero():
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token_alone():
-    # c = 3, A = -1: ratios 2 and 5 would cost 2 and 5, the bound is 3. A = 1: clipped at 1.2 as always
+    # c = 3, A = -1: ratios 2 and 5 would cost 2 and 5, the bound is 3. A = 1: clipped at 1.2 as
+    # always
     logprobs = logs(2.0, 5.0, 5.0, 0.5)
-    loss, stats = policy_loss(logprobs, torch.zeros(1, 4), row(-1.0, -1.0, 1.0, -1.0), ONES, dual_clip=3.0)
+    loss, stats = policy_loss(
+        logprobs, torch.zeros(1, 4), row(-1.0, -1.0, 1.0, -1.0), ONES, dual_clip=3.0
+    )
     torch.testing.assert_close(loss, row(2.0, 3.0, -1.2, 0.8))
     loss.sum().backward()
     torch.testing.assert_close(logprobs.grad, row(2.0, 0.0, 0.0, 0.0))
@@ -86,9 +91,12 @@ def test_sequence_ratio_is_the_geometric_mean_over_the_valid_tokens():
     mask = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0]])
     advantages = torch.tensor([[-1.0, NAN, -3.0], [1.0, NAN, NAN], [NAN, NAN, NAN]])
     loss, stats = policy_loss(logprobs, torch.zeros(3, 3), advantages, mask, ratio="sequence")
-    torch.testing.assert_close(loss, torch.tensor([[2.0, 0.0, 6.0], [-1.1, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        loss, torch.tensor([[2.0, 0.0, 6.0], [-1.1, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    )
     loss.sum().backward()
-    # row 0: the loss is -ratio (A_0 + A_2) = 4 ratio, and each token moves the log-ratio by 1/2: 4 * 2 / 2
+    # row 0: the loss is -ratio (A_0 + A_2) = 4 ratio, and each token moves the log-ratio by 1/2: 4
+    # * 2 / 2
     torch.testing.assert_close(
         logprobs.grad, torch.tensor([[4.0, 0.0, 4.0], [-1.1, 0.0, 0.0], [0.0, 0.0, 0.0]])
     )
@@ -97,7 +105,9 @@ def test_sequence_ratio_is_the_geometric_mean_over_the_valid_tokens():
 
 def test_sequence_ratio_is_clipped_as_one():
     logprobs = logs(4.0, 1.0)  # ratio 2 on both tokens, although the second one did not move
-    loss, stats = policy_loss(logprobs, row(0.0, 0.0), row(1.0, 1.0), torch.ones(1, 2), ratio="sequence")
+    loss, stats = policy_loss(
+        logprobs, row(0.0, 0.0), row(1.0, 1.0), torch.ones(1, 2), ratio="sequence"
+    )
     torch.testing.assert_close(loss, row(-1.2, -1.2))
     loss.sum().backward()
     assert logprobs.grad.tolist() == [[0.0, 0.0]]
@@ -107,7 +117,9 @@ def test_sequence_ratio_is_clipped_as_one():
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_log_ratios_are_bounded_before_exp(ratio):
     logprobs = row(1e4, 1e4).requires_grad_()
-    loss, stats = policy_loss(logprobs, row(0.0, 0.0), row(-1.0, -1.0), torch.ones(1, 2), ratio=ratio)
+    loss, stats = policy_loss(
+        logprobs, row(0.0, 0.0), row(-1.0, -1.0), torch.ones(1, 2), ratio=ratio
+    )
     torch.testing.assert_close(loss, row(math.exp(20), math.exp(20)))
     loss.sum().backward()
     assert logprobs.grad.isfinite().all()
@@ -129,7 +141,8 @@ def test_policy_loss_ignores_what_is_masked(options, dtype, garbage):
         loss.sum().backward()
         return loss, logprobs.grad, stats
 
-    (loss, gradient, stats), (clean_loss, clean_gradient, clean_stats) = run(garbage), run(0.0)
+    (loss, gradient, stats) = run(garbage)
+    (clean_loss, clean_gradient, clean_stats) = run(0.0)
     assert torch.equal(loss, clean_loss)
     assert torch.equal(gradient, clean_gradient)
     assert (loss[~mask.bool()] == 0).all()
@@ -142,21 +155,27 @@ def test_policy_loss_ignores_what_is_masked(options, dtype, garbage):
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_a_broken_token_does_not_spread_behind_the_mask(ratio):
-    loss, _ = policy_loss(row(NAN, 0.0, 0.0), row(0.0, 0.0, 0.0), row(1.0, 1.0, 1.0), row(1, 1, 0), ratio=ratio)
+    loss, _ = policy_loss(
+        row(NAN, 0.0, 0.0), row(0.0, 0.0, 0.0), row(1.0, 1.0, 1.0), row(1, 1, 0), ratio=ratio
+    )
     assert loss[0, 0].isnan() and loss[0, 2] == 0
 
 
 def test_policy_gradient_reaches_the_new_logprobs_alone():
-    old, advantages = row(0.0).requires_grad_(), row(1.0).requires_grad_()
+    old = row(0.0).requires_grad_()
+    advantages = row(1.0).requires_grad_()
     policy_loss(logs(1.1), old, advantages, torch.ones(1, 1))[0].sum().backward()
     assert old.grad is None
     assert advantages.grad is None
 
 
 def test_policy_loss_of_bf16_is_computed_in_float32():
-    # -1.0078125 is the bf16 number next to -1: the ratio exp(0.0078125) would be rounded to 1.0078125
+    # -1.0078125 is the bf16 number next to -1: the ratio exp(0.0078125) would be rounded to
+    # 1.0078125
     logprobs = row(-1.0).bfloat16().requires_grad_()
-    loss, _ = policy_loss(logprobs, row(-1.0078125).bfloat16(), row(1.0).bfloat16(), torch.ones(1, 1))
+    loss, _ = policy_loss(
+        logprobs, row(-1.0078125).bfloat16(), row(1.0).bfloat16(), torch.ones(1, 1)
+    )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(-math.exp(0.0078125), rel=1e-6)
     loss.sum().backward()
@@ -173,15 +192,14 @@ def test_policy_loss_names_what_is_wrong():
         policy_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2), torch.ones(2, 2))
 
 
-# --- value ------------------------------------------------------------------------------------------------
+# --- value ----------------------------------------------------------------------------------------
 
 
 def test_value_loss_by_hand():
-    # old values 0, clip 0.5
-    #   V 1    R 2   : clipped to 0.5 -> max(1, 2.25) / 2 = 1.125   moved far enough: no gradient
-    #   V 0.25 R 1   : inside         -> 0.75² / 2        = 0.28125 gradient V - R = -0.75
-    #   V 1    R 0.25: clipped to 0.5 -> max(0.5625, 0.0625) / 2    gradient 0.75: the way back is open
-    #   V -1   R -2  : clipped to -0.5 -> max(1, 2.25) / 2          no gradient
+    # old values 0, clip 0.5 V 1    R 2   : clipped to 0.5 -> max(1, 2.25) / 2 = 1.125   moved far
+    # enough: no gradient V 0.25 R 1   : inside         -> 0.75² / 2        = 0.28125 gradient V - R
+    # = -0.75 V 1    R 0.25: clipped to 0.5 -> max(0.5625, 0.0625) / 2    gradient 0.75: the way
+    # back is open V -1   R -2  : clipped to -0.5 -> max(1, 2.25) / 2          no gradient
     values = row(1.0, 0.25, 1.0, -1.0).requires_grad_()
     returns = row(2.0, 1.0, 0.25, -2.0)
     loss, stats = value_loss(values, torch.zeros(1, 4), returns, ONES, clip=0.5)
@@ -217,7 +235,8 @@ def test_value_loss_ignores_what_is_masked(clip, dtype, garbage):
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]]).to(dtype)
     hide = (~mask.bool(), garbage)
     values = torch.full((2, 3), 0.1).masked_fill(*hide).requires_grad_()
-    old, returns = torch.zeros(2, 3).masked_fill(*hide), torch.ones(2, 3).masked_fill(*hide)
+    old = torch.zeros(2, 3).masked_fill(*hide)
+    returns = torch.ones(2, 3).masked_fill(*hide)
     loss, stats = value_loss(values, old, returns, mask, clip=clip)
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.tensor([[0.405, 0.0, 0.405], [0.0, 0.0, 0.0]]))
@@ -227,7 +246,8 @@ def test_value_loss_ignores_what_is_masked(clip, dtype, garbage):
 
 
 def test_value_gradient_reaches_the_new_values_alone():
-    old, returns = row(0.0).requires_grad_(), row(1.0).requires_grad_()
+    old = row(0.0).requires_grad_()
+    returns = row(1.0).requires_grad_()
     value_loss(row(0.1).requires_grad_(), old, returns, torch.ones(1, 1))[0].sum().backward()
     assert old.grad is None
     assert returns.grad is None
@@ -235,12 +255,14 @@ def test_value_gradient_reaches_the_new_values_alone():
 
 def test_value_loss_of_bf16_is_computed_in_float32():
     # the error 256 - 0.5 is not a bf16 number
-    loss, _ = value_loss(row(256.0).bfloat16(), row(256.0).bfloat16(), row(0.5).bfloat16(), torch.ones(1, 1))
+    loss, _ = value_loss(
+        row(256.0).bfloat16(), row(256.0).bfloat16(), row(0.5).bfloat16(), torch.ones(1, 1)
+    )
     assert loss.dtype == torch.float32
     assert loss.item() == 0.5 * 255.5**2
 
 
-# --- rollout correction -----------------------------------------------------------------------------------
+# --- rollout correction ---------------------------------------------------------------------------
 
 # token weights old / rollout: 4, 0.5, 1.5 -> product 3; in the second row 0.5, 0.5 -> product 0.25
 WEIGHTS = torch.tensor([[4.0, 0.5, 1.5], [0.5, 0.5, 1.0]])
@@ -272,14 +294,18 @@ def test_rollout_correction_by_hand(kind, expected, capped, dtype, garbage):
 
 
 def test_a_weight_equal_to_the_cap_is_kept():
-    weights, stats = rollout_correction(row(0.0), row(0.0), torch.ones(1, 1), kind="token_mask", cap=1.0)
+    weights, stats = rollout_correction(
+        row(0.0), row(0.0), torch.ones(1, 1), kind="token_mask", cap=1.0
+    )
     assert weights.item() == 1.0
     assert_stat(stats["rollout_capped"], 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["token_truncate", "sequence_truncate"])
 def test_log_weights_are_bounded_before_exp(kind):
-    weights, _ = rollout_correction(row(50.0, 50.0), row(0.0, 0.0), torch.ones(1, 2), kind=kind, cap=1e30)
+    weights, _ = rollout_correction(
+        row(50.0, 50.0), row(0.0, 0.0), torch.ones(1, 2), kind=kind, cap=1e30
+    )
     torch.testing.assert_close(weights, row(math.exp(20), math.exp(20)))
 
 
@@ -299,13 +325,14 @@ def test_rollout_correction_names_what_is_wrong():
         rollout_correction(row(0.0), row(0.0), torch.ones(1, 1), kind="token_mask", cap=0.0)
 
 
-# --- aggregation ------------------------------------------------------------------------------------------
+# --- aggregation ----------------------------------------------------------------------------------
 
 LOSSES = torch.tensor([[1.0, 2.0, 6.0], [5.0, NAN, 7.0], [NAN, INF, -INF]])
 LOSS_MASK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]])
 
 
-# sums 9 and 12 over 3 and 2 tokens: 21 / 5;  (3 + 6) / 2 sequences, the empty one does not count;  21 / 10
+# sums 9 and 12 over 3 and 2 tokens: 21 / 5;  (3 + 6) / 2 sequences, the empty one does not count;
+# 21 / 10
 @pytest.mark.parametrize("dtype", MASK_TYPES)
 @pytest.mark.parametrize(
     ("how", "denominator", "expected"),
@@ -392,14 +419,16 @@ def test_from_logprobs_to_one_number_nothing_masked_leaks(how):
     mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
     hidden = torch.tensor([[-1.0, INF, -2.0], [NAN, -INF, NAN]])
     weights, _ = rollout_correction(hidden, hidden, mask, kind="sequence_truncate", cap=2.0)
-    loss, _ = policy_loss(logprobs, hidden, torch.full((2, 3), 3.0).masked_fill(mask == 0, NAN), mask)
+    loss, _ = policy_loss(
+        logprobs, hidden, torch.full((2, 3), 3.0).masked_fill(mask == 0, NAN), mask
+    )
     total = aggregate(loss * weights, mask, how=how)
     assert total.item() == pytest.approx(-3.0)
     total.backward()
     assert logprobs.grad.tolist() == [[-1.5, 0.0, -1.5], [0.0, 0.0, 0.0]]
 
 
-# --- pairs ------------------------------------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------
 
 
 def test_pairwise_loss_by_hand():
@@ -412,9 +441,12 @@ def test_pairwise_loss_by_hand():
     torch.testing.assert_close(chosen.grad, torch.tensor([-0.25, -0.5, -0.75]))  # sigmoid - 1
 
 
-@pytest.mark.parametrize("margin", [math.log(3), torch.full((1,), math.log(3), dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "margin", [math.log(3), torch.full((1,), math.log(3), dtype=torch.float64)]
+)
 def test_the_margin_is_what_chosen_must_win_by(margin):
-    chosen, rejected = torch.tensor([2 * math.log(3)]), torch.tensor([0.0])
+    chosen = torch.tensor([2 * math.log(3)])
+    rejected = torch.tensor([0.0])
     loss = pairwise_loss(chosen, rejected, margin)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, -torch.tensor([0.75]).log())

@@ -39,7 +39,9 @@ from learners.models import (
 )
 from learners.settings import ModelSettings, UserError
 
-VOCABULARY, PAD, EOS = 40, 39, 1
+VOCABULARY = 40
+PAD = 39
+EOS = 1
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 RESPONSES = [[20, EOS], [21, 22, 23, EOS], [24, 25, 26, 27, 28, EOS]]
 ENCODER = {
@@ -74,10 +76,16 @@ def qwen3(**changes):
 def gpt2():
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
-            bos_token_id=EOS, eos_token_id=EOS,
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
         )
-    )  # fmt: skip
+    )
 
 
 MAKE = {
@@ -86,7 +94,9 @@ MAKE = {
     "bert": lambda: BertForMaskedLM(BertConfig(**ENCODER)),
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**ENCODER, pad_token_id=2)),
     "deberta": lambda: DebertaV2ForMaskedLM(
-        DebertaV2Config(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0)
+        DebertaV2Config(
+            **ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0
+        )
     ),
 }
 ATTENTION = {"deberta": "eager"}
@@ -140,14 +150,16 @@ def with_token(batch, row, column, token):
 
 def same_weights(a, b):
     b = b.state_dict()
-    assert all(torch.equal(tensor, b.pop(name)) for name, tensor in a.state_dict().items()) and not b
+    assert (
+        all(torch.equal(tensor, b.pop(name)) for name, tensor in a.state_dict().items()) and not b
+    )
 
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
-# -- scores ------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -206,7 +218,8 @@ def test_a_decoder_reads_its_score_at_the_last_real_token(checkpoint, batch):
 
 @torch.no_grad()
 def test_pad_equal_to_eos_keeps_our_scores_and_moves_those_of_plain_transformers(checkpoint, batch):
-    model, same = reward_model(checkpoint("qwen3")), reward_model(checkpoint("qwen3"), pad=EOS)
+    model = reward_model(checkpoint("qwen3"))
+    same = reward_model(checkpoint("qwen3"), pad=EOS)
     close(sequence_scores(same, batch), sequence_scores(model, batch))
     plain = same(filled(batch, EOS).input_ids, attention_mask=batch.attention_mask).logits[:, 0]
     assert (plain - sequence_scores(same, batch)).abs().min() > 1e-3
@@ -238,12 +251,13 @@ def test_the_token_that_pads_still_learns(checkpoint, batch):
     assert model.get_input_embeddings().weight.grad[EOS].abs().sum() > 0
 
 
-# -- log-probs ---------------------------------------------------------------------------------------------
+# --- log-probs ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_response_logprobs_are_those_of_a_loop(checkpoint, batch):
-    model, temperature = load_causal_lm(checkpoint("qwen3")), 0.7
+    model = load_causal_lm(checkpoint("qwen3"))
+    temperature = 0.7
     result = response_logprobs(model, batch, temperature)
     assert result.shape == (3, 6) and result.dtype == torch.float32
     plain = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3").path)
@@ -255,16 +269,26 @@ def test_response_logprobs_are_those_of_a_loop(checkpoint, batch):
 
 
 def test_the_eos_is_trained_where_it_is_also_the_pad(checkpoint):
-    """Two answers of different lengths that end with EOS, which this checkpoint also pads with: each EOS counts."""
-    model, answers = load_causal_lm(checkpoint("qwen3")), [[7, 8, 9, EOS], [EOS]]
+    """Two answers of different lengths that end with EOS, which this checkpoint also pads with:
+    each EOS counts.
+    """
+    model = load_causal_lm(checkpoint("qwen3"))
+    answers = [[7, 8, 9, EOS], [EOS]]
     assert model.config.pad_token_id == EOS
     batch = filled(Experience.from_ids([[5, 6], [7]], answers), EOS)
     logprobs = response_logprobs(model, batch, 1.0)
-    assert batch.mask.sum() == 5 and batch.mask[0, 3] and batch.mask[1, 0] and not batch.mask[1, 1:].any()
+    assert (
+        batch.mask.sum() == 5
+        and batch.mask[0, 3]
+        and batch.mask[1, 0]
+        and not batch.mask[1, 1:].any()
+    )
     for ids, prompt, row in (([5, 6, *answers[0]], 2, 0), ([7, *answers[1]], 1, 1)):
         expected = model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[EOS]
         close(logprobs[row, len(ids) - prompt - 1], expected)
-        (gradient,) = torch.autograd.grad(logprobs[row, len(ids) - prompt - 1], model.lm_head.weight, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            logprobs[row, len(ids) - prompt - 1], model.lm_head.weight, retain_graph=True
+        )
         assert gradient[EOS].abs().max() > 1e-3
 
 
@@ -304,7 +328,7 @@ def test_dropout_is_off_in_training_mode(checkpoint, batch, name):
             assert torch.equal(read(model.train(), batch), still)
 
 
-# -- critic ------------------------------------------------------------------------------------------------
+# --- critic ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
@@ -315,7 +339,9 @@ def test_a_critic_from_an_sft_model_starts_at_zero(checkpoint, batch, name):
 
 
 @torch.no_grad()
-def test_a_critic_from_a_reward_model_values_a_text_as_its_calibrated_score(reward_checkpoint, batch):
+def test_a_critic_from_a_reward_model_values_a_text_as_its_calibrated_score(
+    reward_checkpoint, batch
+):
     settings, model = reward_checkpoint
     critic = load_critic(settings)
     values = response_values(critic, batch)
@@ -325,7 +351,9 @@ def test_a_critic_from_a_reward_model_values_a_text_as_its_calibrated_score(rewa
             close(values[row, t], (score[0] - 0.5) / 2.0)
         assert not values[row, len(response) :].any()
     whole = critic(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :, 0]
-    close(whole[range(3), (batch.lengths - 1).tolist()], (sequence_scores(model, batch) - 0.5) / 2.0)
+    close(
+        whole[range(3), (batch.lengths - 1).tolist()], (sequence_scores(model, batch) - 0.5) / 2.0
+    )
 
 
 @torch.no_grad()
@@ -351,7 +379,7 @@ def test_a_saved_critic_comes_back_and_is_calibrated_once(reward_checkpoint, bat
     close(response_values(plain, batch), response_values(critic, batch))
 
 
-# -- refusals ----------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_encoders_are_told_from_decoders():
@@ -377,7 +405,9 @@ def test_missing_weights_are_named(tmp_path, load):
     state = model.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(UserError, match=r"1 weights are missing .*layers\.1\.mlp\.up_proj\.weight") as error:
+    with pytest.raises(
+        UserError, match=r"1 weights are missing .*layers\.1\.mlp\.up_proj\.weight"
+    ) as error:
         load(ModelSettings(path=str(tmp_path)))
     assert "\n" not in str(error.value)
 
@@ -393,7 +423,8 @@ def test_a_finished_reward_model_without_its_head_is_refused(reward_checkpoint, 
 
 def test_a_reward_model_has_one_label(tmp_path):
     config = qwen3().config
-    config.architectures, config.num_labels = ["Qwen3ForSequenceClassification"], 5
+    config.architectures = ["Qwen3ForSequenceClassification"]
+    config.num_labels = 5
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="one label, not 5"):
         load_reward_model(ModelSettings(path=str(tmp_path)), PAD)
@@ -406,7 +437,9 @@ def test_a_folder_without_a_model_is_one_line(tmp_path, load):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("calibration", [(0.0, 0.0), (0.0, math.nan), (math.nan, 1.0), (0.0, math.inf)])
+@pytest.mark.parametrize(
+    "calibration", [(0.0, 0.0), (0.0, math.nan), (math.nan, 1.0), (0.0, math.inf)]
+)
 def test_a_calibration_must_be_usable(calibration):
     with pytest.raises(UserError, match="calibrated"):
         write_calibration(Qwen3Config(), Calibration(*calibration))

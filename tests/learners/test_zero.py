@@ -1,4 +1,6 @@
-"""ZeroEngine and its roles on real ranks, against one optimizer step of plain PyTorch, one sequence at a time."""
+"""ZeroEngine and its roles on real ranks, against one optimizer step of plain PyTorch, one sequence
+at a time.
+"""
 
 import math
 from dataclasses import replace
@@ -30,19 +32,33 @@ from tests.learners.ranks import Ranks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
-PAD, SEED, TOTAL_STEPS, TEMPERATURE, VALUE_CLIP = 39, 5, 10, 0.7, 0.2
-CLIP_LOW, CLIP_HIGH, KL_BETA, CENTRING = 0.2, 0.3, 0.1, 0.05
+PAD = 39
+SEED = 5
+TOTAL_STEPS = 10
+TEMPERATURE = 0.7
+VALUE_CLIP = 0.2
+CLIP_LOW = 0.2
+CLIP_HIGH = 0.3
+KL_BETA = 0.1
+CENTRING = 0.05
 ROLES = ("ppo", "grpo", "critic", "reward", "sft")
 STAGES = (0, 1, 2, 3)
-ONE_EACH, UNEVEN, PAIRS_UNEVEN, WHOLE = 1, 40, 80, 10_000  # micro-batch budgets in tokens
-NAN, INF = float("nan"), float("inf")
+ONE_EACH = 1  # micro-batch budgets in tokens
+UNEVEN = 40
+PAIRS_UNEVEN = 80
+WHOLE = 10_000
+NAN = float("nan")
+INF = float("inf")
 
-SGD = OptimizerSettings(kind="sgd", learning_rate=0.1, max_grad_norm=0.2, warmup_steps=1)  # clips every step
+# clips every step
+SGD = OptimizerSettings(kind="sgd", learning_rate=0.1, max_grad_norm=0.2, warmup_steps=1)
 # eps: where a gradient is exactly 0, AdamW would otherwise turn rounding errors into whole steps
-ADAMW = OptimizerSettings(kind="adamw", learning_rate=3e-4, max_grad_norm=0, weight_decay=0.1, eps=1e-5, warmup_steps=1)
+ADAMW = OptimizerSettings(
+    kind="adamw", learning_rate=3e-4, max_grad_norm=0, weight_decay=0.1, eps=1e-5, warmup_steps=1
+)
 
 
-# -- what runs on the ranks ----------------------------------------------------------------------------------
+# --- what runs on the ranks -----------------------------------------------------------------------
 
 
 def learner(place, role, settings):
@@ -56,14 +72,18 @@ def learner(place, role, settings):
     clips = {"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH}
     match role:
         case "ppo":
-            return ActorLearner(settings, PPO(PPOSettings(**clips)), TEMPERATURE, 32, TOTAL_STEPS, place)
+            return ActorLearner(
+                settings, PPO(PPOSettings(**clips)), TEMPERATURE, 32, TOTAL_STEPS, place
+            )
         case "grpo":
             grpo = GRPO(GRPOSettings(**clips, kl_beta=KL_BETA), 2)
             return ActorLearner(settings, grpo, TEMPERATURE, 32, TOTAL_STEPS, place)
         case "critic":
             return CriticLearner(settings, VALUE_CLIP, TOTAL_STEPS, place)
         case "reward":
-            return RewardModelLearner(settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place)
+            return RewardModelLearner(
+                settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place
+            )
         case "sft":
             return SFTLearner(settings, TOTAL_STEPS, place)
 
@@ -73,7 +93,9 @@ def share(place, role, batch):
 
 
 def weights_of(engine):
-    return torch.cat([tensor.float().flatten() for _, tensors in engine.iter_groups() for tensor in tensors])
+    return torch.cat(
+        [tensor.float().flatten() for _, tensors in engine.iter_groups() for tensor in tensors]
+    )
 
 
 def train(place, role, settings, batch, steps=2):
@@ -83,14 +105,20 @@ def train(place, role, settings, batch, steps=2):
 
 
 def train_and_look(place, role, optimizers, settings, batch):
-    """Per optimizer: metrics of two steps, the gradient each of them saw, and the weights after the second."""
-    return [_train_and_look(place, role, settings.model_copy(update={"optimizer": o}), batch) for o in optimizers]
+    """Per optimizer: metrics of two steps, the gradient each of them saw, and the weights after the
+    second.
+    """
+    return [
+        _train_and_look(place, role, settings.model_copy(update={"optimizer": o}), batch)
+        for o in optimizers
+    ]
 
 
 def _train_and_look(place, role, settings, batch):
     from deepspeed.utils import safe_get_full_grad
 
-    engine, gradients = learner(place, role, settings), []
+    engine = learner(place, role, settings)
+    gradients = []
     step = engine._step
 
     def look_and_step():
@@ -124,25 +152,41 @@ def infinite_logprobs(loss, outputs, *rest):
 
 
 def train_broken_first(place, role, fault, settings, batch):
-    """A step with a faulty loss on one rank alone, then two sound ones; and the weights before and after the first."""
+    """A step with a faulty loss on one rank alone, then two sound ones; and the weights before and
+    after the first.
+    """
     engine = learner(place, role, settings)
     loss = engine.loss
     if place.rank == 0:
         engine.loss = partial(fault, loss)
-    before, shard = weights_of(engine), share(place, role, batch)
+    before = weights_of(engine)
+    shard = share(place, role, batch)
     refused = engine.train(shard)
-    after, engine.loss = weights_of(engine), loss
-    return refused, torch.equal(before, after), [engine.train(shard) for _ in range(2)], weights_of(engine)
+    after = weights_of(engine)
+    engine.loss = loss
+    return (
+        refused,
+        torch.equal(before, after),
+        [engine.train(shard) for _ in range(2)],
+        weights_of(engine),
+    )
 
 
 def train_on_poison_first(place, role, settings, poisoned, batch):
-    """A step on a batch with one bad number, then two on a sound one; and the weights before and after the first."""
+    """A step on a batch with one bad number, then two on a sound one; and the weights before and
+    after the first.
+    """
     engine = learner(place, role, settings)
     before = weights_of(engine)
     refused = engine.train(share(place, role, poisoned))
     after = weights_of(engine)
     shard = share(place, role, batch)
-    return refused, torch.equal(before, after), [engine.train(shard) for _ in range(2)], weights_of(engine)
+    return (
+        refused,
+        torch.equal(before, after),
+        [engine.train(shard) for _ in range(2)],
+        weights_of(engine),
+    )
 
 
 def measure_then_train(place, role, settings, batch):
@@ -206,7 +250,7 @@ def factors(place, settings, steps, total_steps):
     return [factor(i) for i in range(steps)]
 
 
-# -- the reference: plain PyTorch ----------------------------------------------------------------------------
+# --- the reference: plain PyTorch -----------------------------------------------------------------
 
 
 class Reference(NamedTuple):
@@ -228,7 +272,10 @@ def sequences(batch):
     return [
         (ids[: p + r], p)
         for ids, p, r in zip(
-            batch.input_ids, batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True
+            batch.input_ids,
+            batch.prompt_lengths.tolist(),
+            batch.response_lengths.tolist(),
+            strict=True,
         )
     ]
 
@@ -243,7 +290,9 @@ def plain_outputs(model, role, batch):
         elif role == "critic":
             outputs.append(logits[prompt - 1 : -1, 0])
         else:
-            logprobs = (logits[prompt - 1 : -1] / (1.0 if role == "sft" else TEMPERATURE)).log_softmax(-1)
+            logprobs = (
+                logits[prompt - 1 : -1] / (1.0 if role == "sft" else TEMPERATURE)
+            ).log_softmax(-1)
             outputs.append(logprobs.gather(1, ids[prompt:, None])[:, 0])
     return outputs
 
@@ -251,8 +300,12 @@ def plain_outputs(model, role, batch):
 def plain_loss(model, role, batch):
     outputs = plain_outputs(model, role, batch)
     if role == "reward":
-        chosen, rejected = torch.stack(outputs[::2]), torch.stack(outputs[1::2])
-        per_pair = -F.logsigmoid(chosen - rejected - batch.margins[::2]) + CENTRING * (chosen + rejected) ** 2
+        chosen = torch.stack(outputs[::2])
+        rejected = torch.stack(outputs[1::2])
+        per_pair = (
+            -F.logsigmoid(chosen - rejected - batch.margins[::2])
+            + CENTRING * (chosen + rejected) ** 2
+        )
         return per_pair.mean()
 
     per_sequence = []
@@ -262,22 +315,31 @@ def plain_loss(model, role, batch):
         if role == "sft":
             loss = -new
         elif role == "critic":
-            old, target = batch.values[i, valid], batch.returns[i, valid]
+            old = batch.values[i, valid]
+            target = batch.returns[i, valid]
             clipped = old + (new - old).clamp(-VALUE_CLIP, VALUE_CLIP)
             loss = 0.5 * torch.maximum((new - target) ** 2, (clipped - target) ** 2)
         else:
-            ratio, advantage = (new - batch.old_logprobs[i, valid]).exp(), batch.advantages[i, valid]
-            loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+            ratio = (new - batch.old_logprobs[i, valid]).exp()
+            advantage = batch.advantages[i, valid]
+            loss = -torch.minimum(
+                ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+            )
         if role == "grpo":
             difference = batch.ref_logprobs[i, valid] - new
             loss = loss + KL_BETA * (difference.exp() - difference - 1)
         if len(loss):
             per_sequence.append(loss)
-    return torch.stack([x.mean() for x in per_sequence]).mean() if role == "grpo" else torch.cat(per_sequence).mean()
+    return (
+        torch.stack([x.mean() for x in per_sequence]).mean()
+        if role == "grpo"
+        else torch.cat(per_sequence).mean()
+    )
 
 
 def plain_training(role, model_settings, optimizer_settings, batch, steps=2):
-    model, s = load(role, model_settings).double(), optimizer_settings  # so that rounding is the learner's alone
+    model = load(role, model_settings).double()  # so that rounding is the learner's alone
+    s = optimizer_settings
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": s.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -286,7 +348,9 @@ def plain_training(role, model_settings, optimizer_settings, batch, steps=2):
         optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=s.learning_rate)
     else:
         optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, eps=s.eps)
-    gradients, losses, norms = [], [], []
+    gradients = []
+    losses = []
+    norms = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = s.learning_rate * (0.5, 1.0)[step]  # one step of warm-up
@@ -298,10 +362,15 @@ def plain_training(role, model_settings, optimizer_settings, batch, steps=2):
         optimizer.step()
         losses.append(loss.item())
         norms.append(norm.item())
-    return Reference(torch.cat([p.detach().flatten() for p in model.parameters()]).float(), gradients, losses, norms)
+    return Reference(
+        torch.cat([p.detach().flatten() for p in model.parameters()]).float(),
+        gradients,
+        losses,
+        norms,
+    )
 
 
-# -- fixtures ------------------------------------------------------------------------------------------------
+# --- fixtures -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -324,15 +393,25 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Folders of tiny models: a decoder with tied and with untied embeddings, and a reward model."""
+    """Folders of tiny models: a decoder with tied and with untied embeddings, and a reward
+    model.
+    """
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("tied", "untied", "reward")}
     for name in ("tied", "untied"):
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, tie_word_embeddings=name == "tied", initializer_range=0.05,
-            eos_token_id=2, pad_token_id=PAD,
-        )  # fmt: skip
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=name == "tied",
+            initializer_range=0.05,
+            eos_token_id=2,
+            pad_token_id=PAD,
+        )
         Qwen3ForCausalLM(config).save_pretrained(folders[name])
     load("reward", ModelSettings(path=folders["tied"])).save_pretrained(folders["reward"])
     return folders
@@ -341,15 +420,24 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_of(paths):
     """Where each role begins."""
-    starts = {"ppo": "tied", "grpo": "untied", "critic": "reward", "reward": "untied", "sft": "untied"}
+    starts = {
+        "ppo": "tied",
+        "grpo": "untied",
+        "critic": "reward",
+        "reward": "untied",
+        "sft": "untied",
+    }
     return {role: ModelSettings(path=paths[name]) for role, name in starts.items()}
 
 
 @pytest.fixture(scope="module")
 def batches(model_of):
-    """Seven samples of very different lengths, one without a response and one unscorable; or five pairs."""
+    """Seven samples of very different lengths, one without a response and one unscorable; or five
+    pairs.
+    """
     draw = torch.Generator().manual_seed(1)
-    prompt_lengths, response_lengths = (2, 1, 7, 3, 4, 1, 12), (1, 17, 3, 9, 0, 26, 6)
+    prompt_lengths = (2, 1, 7, 3, 4, 1, 12)
+    response_lengths = (1, 17, 3, 9, 0, 26, 6)
 
     def ids(lengths):
         return [torch.randint(3, PAD, (n,), generator=draw).tolist() for n in lengths]
@@ -373,13 +461,16 @@ def batches(model_of):
             "returns": noise(1.0),
         }
         valid = (torch.arange(7) != 2)[:, None].expand_as(behind)
-        known = {name: x.masked_fill(behind, NAN) for name, x in known.items()}  # garbage that nobody may read
+        # garbage that nobody may read
+        known = {name: x.masked_fill(behind, NAN) for name, x in known.items()}
         filled[role] = replace(samples, **known, valid=valid)
 
     prompts = ids((2, 9, 1, 5, 4))
     answers = ids((1, 14, 20, 2, 3, 3, 11, 30, 6, 8))
     pairs = Experience.from_ids([prompts[i // 2] for i in range(10)], answers)
-    filled["reward"] = replace(pairs, margins=torch.tensor([0.0, 0.5, 1.0, 0.2, 0.1]).repeat_interleave(2))
+    filled["reward"] = replace(
+        pairs, margins=torch.tensor([0.0, 0.5, 1.0, 0.2, 0.1]).repeat_interleave(2)
+    )
     return filled
 
 
@@ -402,7 +493,9 @@ def reference(model_of, batches):
 def settings_of(model_of):
     def settings(role, stage, budget=UNEVEN, optimizer=SGD, path=None):
         model = model_of[role] if path is None else ModelSettings(path=path)
-        return LearnerSettings(model=model, zero_stage=stage, micro_batch_tokens=budget, optimizer=optimizer)
+        return LearnerSettings(
+            model=model, zero_stage=stage, micro_batch_tokens=budget, optimizer=optimizer
+        )
 
     return settings
 
@@ -435,7 +528,7 @@ def assert_outputs(outputs, expected):
         assert not row.ndim or not output[len(row) :].any()
 
 
-# -- one loss, however it is cut -----------------------------------------------------------------------------
+# --- one loss, however it is cut ------------------------------------------------------------------
 
 
 def budget_of(role, budget):
@@ -446,7 +539,8 @@ def budget_of(role, budget):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("role", ROLES)
 def test_the_three_budgets_cut_the_mini_batch_in_three_ways(batches, role, n):
-    batch, group = batches[role], 2 if role == "reward" else 1
+    batch = batches[role]
+    group = 2 if role == "reward" else 1
 
     def sizes(budget):
         """Samples (or pairs) of every micro-batch, rank by rank."""
@@ -466,13 +560,17 @@ def test_the_three_budgets_cut_the_mini_batch_in_three_ways(batches, role, n):
 def test_every_cut_of_every_role_steps_like_plain_pytorch(
     ranks, reference, settings_of, batches, role, n, stage, budget
 ):
-    """Seven samples (or five pairs) on one rank or two: gradients, and weights after two steps of SGD and of AdamW."""
+    """Seven samples (or five pairs) on one rank or two: gradients, and weights after two steps of
+    SGD and of AdamW.
+    """
     settings = settings_of(role, stage, budget_of(role, budget))
     results = ranks[n].run(train_and_look, role, (SGD, ADAMW), settings, batches[role])
     for i, optimizer in enumerate((SGD, ADAMW)):
         expected = reference(role, optimizer)
         seen = [of_rank[i] for of_rank in results]
-        assert_trained_like(expected, [(metrics, weights) for metrics, _, weights in seen], optimizer)
+        assert_trained_like(
+            expected, [(metrics, weights) for metrics, _, weights in seen], optimizer
+        )
         for _, gradients, _ in seen:
             for gradient, plain in zip(gradients, expected.gradients, strict=True):
                 assert (gradient - plain).abs().max() <= 1e-6 * plain.abs().max()
@@ -482,7 +580,9 @@ def test_every_cut_of_every_role_steps_like_plain_pytorch(
 def test_recomputed_activations_change_nothing(ranks, reference, settings_of, batches, stage):
     settings = settings_of("ppo", stage)
     model = settings.model.model_copy(update={"gradient_checkpointing": True})
-    results = ranks[2].run(train, "ppo", settings.model_copy(update={"model": model}), batches["ppo"])
+    results = ranks[2].run(
+        train, "ppo", settings.model_copy(update={"model": model}), batches["ppo"]
+    )
     assert_trained_like(reference("ppo", SGD), results, SGD)
 
 
@@ -496,8 +596,11 @@ def test_a_rank_without_rows_takes_part(ranks, reference, settings_of, batches, 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_1_and_2_accumulate_every_micro_batch(ranks, reference, settings_of, batches, stage):
-    """Without an explicit accumulation boundary these two stages keep only the last micro-batch's gradient."""
-    expected, last = reference("sft", SGD), reference("sft", SGD, (0,))
+    """Without an explicit accumulation boundary these two stages keep only the last micro-batch's
+    gradient.
+    """
+    expected = reference("sft", SGD)
+    last = reference("sft", SGD, (0,))
     assert (last.weights - expected.weights).abs().max() > 1e-3, "the trap would not show"
     arguments = ("sft", settings_of("sft", stage, ONE_EACH), batches["sft"])
     assert_trained_like(expected, ranks[1].run(train, *arguments), SGD)
@@ -510,7 +613,9 @@ def test_zero_1_and_2_accumulate_every_micro_batch(ranks, reference, settings_of
 def test_a_mini_batch_with_nothing_valid_moves_nothing(ranks, settings_of, batches, stage, row):
     batch = batches["ppo"].select([row])
     for metrics, weights in ranks[2].run(train, "ppo", settings_of("ppo", stage), batch):
-        assert [step["grad_norm"] for step in metrics] == [0, 0] and [step["loss"] for step in metrics] == [0, 0]
+        assert [step["grad_norm"] for step in metrics] == [0, 0] and [
+            step["loss"] for step in metrics
+        ] == [0, 0]
         assert not any(step["skipped_updates"] for step in metrics)
         start = load("ppo", settings_of("ppo", stage).model)
         assert torch.equal(weights, torch.cat([p.detach().flatten() for p in start.parameters()]))
@@ -518,39 +623,53 @@ def test_a_mini_batch_with_nothing_valid_moves_nothing(ranks, settings_of, batch
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_measuring_leaves_no_trace(ranks, settings_of, batches, stage):
-    settings, batch = settings_of("sft", stage), batches["sft"]
+    settings = settings_of("sft", stage)
+    batch = batches["sft"]
     plain = ranks[2].run(train, "sft", settings, batch, 1)
     for (metrics, weights), (measured, learned, after) in zip(
         plain, ranks[2].run(measure_then_train, "sft", settings, batch), strict=True
     ):
-        assert measured["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6) and "grad_norm" not in measured
+        assert (
+            measured["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+            and "grad_norm" not in measured
+        )
         assert learned == pytest.approx(metrics[0], abs=1e-6)
         close(after, weights, 1e-7)
 
 
-# -- numbers that are not finite -----------------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("role", "field", "value"), [("ppo", "advantages", NAN), ("critic", "returns", 1e30)])
+@pytest.mark.parametrize(
+    ("role", "field", "value"), [("ppo", "advantages", NAN), ("critic", "returns", 1e30)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_update_that_is_not_finite_is_skipped_and_leaves_no_trace(
     ranks, reference, settings_of, batches, n, stage, role, field, value
 ):
-    """One bad token of one rank. The Critic's squared error overflows: its loss is infinite, its gradient is not."""
+    """One bad token of one rank. The Critic's squared error overflows: its loss is infinite, its
+    gradient is not.
+    """
     batch = batches[role]
     bad = getattr(batch, field).clone()
     bad[1, 4] = value
     settings = settings_of(role, stage, optimizer=ADAMW)
-    results = ranks[n].run(train_on_poison_first, role, settings, replace(batch, **{field: bad}), batch)
+    results = ranks[n].run(
+        train_on_poison_first, role, settings, replace(batch, **{field: bad}), batch
+    )
     for refused, unchanged, _, _ in results:
         assert refused["skipped_updates"] == 1 and unchanged
         assert not math.isfinite(refused["loss"]) and not math.isfinite(refused["grad_norm"])
     assert all(step["skipped_updates"] == 0 for _, _, metrics, _ in results for step in metrics)
-    assert_trained_like(reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW)
+    assert_trained_like(
+        reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW
+    )
 
 
-@pytest.mark.parametrize(("role", "fault"), [("sft", infinite_gradient), ("ppo", infinite_logprobs)])
+@pytest.mark.parametrize(
+    ("role", "fault"), [("sft", infinite_gradient), ("ppo", infinite_logprobs)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_only_one_rank_sees_of_an_infinity_makes_all_skip(
     ranks, reference, settings_of, batches, stage, role, fault
@@ -560,37 +679,46 @@ def test_what_only_one_rank_sees_of_an_infinity_makes_all_skip(
     for refused, unchanged, _, _ in results:
         assert refused["skipped_updates"] == 1 and unchanged
         assert math.isfinite(refused["loss"]) == (fault is infinite_gradient)
-    assert_trained_like(reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW)
+    assert_trained_like(
+        reference(role, ADAMW), [(metrics, weights) for _, _, metrics, weights in results], ADAMW
+    )
 
 
-# -- bfloat16 ------------------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_bfloat16_learns_as_float32_does(ranks, settings_of, batches, stage):
-    """Twenty steps, one sample per micro-batch: without float32 master weights and sums the loss falls behind."""
+    """Twenty steps, one sample per micro-batch: without float32 master weights and sums the loss
+    falls behind.
+    """
     optimizer = ADAMW.model_copy(update={"warmup_steps": 0})
     plain = settings_of("sft", stage, ONE_EACH, optimizer)
-    narrow = plain.model_copy(update={"model": plain.model.model_copy(update={"dtype": "bfloat16"})})
-    (expected, _), (metrics, _) = (ranks[2].run(train, "sft", s, batches["sft"], 20)[0] for s in (plain, narrow))
+    narrow = plain.model_copy(
+        update={"model": plain.model.model_copy(update={"dtype": "bfloat16"})}
+    )
+    (expected, _), (metrics, _) = (
+        ranks[2].run(train, "sft", s, batches["sft"], 20)[0] for s in (plain, narrow)
+    )
     assert expected[0]["loss"] - expected[-1]["loss"] > 0.3
     assert metrics[-1]["loss"] == pytest.approx(expected[-1]["loss"], abs=5e-3)
     assert metrics[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=5e-3)
 
 
-# -- the first mini-batch ------------------------------------------------------------------------------------
+# --- the first mini-batch -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_the_first_ratio_is_one_and_later_ones_drift(ranks, settings_of, batches, n, stage):
-    batch, rows = batches["ppo"], [0, 1, 3, 6]
+    batch = batches["ppo"]
+    rows = [0, 1, 3, 6]
     first, second = ranks[n].run(train_from_own_logprobs, settings_of("ppo", stage), batch, rows)[0]
     assert first["max_ratio_deviation"] <= 1e-6 and first["ratio"] == pytest.approx(1, abs=1e-6)
     assert first["clip_fraction"] == 0 and first["grad_norm"] > 0.01
     assert second["max_ratio_deviation"] > 1e-3 and second["approx_kl"] > 0
 
 
-# -- reading -------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -605,11 +733,14 @@ def test_the_first_ratio_is_one_and_later_ones_drift(ranks, settings_of, batches
     ],
 )
 def test_rows_come_back_in_order(ranks, settings_of, batches, model_of, role, n, stage, budget):
-    batch, model = batches[role], load(role, model_of[role])
+    batch = batches[role]
+    model = load(role, model_of[role])
     with torch.no_grad():
         expected = plain_outputs(model, role, batch)
         if role != "reward":
-            expected = [torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)]
+            expected = [
+                torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)
+            ]
     results = ranks[n].run(infer, role, settings_of(role, stage, budget), batch)
     outputs = [output for output, _ in results]
     assert all(not output.requires_grad and output.dtype == torch.float32 for output in outputs)
@@ -628,7 +759,7 @@ def test_a_rank_without_rows_reads_nothing(ranks, settings_of, batches):
     assert first.shape == (1, 26) and second.numel() == 0
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
@@ -649,7 +780,7 @@ def test_another_layout_is_refused_in_one_line(ranks, settings_of, batches, tmp_
             assert folder in message and "same layout" in message and "\n" not in message
 
 
-# -- export --------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 AUTO = {
     "ppo": AutoModelForCausalLM,
@@ -660,10 +791,14 @@ AUTO = {
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    ("role", "start"), [("ppo", "tied"), ("ppo", "untied"), ("critic", "reward"), ("reward", "untied")]
+    ("role", "start"),
+    [("ppo", "tied"), ("ppo", "untied"), ("critic", "reward"), ("reward", "untied")],
 )
-def test_an_export_loads_in_plain_transformers(ranks, paths, settings_of, batches, tmp_path, role, start, stage):
-    batch, folder = batches[role], str(tmp_path / "model")
+def test_an_export_loads_in_plain_transformers(
+    ranks, paths, settings_of, batches, tmp_path, role, start, stage
+):
+    batch = batches[role]
+    folder = str(tmp_path / "model")
     settings = settings_of(role, stage, path=paths[start])
     results = ranks[2].run(train_and_export, role, settings, batch, folder)
 
@@ -681,7 +816,7 @@ def test_an_export_loads_in_plain_transformers(ranks, paths, settings_of, batche
     assert_outputs(in_order(outputs, batch, 2 if role == "reward" else 1), expected)
 
 
-# -- the learning rate ---------------------------------------------------------------------------------------
+# --- the learning rate ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -689,7 +824,20 @@ def test_an_export_loads_in_plain_transformers(ranks, paths, settings_of, batche
     [
         ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
         ("linear", [0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
-        ("cosine", [0.25, 0.5, 0.75, 1, 0.2 + 0.4 * (1 + 2**-0.5), 0.6, 0.2 + 0.4 * (1 - 2**-0.5), 0.2, 0.2]),
+        (
+            "cosine",
+            [
+                0.25,
+                0.5,
+                0.75,
+                1,
+                0.2 + 0.4 * (1 + 2**-0.5),
+                0.6,
+                0.2 + 0.4 * (1 - 2**-0.5),
+                0.2,
+                0.2,
+            ],
+        ),
     ],
 )
 def test_the_schedule_warms_up_and_decays_to_its_end(ranks, kind, expected):
