@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from actors.alarms import Watch, of_evaluation, of_experience, of_metrics, of_recipe
-from actors.evaluation import candidates_for, mean, requests_for
-from actors.gate import GateError, pass_gate
-from actors.interrupt import Interrupted, asked, listening
-from actors.layout import demands
-from actors.placement import Placement
-from actors.rewards import Candidate, Score
+from actors.cluster.layout import demands
+from actors.cluster.placement import Placement
+from actors.cluster.rows import gather_rows, scatter_rows
+from actors.evaluation import mean, requests_for, samples_of
+from actors.rewards.sources import Sample, Score
 from actors.roles import Roles, RunData, start_roles
-from actors.rows import gather_rows, scatter_rows
-from actors.run_folder import RunFolder
+from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
+from actors.run.folder import RunFolder
+from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
+from actors.weights.agreement import DisagreementError, check_engine_agrees
 from learners.advantages import kl_estimate
 from learners.data import Prompt
 from learners.experience import Experience, Rollout, mini_batches
@@ -44,13 +44,13 @@ def run(
     """
     RunFolder.check(recipe.run, resume)
     data = RunData.load(recipe)
-    with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
+    with catch_stop_signal(), Placement(recipe.cluster, demands(recipe)) as placement:
         roles = start_roles(recipe, data, placement)
         with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
             (folder.path / "placement.json").write_text(json.dumps(roles.nodes(), indent=2))
             try:
                 summary = Driver(recipe, folder, data, roles).run(resume)
-            except GateError:
+            except DisagreementError:
                 if not resume:
                     folder.discard()  # nothing was begun: the name is free for another try
                 raise
@@ -71,7 +71,7 @@ class Driver:
         self.deadline_s = recipe.cluster.call_deadline_s
         self.roles = roles
         self.algorithm = roles.algorithm
-        self.watch = Watch(folder, recipe.run.max_skipped_steps)
+        self.alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
         self.version = 0  # of the weights: the step they were learned in
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class Driver:
         frozen = self.roles.fingerprints()
         first = self.restore() + 1 if resume else 1
         self.roles.connect_engines(self.version)
-        gap = pass_gate(self.roles.engines, self.roles.actor, self.data.prompts, recipe)
+        gap = check_engine_agrees(self.roles.engines, self.roles.actor, self.data.prompts, recipe)
         folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
         if first == 1:
-            self.watch.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
+            self.alarms.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
         summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
         for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
             metrics = self.step(step)
@@ -100,16 +100,16 @@ class Driver:
                 and step < steps
             ):
                 with folder.phase("evaluate", step):
-                    metrics |= self.judged(step, self.data.held_out, "evaluation")
+                    metrics |= self.evaluate_prompts(step, self.data.held_out, "evaluation")
             folder.log(step, metrics)
             due = (
                 recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
             )
-            leaving = asked()
-            if due or leaving or self.watch.full:
+            leaving = stop_requested()
+            if due or leaving or self.alarms.full:
                 self.save(step)
-            if self.watch.full:
-                raise self.watch.stop(step)
+            if self.alarms.full:
+                raise self.alarms.stop(step)
             if leaving:
                 raise Interrupted(step)
         self.roles.check_frozen(frozen)
@@ -131,11 +131,11 @@ class Driver:
         with folder.phase("generate", step):
             requests = requests_for(prompts, recipe.generation, group, (self.seed, step))
             rollouts = roles.engines.generate(requests, self.deadline_s)
-            candidates = candidates_for(rollouts, prompts, group, self.data.tokenizer)
+            samples = samples_of(rollouts, prompts, group, self.data.tokenizer)
             batch = Experience.from_rollouts(rollouts)
 
         with folder.phase("score", step):
-            judging = roles.rewards.submit(candidates)
+            pending_scores = roles.rewards.submit(samples)
             reading = {}
             if recipe.algorithm.old_logprobs == "actor":
                 reading["old_logprobs"] = scatter_rows(roles.actor, "infer", batch)
@@ -149,7 +149,7 @@ class Driver:
                 batch,
                 **{k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()},
             )
-            scores, by_source = roles.rewards.gather(judging, len(batch))
+            scores, by_source = roles.rewards.gather(pending_scores, len(batch))
 
         with folder.phase("advantages", step):
             batch = with_scores(
@@ -157,21 +157,21 @@ class Driver:
             )
             batch, metrics = self.algorithm.advantages(batch)
             metrics |= rollout_metrics(batch, rollouts, by_source)
-            metrics |= self.watch.report(step, of_experience(batch, rollouts, by_source, recipe))
+            metrics |= self.alarms.report(step, of_experience(batch, rollouts, by_source, recipe))
         folder.save_samples(
-            step, [sample_row(*row) for row in zip(candidates, rollouts, scores, strict=True)]
+            step, [sample_row(*row) for row in zip(samples, rollouts, scores, strict=True)]
         )
 
-        if step not in self.watch.skipped:  # else neither the weights nor their version change
+        if step not in self.alarms.skipped:  # else neither the weights nor their version change
             with folder.phase("learn", step):
-                roles.turns.learn()
+                roles.gpu_sharing.learn()
                 metrics |= self.learn(batch, step)
-                self.algorithm.learned(batch)
+                self.algorithm.after_step(batch)
             with folder.phase("sync", step):
                 metrics["sync/probe_difference"] = roles.sync(step)
                 self.version = step
 
-        metrics |= self.watch.report(step, of_metrics(metrics, recipe))
+        metrics |= self.alarms.report(step, of_metrics(metrics, recipe))
         return {**metrics, **folder.seconds(step)}
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
@@ -212,16 +212,16 @@ class Driver:
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
         with self.folder.phase("evaluate", step):
-            metrics = self.judged(step, self.data.held_out, "evaluation")
-            metrics |= self.judged(step, self.data.test, "test")
+            metrics = self.evaluate_prompts(step, self.data.held_out, "evaluation")
+            metrics |= self.evaluate_prompts(step, self.data.test, "test")
         if metrics:
             self.folder.log(step, metrics, phase="evaluation")
         return metrics
 
-    def judged(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
+    def evaluate_prompts(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
         """Metrics of held-out prompts; where the function that judges failed, an alarm says how."""
         metrics, failures = self.roles.evaluate(prompts, name)
-        return metrics | self.watch.report(step, of_evaluation(name, failures))
+        return metrics | self.alarms.report(step, of_evaluation(name, failures))
 
     def save(self, step: int) -> None:
         """A checkpoint from which the run goes on as if it had never stopped."""
@@ -267,7 +267,7 @@ def with_scores(
 def rollout_metrics(
     batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[Score]]
 ) -> dict[str, float]:
-    """What was sampled and how it was judged; and how far the engine's log-probs are from the
+    """What was sampled and how it was scored; and how far the engine's log-probs are from the
     Actor's.
     """
     assert batch.scores is not None
@@ -318,14 +318,14 @@ def mismatch(batch: Experience) -> dict[str, float]:
     }
 
 
-def sample_row(candidate: Candidate, rollout: Rollout, score: float) -> dict[str, Any]:
+def sample_row(sample: Sample, rollout: Rollout, score: float) -> dict[str, Any]:
     """One line of the samples file."""
     return {
-        "prompt": candidate.prompt,
-        "response": candidate.response,
+        "prompt": sample.prompt,
+        "response": sample.response,
         "score": score,
-        "finish_reason": candidate.finish_reason,
+        "finish_reason": sample.finish_reason,
         "weight_versions": rollout.weight_versions,
-        "response_ids": candidate.response_ids,
-        "columns": candidate.columns,
+        "response_ids": sample.response_ids,
+        "columns": sample.columns,
     }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from actors.engines import Engines
-from actors.groups import WorkerError, WorkerGroup
-from actors.rewards import Candidate
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.rewards.sources import Sample
+from actors.rollouts.generator import Engines
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings, GRPORecipe, PPORecipe
 from learners.data import Prompt
@@ -34,7 +34,7 @@ def requests_for(
             group_size=group_size,
             temperature=0.0 if greedy else settings.temperature,
             max_new_tokens=settings.max_new_tokens,
-            distortions={} if greedy else settings.distortions,
+            off_policy_sampling={} if greedy else settings.off_policy_sampling,
             seeds=tuple(derive_seed(*seed_parts, prompt.index, slot, k) for k in range(group_size))
             if settings.seeded and not greedy
             else None,
@@ -43,16 +43,16 @@ def requests_for(
     ]
 
 
-def candidates_for(
+def samples_of(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, tokenizer: Any
-) -> list[Candidate]:
+) -> list[Sample]:
     """Rollouts (ordered by request and sample) as text, with the text and columns of their
     prompts.
     """
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     rows = [prompts[i // group_size] for i in range(len(rollouts))]
     return [
-        Candidate(
+        Sample(
             rollout.prompt_ids,
             rollout.response_ids,
             row.text,
@@ -73,13 +73,13 @@ def mean(scores: Sequence[float]) -> float:
 
 def evaluate(
     engines: Engines,
-    judge: WorkerGroup,
+    evaluator: WorkerGroup,
     prompts: Sequence[Prompt],
     recipe: PPORecipe | GRPORecipe,
     tokenizer: Any,
     name: str,
 ) -> tuple[dict[str, float], list[str]]:
-    """One response per prompt, judged by the evaluation's function, with the same seeds every time.
+    """One response per prompt, scored by the evaluation's function, with the same seeds every time.
 
     Returns metrics, and what the function said where it failed; raises WorkerError when it failed
     everywhere.
@@ -92,19 +92,23 @@ def evaluate(
     failures: list[str] = []
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
         requests = requests_for(
-            prompts, recipe.generation.plain, 1, (recipe.run.seed, name), greedy=kind == "greedy"
+            prompts,
+            recipe.generation.on_policy(),
+            1,
+            (recipe.run.seed, name),
+            greedy=kind == "greedy",
         )
         rollouts = engines.generate(requests, deadline)
-        candidates = candidates_for(rollouts, prompts, 1, tokenizer)
-        (scores,) = judge.call("scores", candidates, phase="evaluate", deadline_s=deadline)
-        judged = [s for s in scores if isinstance(s, float)]
+        samples = samples_of(rollouts, prompts, 1, tokenizer)
+        (scores,) = evaluator.call("scores", samples, phase="evaluate", deadline_s=deadline)
+        scored = [s for s in scores if isinstance(s, float)]
         failures += (failed := [s for s in scores if isinstance(s, str)])
         if len(failed) == len(scores):
             raise WorkerError(
                 f"evaluate: {recipe.evaluation.function} fails for every response: {failed[0]}"
             )
-        metrics[f"{name}/accuracy_{kind}"] = mean(judged)
-        if len(judged) < len(scores):
-            metrics[f"{name}/unscorable_{kind}"] = 1 - len(judged) / len(scores)
+        metrics[f"{name}/accuracy_{kind}"] = mean(scored)
+        if len(scored) < len(scores):
+            metrics[f"{name}/unscorable_{kind}"] = 1 - len(scored) / len(scores)
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
     return metrics, failures

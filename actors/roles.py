@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.engines import Engines
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.layout import demands, needs_reference, shares_gpus, sharing_problems
+from actors.cluster.placement import GpuSharing, Placement
 from actors.evaluation import evaluate
 from actors.functions import load_function
-from actors.groups import WorkerError, WorkerGroup
-from actors.layout import demands, needs_reference, shares_gpus, sharing_problems
-from actors.placement import Placement, Turns
-from actors.rewards import Rewards
+from actors.rewards.sources import Rewards
+from actors.rollouts.generator import Engines
 from actors.seeds import derive_seed, rows_of_step
 from actors.settings import GRPORecipe, PPORecipe, model_sampling_problem
-from actors.weight_sync import transfer_backend
+from actors.weights.transfer import transfer_backend
+from learners.algorithms.grpo import GRPO
+from learners.algorithms.ppo import PPO
 from learners.data import Prompt, Rows, load_prompts, tokenizer_digest
-from learners.grpo import GRPO
 from learners.models import (
     length_problems,
     load_config,
@@ -28,7 +29,6 @@ from learners.models import (
     sampling_defaults,
     vocabulary_problems,
 )
-from learners.ppo import PPO
 from learners.settings import UserError, located
 
 
@@ -144,10 +144,10 @@ class Roles:
     rewards: Rewards
     reference: WorkerGroup | None
     critic: WorkerGroup | None
-    judge: WorkerGroup | None
+    evaluator: WorkerGroup | None
     frozen: list[WorkerGroup]
     probe: list[int]
-    turns: Turns = field(default_factory=Turns)
+    gpu_sharing: GpuSharing = field(default_factory=GpuSharing)
 
     def learners(self) -> dict[str, WorkerGroup]:
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic is not None else {})
@@ -170,9 +170,9 @@ class Roles:
         """The Actor's weights into every engine, proved; returns the largest probe difference in
         nats.
         """
-        self.turns.sync()
+        self.gpu_sharing.sync()
         recipe = self.recipe
-        gates = recipe.gate, recipe.mean_gate
+        gates = recipe.max_logprob_diff, recipe.mean_logprob_diff
         return self.engines.sync(self.actor, version, self.probe, recipe.sync.deadline_s, *gates)
 
     def fingerprints(self) -> list[str]:
@@ -191,7 +191,7 @@ class Roles:
             self.actor,
             self.critic,
             self.reference,
-            self.judge,
+            self.evaluator,
             *self.rewards.groups,
         ]
         return {group.name: group.nodes for group in groups if group is not None}
@@ -205,9 +205,9 @@ class Roles:
         """Metrics of held-out prompts under `name`, none without prompts; and failures of the
         function that judges.
         """
-        if self.judge is None or not prompts:
+        if self.evaluator is None or not prompts:
             return {}, []
-        return evaluate(self.engines, self.judge, prompts, self.recipe, self.tokenizer, name)
+        return evaluate(self.engines, self.evaluator, prompts, self.recipe, self.tokenizer, name)
 
 
 def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placement) -> Roles:
@@ -290,8 +290,8 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
                 micro_batch_tokens=reward.micro_batch_tokens,
                 device=device,
             )
-    if "judge" in groups:
-        begin("judge", function=recipe.evaluation.function)
+    if "evaluator" in groups:
+        begin("evaluator", function=recipe.evaluation.function)
     for role, pending in starting.items():
         groups[role].gather(pending, "start", recipe.cluster.start_deadline_s)
 
@@ -311,27 +311,27 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
         Rewards(recipe.rewards, scorers, deadline),
         reference,
         groups.get("critic"),
-        groups.get("judge"),
+        groups.get("evaluator"),
         frozen=[g for r, g in zip(recipe.rewards, scorers, strict=True) if r.kind == "model"]
         + ([reference] if reference else []),
         probe=probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1)),
-        turns=Turns(sharing, deadline),
+        gpu_sharing=GpuSharing(sharing, deadline),
     )
 
 
 def make_groups(recipe: PPORecipe | GRPORecipe, placement: Placement) -> dict[str, WorkerGroup]:
     """The processes of every role, empty: all begin at once."""
     targets = {
-        "actor": "actors.synced_actor:SyncedActor",
+        "actor": "actors.weights.synced_actor:SyncedActor",
         "critic": "learners.critic:CriticLearner",
-        "reference": "actors.scoring:ReferenceWorker",
-        "judge": "actors.rewards:FunctionReward",
+        "reference": "actors.rewards.frozen:ReferenceWorker",
+        "evaluator": "actors.rewards.sources:FunctionReward",
     }
     for reward in recipe.rewards:
         kind = (
-            "actors.scoring:RewardWorker"
+            "actors.rewards.frozen:RewardWorker"
             if reward.kind == "model"
-            else "actors.rewards:FunctionReward"
+            else "actors.rewards.sources:FunctionReward"
         )
         targets[f"reward {reward.name}"] = kind
     return {

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from learners.settings import (
     Count,
-    Device,
+    DeviceType,
     DiskPath,
     Few,
     Fraction,
@@ -32,7 +32,7 @@ from learners.settings import (
 
 
 class ClusterSettings(Settings):
-    device: Device = Field("cpu", description="what the models run on")
+    device: DeviceType = Field("cpu", description="what the models run on")
     placement: Literal["separate", "colocated"] = Field(
         "separate",
         description="on GPUs: every process its own, or all roles share them (engines sleep "
@@ -104,24 +104,25 @@ class GenerationSettings(Settings):
         True, description="seed each request from run, step, prompt and sample: reproducible"
     )
 
-    @property
-    def plain(self) -> GenerationSettings:
+    def on_policy(self) -> GenerationSettings:
         """The same without truncation and penalties: tokens are sampled from the policy itself."""
         return self.model_copy(
-            update={name: GenerationSettings.model_fields[name].default for name in DISTORTIONS}
+            update={
+                name: GenerationSettings.model_fields[name].default for name in OFF_POLICY_SAMPLING
+            }
         )
 
     @property
-    def distortions(self) -> dict[str, float]:
+    def off_policy_sampling(self) -> dict[str, float]:
         """Settings that take the sampling away from the policy, with their values."""
         return {
             name: getattr(self, name)
-            for name in DISTORTIONS
-            if getattr(self, name) != getattr(self.plain, name)
+            for name in OFF_POLICY_SAMPLING
+            if getattr(self, name) != getattr(self.on_policy(), name)
         }
 
 
-DISTORTIONS = (
+OFF_POLICY_SAMPLING = (
     "top_p",
     "top_k",
     "min_p",
@@ -135,11 +136,13 @@ def asked_by_model(defaults: Mapping[str, Any], generation: GenerationSettings) 
     """What a model's generation_config.json asks for that would break the ratio, in words; empty
     when nothing.
     """
-    off = {name: (None, getattr(generation.plain, name)) for name in DISTORTIONS} | {
+    off = {name: (None, getattr(generation.on_policy(), name)) for name in OFF_POLICY_SAMPLING} | {
         "top_k": (None, 0, -1)
     }
     return ", ".join(
-        f"{name} {defaults[name]}" for name in DISTORTIONS if defaults.get(name) not in off[name]
+        f"{name} {defaults[name]}"
+        for name in OFF_POLICY_SAMPLING
+        if defaults.get(name) not in off[name]
     )
 
 
@@ -164,19 +167,19 @@ class SyncSettings(Settings):
     probe_tokens: int = Field(
         32, ge=2, description="length of the fixed probe that proves a weight sync"
     )
-    gate: float | None = Field(
+    max_logprob_diff: float | None = Field(
         None,
         gt=0,
         description="largest difference of engine and Actor log-probs, nats, on the probe of "
         "every sync and on sampled "
         "responses before step 1; null: 1e-4 in float32, 1.0 in bfloat16",
     )
-    mean_gate: float | None = Field(
+    mean_logprob_diff: float | None = Field(
         None,
         gt=0,
         description="the same on average; null: what gate is in float32, 0.05 in bfloat16",
     )
-    gate_prompts: PositiveInt = Field(
+    agreement_prompts: PositiveInt = Field(
         8, description="prompts sampled for the comparison before step 1"
     )
     deadline_s: float = Field(600, gt=0, description="seconds one sync may take")
@@ -226,10 +229,11 @@ class AlarmSettings(Settings):
     mismatch: float | None = Field(
         None,
         gt=0,
-        description="largest engine-Actor log-prob difference of a step, nats; null: sync.gate",
+        description="largest engine-Actor log-prob difference of a step, nats; null: "
+        "sync.max_logprob_diff",
     )
     mean_mismatch: float | None = Field(
-        None, gt=0, description="the same on average; null: sync.mean_gate"
+        None, gt=0, description="the same on average; null: sync.mean_logprob_diff"
     )
     unscorable: Fraction = Field(0.1, description="largest share of responses without a score")
     clip_fraction: Fraction = Field(
@@ -307,16 +311,18 @@ class RLRecipe(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
     @property
-    def gate(self) -> float:
+    def max_logprob_diff(self) -> float:
         """Largest log-prob difference between engine and Actor, nats."""
-        return self.sync.gate or (1e-4 if self.actor.model.dtype == "float32" else 1.0)
+        return self.sync.max_logprob_diff or (1e-4 if self.actor.model.dtype == "float32" else 1.0)
 
     @property
-    def mean_gate(self) -> float:
+    def mean_logprob_diff(self) -> float:
         """The same on average: rounding moves single tokens of bfloat16 models far, so there the
         mean decides.
         """
-        return self.sync.mean_gate or (self.gate if self.actor.model.dtype == "float32" else 0.05)
+        return self.sync.mean_logprob_diff or (
+            self.max_logprob_diff if self.actor.model.dtype == "float32" else 0.05
+        )
 
 
 class PPORecipe(RLRecipe):

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from actors.alarms import Watch, of_training
-from actors.groups import WorkerGroup
-from actors.interrupt import Interrupted, asked, listening
-from actors.layout import demands
-from actors.placement import Placement
-from actors.rows import gather_rows, scatter_rows
-from actors.run_folder import RunFolder
+from actors.cluster.groups import WorkerGroup
+from actors.cluster.layout import demands
+from actors.cluster.placement import Placement
+from actors.cluster.rows import gather_rows, scatter_rows
+from actors.run.alarms import AlarmLog, of_training
+from actors.run.folder import RunFolder
+from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
 from learners.data import Example, Pair, Rows, load_pairs, load_sft, tokenizer_digest
@@ -40,7 +40,7 @@ def run(
     """Train as the recipe says; returns the summary. Data is checked before anything starts."""
     RunFolder.check(recipe.run, resume)
     training = Supervised(recipe)
-    with listening(), Placement(recipe.cluster, demands(recipe)) as placement:
+    with catch_stop_signal(), Placement(recipe.cluster, demands(recipe)) as placement:
         training.start(placement)
         with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
             summary = training.run(folder, resume)
@@ -49,7 +49,7 @@ def run(
 
 
 class Supervised:
-    """Trains one model on rows of data; `batch_of` turns rows into a batch."""
+    """Trains one model on rows of data; `batch_of` gpu_sharing rows into a batch."""
 
     def __init__(self, recipe: SFTRecipe | RMRecipe) -> None:
         """Reads and checks all data; raises UserError before any model loads."""
@@ -60,13 +60,13 @@ class Supervised:
         self.held_out: Sequence[Example | Pair]
         if isinstance(recipe, SFTRecipe):
             self.target = "learners.sft:SFTLearner"
-            self.together = 1
+            self.rows_per_unit = 1
             self.batch_of = examples_batch
             self.rows = load_sft(recipe.data, self.tokenizer)
             self.held_out = load_sft(recipe.held_out, self.tokenizer) if recipe.held_out else []
         else:
             self.target = "learners.reward_model:RewardModelLearner"
-            self.together = 2
+            self.rows_per_unit = 2
             self.batch_of = pairs_batch
             config = load_config(path)
             check_exportable_reward_model(config, self.tokenizer)
@@ -103,26 +103,26 @@ class Supervised:
         recipe = self.recipe
         train = self.recipe.train
         first = self.restore(folder) + 1 if resume else 1
-        watch = Watch(folder, recipe.run.max_skipped_steps)
+        alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
         for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
             picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
             metrics = self.share("train", [self.rows[i] for i in picked])
             if train.evaluate_every and step % train.evaluate_every == 0:
-                metrics |= self.measure()
-            metrics |= watch.report(step, of_training(metrics))
+                metrics |= self.evaluate()
+            metrics |= alarms.report(step, of_training(metrics))
             folder.log(step, metrics)
             due = (
                 recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
             )
-            leaving = asked()
-            if due or leaving or watch.full:
+            leaving = stop_requested()
+            if due or leaving or alarms.full:
                 with folder.checkpoint(step) as path:
                     self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
-            if watch.full:
-                raise watch.stop(step)
+            if alarms.full:
+                raise alarms.stop(step)
             if leaving:
                 raise Interrupted(step)
-        summary = self.measure() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
+        summary = self.evaluate() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
         if isinstance(recipe, RMRecipe):
             self.wait(
                 self.group.submit("remember_tokenizer", tokenizer_digest(self.tokenizer)), "export"
@@ -144,11 +144,11 @@ class Supervised:
         }
         return {**common, **head, "reward_model": self.recipe.reward_model}
 
-    def measure(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out rows, without learning."""
         if not self.held_out:
             return {}
-        return {f"held_out/{k}": v for k, v in self.share("measure", self.held_out).items()}
+        return {f"held_out/{k}": v for k, v in self.share("evaluate", self.held_out).items()}
 
     def calibrate(self) -> dict[str, float]:
         """Set the scores' mean and std from the calibration responses."""
@@ -162,7 +162,7 @@ class Supervised:
 
     def share(self, method: str, rows: Sequence[Example | Pair]) -> dict[str, float]:
         """Call a learner's method on the rows; every rank returns the metrics of all of them."""
-        pending = scatter_rows(self.group, method, self.batch_of(rows), self.together)
+        pending = scatter_rows(self.group, method, self.batch_of(rows), self.rows_per_unit)
         return self.wait(pending.refs, method)[0]
 
     def wait(self, pending: Sequence[Any], phase: str) -> list[Any]:

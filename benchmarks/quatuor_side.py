@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.scoring import ReferenceWorker
+from actors.rewards.frozen import ReferenceWorker
 from learners.actor import ActorLearner
 from learners.advantages import group_advantages
+from learners.algorithms.grpo import GRPO
 from learners.experience import Experience
-from learners.grpo import GRPO
 from learners.reward_model import RewardModelLearner
 from learners.settings import (
     GRPOSettings,
     LearnerSettings,
     ModelSettings,
     OptimizerSettings,
-    Place,
+    Rank,
     RewardModelSettings,
 )
 
@@ -56,7 +56,7 @@ def train_actor(
     algorithm = GRPO(GRPOSettings(**case["quatuor"]), inputs["group_size"])
     longest = inputs["max_response_tokens"]
     temperature = inputs["temperature"]
-    actor = ActorLearner(settings, algorithm, temperature, longest, inputs["steps"], place())
+    actor = ActorLearner(settings, algorithm, temperature, longest, inputs["steps"], single_rank())
     reference = ReferenceWorker(
         ModelSettings(path=str(folder / "reference")),
         temperature,
@@ -104,7 +104,7 @@ def train_reward_model(
     folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings
 ) -> Report:
     head = RewardModelSettings(**case["quatuor"])
-    learner = RewardModelLearner(settings, head, inputs["pad"], 0, inputs["steps"], place())
+    learner = RewardModelLearner(settings, head, inputs["pad"], 0, inputs["steps"], single_rank())
     pairs = inputs["pairs"]
     prompts = [pair["prompt"] for pair in pairs for _ in range(2)]
     batch = Experience.from_ids(
@@ -120,8 +120,8 @@ def train_reward_model(
 
 
 @cache
-def place() -> Place:
+def single_rank() -> Rank:
     """One rank, on a port that is free. Cached: the process group starts once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Place(0, 1, "127.0.0.1", probe.getsockname()[1])
+        return Rank(0, 1, "127.0.0.1", probe.getsockname()[1])

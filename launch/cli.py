@@ -18,10 +18,10 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from launch.checks import Recipe
-from launch.config import KINDS, RecipeError, annotated, located, read_recipe
-from launch.files import function_problems
-from launch.keys import listing
+from launch.recipe.combinations import Recipe
+from launch.recipe.machine import function_problems
+from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
+from launch.recipe.schema import listing
 from learners.settings import UserError
 
 BAD_INPUT = 2
@@ -105,7 +105,7 @@ def demo(
         raise UserError(
             f"--folder: {folder} exists and is not a demo's; it would be replaced: choose another"
         )
-    guarded(folder, debug, "launch.demo", "run_demo", folder, seed)
+    guarded(folder, debug, "launch.demo.demo", "run_demo", folder, seed)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def plan(
     Exit code 1 when it does not fit.
     """
     parsed, document = read_recipe(recipe, overrides or [])
-    from launch.plan_table import show_plan
+    from launch.plan.table import show_plan
 
     if not show_plan(parsed, json_file, document):
         raise typer.Exit(FAILED)
@@ -155,7 +155,7 @@ def submit(
     exit code.
     """
     parsed, _ = read_recipe(recipe, overrides or [])
-    from launch.jobs import submit_job
+    from launch.cluster.ray_job import submit_job
 
     raise typer.Exit(submit_job(parsed.kind, recipe, overrides or [], address, resume))
 
@@ -178,7 +178,7 @@ def slurm(
 ) -> None:
     """Write an sbatch script that starts a Ray cluster on the nodes and runs the recipe there."""
     parsed, _ = read_recipe(recipe, overrides or [])
-    from launch.slurm import write_job
+    from launch.cluster.slurm import write_job
 
     write_job(parsed, recipe, overrides or [], nodes, time_limit, partition, account, script, send)
 

@@ -413,7 +413,7 @@ def start_ray(device: str) -> str:
     """
     import ray
 
-    from actors.placement import connect
+    from actors.cluster.placement import connect
 
     connect(os.environ.get("RAY_ADDRESS"), cpus=1)
     node = ray.get(ray.remote(lambda: os.uname().nodename).remote(), timeout=PATIENCE_S["ray"])
@@ -425,7 +425,7 @@ def start_ray(device: str) -> str:
 
 def start_engine(device: str) -> str:
     """Generate with a tiny random model."""
-    from actors.generation import GenerationEngine
+    from actors.engine.engine import GenerationEngine
     from actors.settings import GenerationSettings
     from launch.tasks.unique_digits import MAX_POSITIONS, make_model
     from learners.experience import PromptRequest
@@ -454,20 +454,20 @@ def start_zero(device: str) -> str:
 
     from launch.tasks.unique_digits import make_model
     from learners.experience import Experience
-    from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Place
+    from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Rank
     from learners.sft import SFTLearner
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = Place(
+    rank = Rank(
         0, 1, "127.0.0.1", port, "cuda" if device == "cuda" else "cpu", timeout_s=PATIENCE_S["zero"]
     )
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, seed=0)
         optimizer = OptimizerSettings(learning_rate=1e-3)
         learner = SFTLearner(
-            LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, place
+            LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, rank
         )
     before = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
     metrics = learner.train(Experience.from_ids([[1, 5, 6]], [[7, 8, 2]]))

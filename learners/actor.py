@@ -7,15 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from learners.algorithms.grpo import GRPO
+from learners.algorithms.ppo import PPO
 from learners.experience import Experience
-from learners.grpo import GRPO
+from learners.learner import Learner, Stats
 from learners.models import load_causal_lm, response_logprobs
-from learners.ppo import PPO
-from learners.settings import LearnerSettings, Place
-from learners.zero import Stats, ZeroEngine
+from learners.settings import LearnerSettings, Rank
 
 
-class ActorLearner(ZeroEngine):
+class ActorLearner(Learner):
     """One rank of the Actor. `infer` gives `old_logprobs` [B,T] at the sampling temperature,
     `train` takes a step.
 
@@ -29,14 +29,14 @@ class ActorLearner(ZeroEngine):
         temperature: float,
         max_response_tokens: int,
         total_steps: int,
-        place: Place,
+        rank: Rank,
     ) -> None:
         self.algorithm = algorithm
         self.temperature = temperature
         self.max_response_tokens = max_response_tokens
-        super().__init__(partial(load_causal_lm, settings.model), settings, place, total_steps)
+        super().__init__(partial(load_causal_lm, settings.model), settings, rank, total_steps)
 
-    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+    def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, self.temperature)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
@@ -49,7 +49,7 @@ class ActorLearner(ZeroEngine):
         drift = torch.where(mask, outputs.detach() - old, 0.0)
         return loss, {
             **stats,
-            "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
+            "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),
             "entropy": (
                 -outputs.detach()[mask].sum(),
                 mask.sum(),
@@ -70,5 +70,7 @@ class ActorLearner(ZeroEngine):
         finally:
             self.temperature = temperature
 
-    def count(self, shard: Experience) -> float:
-        return shard.count(self.algorithm.settings.loss_aggregation, self.max_response_tokens)
+    def loss_denominator(self, shard: Experience) -> float:
+        return shard.loss_denominator(
+            self.algorithm.settings.loss_aggregation, self.max_response_tokens
+        )

@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from learners.experience import Experience
+from learners.learner import Learner, Stats
 from learners.losses import aggregate, value_loss
 from learners.models import load_critic, response_values
-from learners.settings import LearnerSettings, Place
-from learners.zero import Stats, ZeroEngine
+from learners.settings import LearnerSettings, Rank
 
 
-class CriticLearner(ZeroEngine):
+class CriticLearner(Learner):
     """One rank of the Critic. `infer` gives `values` [B,T]: row t is read before response
     token t.
     """
 
     def __init__(
-        self, settings: LearnerSettings, value_clip: float | None, total_steps: int, place: Place
+        self, settings: LearnerSettings, value_clip: float | None, total_steps: int, rank: Rank
     ) -> None:
         self.value_clip = value_clip
-        super().__init__(partial(load_critic, settings.model), settings, place, total_steps)
+        super().__init__(partial(load_critic, settings.model), settings, rank, total_steps)
 
-    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+    def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_values(model, batch)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
@@ -36,8 +36,8 @@ class CriticLearner(ZeroEngine):
         loss = aggregate(per_token, batch.mask, how="token_mean", denominator=denominator)
         return loss, {
             **stats,
-            "loss": (loss.detach() * denominator, torch.tensor(self.count(batch))),
+            "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),
         }
 
-    def count(self, shard: Experience) -> float:
-        return shard.count("token_mean")
+    def loss_denominator(self, shard: Experience) -> float:
+        return shard.loss_denominator("token_mean")

@@ -30,8 +30,8 @@ class PromptRequest:
 
     `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a
     prompt may come twice in one). `seeds` has one seed per response, or is None for unseeded
-    sampling. Temperature 0 means greedy decoding. `distortions` are sampling parameters that change
-    the distribution (top_p, penalties), by vLLM's names.
+    sampling. Temperature 0 means greedy decoding. `off_policy_sampling` are sampling parameters
+    that change the distribution (top_p, penalties), by vLLM's names.
     """
 
     prompt_index: int
@@ -41,7 +41,7 @@ class PromptRequest:
     temperature: float
     max_new_tokens: int
     seeds: tuple[int, ...] | None = None
-    distortions: dict[str, float] = field(default_factory=dict)
+    off_policy_sampling: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Experience:
         mask = torch.arange(width, device=self.input_ids.device) < self.response_lengths[:, None]
         return mask if self.valid is None else mask & self.valid[:, :width].bool()
 
-    def count(self, how: str, longest_response: int = 0) -> float:
+    def loss_denominator(self, how: str, longest_response: int = 0) -> float:
         """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences ×
         `longest_response`.
         """
@@ -189,33 +189,33 @@ class Experience:
         known = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
         return Experience(**{name: x.to(device) for name, x in known.items()})
 
-    def shard(self, ranks: int, group: int = 1) -> list[list[int]]:
-        """Rows for each rank: consecutive `group` rows stay together, token counts are balanced,
-        nothing is dropped.
+    def shard(self, ranks: int, rows_per_unit: int = 1) -> list[list[int]]:
+        """Rows for each rank: consecutive `rows_per_unit` rows stay together, token counts are
+        balanced, nothing is dropped.
 
         A rank may get no rows at all.
         """
-        lengths = self.lengths.reshape(-1, group).sum(1).tolist()
+        lengths = self.lengths.reshape(-1, rows_per_unit).sum(1).tolist()
         loads = [0] * ranks
         shares: list[list[int]] = [[] for _ in range(ranks)]
         for unit in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             rank = min(range(ranks), key=lambda r: (loads[r], len(shares[r]), r))
             loads[rank] += lengths[unit]
-            shares[rank].extend(range(unit * group, (unit + 1) * group))
+            shares[rank].extend(range(unit * rows_per_unit, (unit + 1) * rows_per_unit))
         return shares
 
-    def micro_batches(self, token_budget: int, group: int = 1) -> list[list[int]]:
+    def micro_batches(self, token_budget: int, rows_per_unit: int = 1) -> list[list[int]]:
         """Rows of each micro-batch: similar lengths together, rows × longest within the budget, at
-        least one group.
+        least one rows_per_unit.
         """
-        longest = self.lengths.reshape(-1, group).amax(1).tolist() if len(self) else []
+        longest = self.lengths.reshape(-1, rows_per_unit).amax(1).tolist() if len(self) else []
         batches: list[list[int]] = []
         width = 0
         for unit in sorted(range(len(longest)), key=lambda i: (-longest[i], i)):
-            if not batches or (len(batches[-1]) + group) * width > token_budget:
+            if not batches or (len(batches[-1]) + rows_per_unit) * width > token_budget:
                 batches.append([])
                 width = longest[unit]  # the first unit of a micro-batch is its longest
-            batches[-1].extend(range(unit * group, (unit + 1) * group))
+            batches[-1].extend(range(unit * rows_per_unit, (unit + 1) * rows_per_unit))
         return batches
 
 
@@ -226,10 +226,10 @@ def map_rows(
     device: str = "cpu",
     rounds: int = 0,
 ) -> Tensor:
-    """Run `compute` without gradient over micro-batches and return its rows in the batch's own
+    """Run `forward` without gradient over micro-batches and return its rows in the batch's own
     order, on the CPU.
 
-    `compute` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T.
+    `forward` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T.
     `rounds` asks for at least that many calls, the surplus ones on placeholders (collective
     forwards need the same number on every rank).
     """

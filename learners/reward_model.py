@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from learners.experience import Experience
+from learners.learner import Learner, Stats
 from learners.losses import pairwise_loss
 from learners.models import Calibration, load_reward_model, sequence_scores, write_calibration
-from learners.settings import LearnerSettings, Place, RewardModelSettings
-from learners.zero import Stats, ZeroEngine
+from learners.settings import LearnerSettings, Rank, RewardModelSettings
 
 
-class RewardModelLearner(ZeroEngine):
+class RewardModelLearner(Learner):
     """One rank of reward-model training. Batches hold pairs: row 2i is chosen, row 2i+1 rejected.
 
     The loss is the Bradley-Terry negative log-likelihood (Ouyang et al. 2022), optionally plus
     `centring` · (chosen + rejected)² (Eisenstein et al. 2023). `infer` gives raw scores [B].
     """
 
-    rows_together = 2
+    rows_per_unit = 2
 
     def __init__(
         self,
@@ -32,15 +32,15 @@ class RewardModelLearner(ZeroEngine):
         pad_token_id: int,
         seed: int,
         total_steps: int,
-        place: Place,
+        rank: Rank,
     ) -> None:
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
         super().__init__(
-            partial(load_reward_model, settings.model, pad_token_id), settings, place, total_steps
+            partial(load_reward_model, settings.model, pad_token_id), settings, rank, total_steps
         )
 
-    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+    def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return sequence_scores(model, batch, self.reward_model.padding_side)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
@@ -59,7 +59,7 @@ class RewardModelLearner(ZeroEngine):
             "margin": ((difference * real).sum(), real.sum()),
         }
 
-    def count(self, shard: Experience) -> float:
+    def loss_denominator(self, shard: Experience) -> float:
         return len(shard) / 2
 
     def remember_tokenizer(self, digest: str) -> None:

@@ -63,20 +63,20 @@ class Settings(BaseModel):
         )
 
 
-Device = Literal["cpu", "cuda"]
+DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the
     environment.
     """
 
-    rank: int
+    index: int
     world_size: int
     address: str
     port: int
-    device: Device = "cpu"
+    device: DeviceType = "cpu"
     timeout_s: float = 1800.0
 
 

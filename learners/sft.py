@@ -7,19 +7,19 @@ from functools import partial
 from torch import Tensor, nn
 
 from learners.experience import Experience
+from learners.learner import Learner, Stats
 from learners.losses import aggregate
 from learners.models import load_causal_lm, response_logprobs
-from learners.settings import LearnerSettings, Place
-from learners.zero import Stats, ZeroEngine
+from learners.settings import LearnerSettings, Rank
 
 
-class SFTLearner(ZeroEngine):
+class SFTLearner(Learner):
     """One rank of SFT: the mean negative log-likelihood per answer token of the mini-batch."""
 
-    def __init__(self, settings: LearnerSettings, total_steps: int, place: Place) -> None:
-        super().__init__(partial(load_causal_lm, settings.model), settings, place, total_steps)
+    def __init__(self, settings: LearnerSettings, total_steps: int, rank: Rank) -> None:
+        super().__init__(partial(load_causal_lm, settings.model), settings, rank, total_steps)
 
-    def compute(self, model: nn.Module, batch: Experience) -> Tensor:
+    def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, 1.0)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
@@ -27,5 +27,5 @@ class SFTLearner(ZeroEngine):
         loss = aggregate(-outputs, mask, how="token_mean", denominator=denominator)
         return loss, {"loss": (-outputs.detach()[mask].sum(), mask.sum())}
 
-    def count(self, shard: Experience) -> float:
-        return shard.count("token_mean")
+    def loss_denominator(self, shard: Experience) -> float:
+        return shard.loss_denominator("token_mean")

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from actors import weight_sync
-from actors.engines import Engines
-from actors.generation import GenerationEngine
-from actors.groups import WorkerGroup
-from actors.synced_actor import SyncedActor
-from actors.weight_sync import Receipt, SyncError, pack_group
+from actors.cluster.groups import WorkerGroup
+from actors.engine.engine import GenerationEngine
+from actors.rollouts.generator import Engines
+from actors.weights import transfer
+from actors.weights.synced_actor import SyncedActor
+from actors.weights.transfer import Receipt, SyncError, pack_group
 
 
 class FaultyActor(SyncedActor):
@@ -35,18 +35,18 @@ class FaultyActor(SyncedActor):
         self.fault = fault
 
     def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
-        pack = weight_sync.pack_group
+        pack = transfer.pack_group
         if self.fault in ("a corrupted bucket", "a sender that hears nothing"):
-            weight_sync.pack_group = corrupted
-        if self.fault == "a sender that hears nothing" and self.place.rank == 0:
+            transfer.pack_group = corrupted
+        if self.fault == "a sender that hears nothing" and self.rank.index == 0:
             self.client.update_weights = self.without_hearing  # type: ignore[method-assign]
-        if self.fault == "an update cut off halfway" and self.place.rank == 0:
+        if self.fault == "an update cut off halfway" and self.rank.index == 0:
             self.client.update_weights = self.half_of_it  # type: ignore[method-assign]
         try:
             return super().send_weights(version)
         finally:
             self.fault = ""
-            weight_sync.pack_group = pack
+            transfer.pack_group = pack
             self.client.__dict__.pop("update_weights", None)
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
@@ -89,16 +89,16 @@ class FaultyEngine(GenerationEngine):
         self.forgetful = True
 
     def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
-        from actors import weight_receiver
+        from actors.weights import receiver
 
-        head = weight_receiver.ParallelLMHead
+        head = receiver.ParallelLMHead
         if self.forgetful:
-            weight_receiver.ParallelLMHead = type("NoLayerIsOne", (), {})
+            receiver.ParallelLMHead = type("NoLayerIsOne", (), {})
         try:
             return super().finish_weight_update(weight_version)
         finally:
             self.forgetful = False
-            weight_receiver.ParallelLMHead = head
+            receiver.ParallelLMHead = head
 
 
 class FaultyEngines(Engines):

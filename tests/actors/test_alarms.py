@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.alarms import (
+from actors.run.alarms import (
     Alarm,
-    Watch,
+    AlarmLog,
     of_evaluation,
     of_experience,
     of_metrics,
     of_recipe,
     of_training,
 )
-from actors.run_folder import RunFolder
+from actors.run.folder import RunFolder
 from actors.settings import GenerationSettings, GRPORecipe, RunSettings
 from learners.experience import Experience, Rollout
 from learners.settings import GRPOSettings
@@ -77,13 +77,13 @@ def names(recipe: GRPORecipe) -> Callable[..., list[str]]:
         batch: Experience,
         *finish_reasons: str,
         source: list[float | None] | None = None,
-        skips: bool | None = None,
+        skip_step: bool | None = None,
     ) -> list[str]:
         given = {"judge": [1.0, 0.0] if source is None else source, "logged": [0.0, 0.0]}
         alarms = of_experience(
             batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe
         )
-        return [alarm.name for alarm in alarms if skips is None or alarm.skips == skips]
+        return [alarm.name for alarm in alarms if skip_step is None or alarm.skip_step == skip_step]
 
     return found
 
@@ -99,7 +99,7 @@ def test_a_token_that_is_not_finite_skips_the_step_and_names_its_source(
 ) -> None:
     broken = getattr(batch, name).clone()
     broken[1, 1] = value
-    assert names(replace(batch, **{name: broken}), skips=True) == [f"{name}_not_finite"]
+    assert names(replace(batch, **{name: broken}), skip_step=True) == [f"{name}_not_finite"]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e25])
@@ -107,7 +107,7 @@ def test_a_score_that_is_not_finite_skips_the_step(
     batch: Experience, names: Names, value: float
 ) -> None:
     """Nor may it be so large that the group's variance overflows in float32."""
-    assert names(batch, source=[1.0, value], skips=True) == ["score_not_finite"]
+    assert names(batch, source=[1.0, value], skip_step=True) == ["score_not_finite"]
 
 
 def test_a_function_that_raised_is_named_with_what_it_said(
@@ -115,7 +115,7 @@ def test_a_function_that_raised_is_named_with_what_it_said(
 ) -> None:
     given = {"judge": [1.0, 0.0], "logged": ["ZeroDivisionError: division by zero", 0.0]}
     (alarm,) = of_experience(batch, rollouts("stop"), given, recipe)
-    assert alarm.name == "reward_error" and not alarm.skips
+    assert alarm.name == "reward_error" and not alarm.skip_step
     assert alarm.message == "logged failed for 1 of 2, first: ZeroDivisionError: division by zero"
 
 
@@ -132,7 +132,7 @@ def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(
     (alarm,) = of_experience(
         batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe
     )
-    assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skips
+    assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skip_step
 
 
 def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
@@ -149,7 +149,7 @@ def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
             {"judge": [None] * lost + [1.0]},
             recipe,
         )
-        assert [(alarm.name, alarm.skips) for alarm in found] == [
+        assert [(alarm.name, alarm.skip_step) for alarm in found] == [
             (name, False) for name in expected
         ]
 
@@ -162,15 +162,15 @@ def test_a_step_with_nothing_to_learn_is_skipped(batch: Experience, names: Names
         )
     else:
         batch = replace(batch, response_lengths=torch.zeros(2, dtype=torch.long))
-    assert names(batch, skips=True) == ["nothing_to_learn"]
+    assert names(batch, skip_step=True) == ["nothing_to_learn"]
 
 
 def test_equal_scores_and_truncation_are_named_without_skipping(
     batch: Experience, names: Names
 ) -> None:
     equal = replace(batch, scores=torch.tensor([0.5, 0.5]))
-    assert names(equal, "length", "length", skips=False) == ["equal_scores", "all_truncated"]
-    assert names(equal, "length", "length", skips=True) == []
+    assert names(equal, "length", "length", skip_step=False) == ["equal_scores", "all_truncated"]
+    assert names(equal, "length", "length", skip_step=True) == []
 
 
 SOUND = {
@@ -207,7 +207,7 @@ def test_metrics_out_of_their_band(
 ) -> None:
     found = list(of_metrics(SOUND | changed, recipe))
     assert [alarm.name for alarm in found] == expected
-    assert all(alarm.skips == alarm.name.endswith("not_finite") for alarm in found)
+    assert all(alarm.skip_step == alarm.name.endswith("not_finite") for alarm in found)
 
 
 def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPORecipe) -> None:
@@ -218,7 +218,7 @@ def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPO
     weighed = recipe.model_copy(update={"algorithm": algorithm, "generation": generation})
     (said,) = of_recipe(weighed, {})
     assert said.name == "distorted_sampling" and "top_p 0.9, repetition_penalty 1.2" in said.message
-    assert "token_mask, cap 3" in said.message and not said.skips
+    assert "token_mask, cap 3" in said.message and not said.skip_step
     assert list(of_metrics(SOUND | {"mismatch/max": 2.0, "mismatch/mean": 1.0}, weighed)) == []
     assert list(of_recipe(recipe, {"top_p": 1.0, "top_k": 0})) == []
 
@@ -238,8 +238,10 @@ def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: GRPOR
     assert list(of_metrics(SOUND | {"mismatch/max": 0.9, "mismatch/mean": 0.04}, narrow)) == []
     (alarm,) = of_metrics(SOUND | {"mismatch/max": 0.9, "mismatch/mean": 0.06}, narrow)
     assert alarm.name == "mean_mismatch" and "alarms.mean_mismatch" in alarm.message
-    tighter = narrow.model_copy(update={"sync": narrow.sync.model_copy(update={"gate": 0.2})})
-    assert (tighter.gate, tighter.mean_gate) == (0.2, 0.05)
+    tighter = narrow.model_copy(
+        update={"sync": narrow.sync.model_copy(update={"max_logprob_diff": 0.2})}
+    )
+    assert (tighter.max_logprob_diff, tighter.mean_logprob_diff) == (0.2, 0.05)
 
 
 def test_a_skipped_update_of_sft_or_a_reward_model_is_named() -> None:
@@ -259,18 +261,18 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 def test_the_watch_counts_skipped_steps_and_tells_where_to_look(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Watch(folder, limit=2)
+    alarms = AlarmLog(folder, limit=2)
     odd = Alarm("clip_fraction", "odd")
-    bad = Alarm("values_not_finite", "bad", skips=True)
-    assert watch.report(1, [odd]) == {"alarm/clip_fraction": 1.0} and not watch.full
-    assert watch.report(2, [odd])["alarm/clip_fraction"] == 1.0
-    assert watch.report(2, [bad])["alarm/skipped"] == 1.0 and not watch.full
-    assert watch.report(3, []) == {}
-    watch.report(4, [bad])
-    assert watch.full
+    bad = Alarm("values_not_finite", "bad", skip_step=True)
+    assert alarms.report(1, [odd]) == {"alarm/clip_fraction": 1.0} and not alarms.full
+    assert alarms.report(2, [odd])["alarm/clip_fraction"] == 1.0
+    assert alarms.report(2, [bad])["alarm/skipped"] == 1.0 and not alarms.full
+    assert alarms.report(3, []) == {}
+    alarms.report(4, [bad])
+    assert alarms.full
     assert (
         "in 2 steps something was skipped (run.max_skipped_steps), the last time for values"
-        in str(watch.stop(4))
+        in str(alarms.stop(4))
     )
     rows = [json.loads(line) for line in (folder.path / "alarms.jsonl").read_text().splitlines()]
     assert [(r["step"], r["name"]) for r in rows] == [

@@ -12,8 +12,8 @@ import torch
 
 from actors.driver import rollout_metrics, summary_of, with_scores
 from actors.seeds import derive_seed, rows_of_step
+from learners.algorithms.grpo import GRPO
 from learners.experience import Experience, Rollout
-from learners.grpo import GRPO
 from learners.settings import GRPOSettings, PPOSettings
 
 

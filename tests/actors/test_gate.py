@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from actors.gate import GateError, check
+from actors.weights.agreement import DisagreementError, check
 from learners.experience import Experience, Rollout
 
 ROLLOUTS = [
@@ -29,33 +29,35 @@ def actor(*differences: tuple[int, int, float]) -> torch.Tensor:
 
 
 def test_the_largest_difference_within_the_gate_is_returned() -> None:
-    assert check(ROLLOUTS, actor((0, 2, 5e-5), (1, 0, -8e-5)), gate=1e-4) == pytest.approx(
-        8e-5, rel=1e-2
-    )
+    assert check(
+        ROLLOUTS, actor((0, 2, 5e-5), (1, 0, -8e-5)), max_logprob_diff=1e-4
+    ) == pytest.approx(8e-5, rel=1e-2)
 
 
 def test_the_worst_token_is_named_and_the_bound_and_how_many_are_over_it() -> None:
-    with pytest.raises(GateError) as refused:
-        check(ROLLOUTS, actor((0, 2, 0.5), (1, 1, -0.75)), gate=1e-4)
+    with pytest.raises(DisagreementError) as refused:
+        check(ROLLOUTS, actor((0, 2, 0.5), (1, 1, -0.75)), max_logprob_diff=1e-4)
     what, where, _ = refused.value.problems
     assert (
         "differ by 7.50e-01 nats" in what
         and "2 of 5 tokens" in what
-        and "0.0001 (sync.gate)" in what
+        and "0.0001 (sync.max_logprob_diff)" in what
     )
     assert "response token 1 (id 2) of prompt 4: engine[0] -0.2500, Actor -1.0000" in where
 
 
 def test_the_mean_decides_too_where_single_tokens_may_differ() -> None:
     shifted = actor(*((row, t, 0.1) for row, t in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))))
-    assert check(ROLLOUTS, shifted, gate=1.0, mean_gate=0.2) == pytest.approx(0.1, rel=1e-4)
-    with pytest.raises(GateError, match="1.00e-01 on average"):
-        check(ROLLOUTS, shifted, gate=1.0, mean_gate=0.05)
+    assert check(ROLLOUTS, shifted, max_logprob_diff=1.0, mean_logprob_diff=0.2) == pytest.approx(
+        0.1, rel=1e-4
+    )
+    with pytest.raises(DisagreementError, match="1.00e-01 on average"):
+        check(ROLLOUTS, shifted, max_logprob_diff=1.0, mean_logprob_diff=0.05)
 
 
 def test_nothing_to_compare_does_not_pass() -> None:
-    with pytest.raises(GateError, match="sampled no token"):
-        check([], torch.zeros(0, 0), gate=1.0)
+    with pytest.raises(DisagreementError, match="sampled no token"):
+        check([], torch.zeros(0, 0), max_logprob_diff=1.0)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,6 @@ def test_nothing_to_compare_does_not_pass() -> None:
 def test_the_pattern_of_the_difference_names_its_likely_cause(
     difference: tuple[int, int, float], cause: str
 ) -> None:
-    with pytest.raises(GateError) as refused:
-        check(ROLLOUTS, actor(difference), gate=1e-4)
+    with pytest.raises(DisagreementError) as refused:
+        check(ROLLOUTS, actor(difference), max_logprob_diff=1e-4)
     assert cause in refused.value.problems[2] and len(refused.value.problems) == 3

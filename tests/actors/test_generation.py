@@ -46,15 +46,15 @@ def test_logprobs_are_those_of_transformers_after_temperature(
     )
 
 
-@pytest.mark.parametrize("distortions", [{"top_k": 5}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize("off_policy_sampling", [{"top_k": 5}, {"repetition_penalty": 1.3}])
 def test_logprobs_of_distorted_sampling_are_those_it_really_sampled_with(
-    served: Served, distortions: dict[str, float]
+    served: Served, off_policy_sampling: dict[str, float]
 ) -> None:
     """What a correction needs: probabilities after truncation (renormalised) and after
     penalties.
     """
     for sample in rollouts(
-        served, [replace(request(i), distortions=distortions) for i in range(2)]
+        served, [replace(request(i), off_policy_sampling=off_policy_sampling) for i in range(2)]
     ):
         ids = sample.prompt_ids + sample.response_ids
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_logprobs_of_distorted_sampling_are_those_it_really_sampled_with(
             zip(sample.response_ids, sample.logprobs, strict=True)
         ):
             here = logits[len(sample.prompt_ids) + t - 1].clone()
-            if "top_k" in distortions:
+            if "top_k" in off_policy_sampling:
                 here[here < here.topk(5).values[-1]] = -torch.inf
             else:
                 seen = torch.tensor(ids[: len(sample.prompt_ids) + t]).unique()

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from actors.groups import WorkerGroup
-from actors.placement import Turns
+from actors.cluster.groups import WorkerGroup
+from actors.cluster.placement import GpuSharing
 from actors.settings import GenerationSettings
 from learners.experience import Experience, PromptRequest
-from learners.settings import LearnerSettings, ModelSettings, Place, UserError
+from learners.settings import LearnerSettings, ModelSettings, Rank, UserError
 
 engines = pytest.mark.engines
 pytestmark = pytest.mark.timeout(400)
@@ -60,18 +60,20 @@ class Recorder(WorkerGroup):
         return [None] * len(pending)
 
 
-def told_by(act: Callable[[dict[str, Recorder], Turns], None], share: bool = True) -> list[str]:
+def told_by(
+    act: Callable[[dict[str, Recorder], GpuSharing], None], share: bool = True
+) -> list[str]:
     """What all processes are told while `act` works with five groups that have all started."""
     told: list[str] = []
     groups = {
         name: Recorder(name, told)
         for name in ("engine", "actor", "critic", "reference", "reward judge")
     }
-    act(groups, Turns(groups if share else {}, 1))
+    act(groups, GpuSharing(groups if share else {}, 1))
     return told
 
 
-def step(groups: dict[str, Recorder], turns: Turns) -> None:
+def step(groups: dict[str, Recorder], turns: GpuSharing) -> None:
     """The calls of one step, as the driver makes them."""
     groups["engine"].streams("generate", [1])
     groups["reward judge"].scatter("scores", [1])
@@ -120,7 +122,7 @@ def test_in_one_step_nobody_works_without_the_gpus_and_nobody_stays_in_the_way()
 
 
 def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
-    def act(groups: dict[str, Recorder], turns: Turns) -> None:
+    def act(groups: dict[str, Recorder], turns: GpuSharing) -> None:
         groups["engine"].streams("generate", [1])
         groups["engine"].streams("generate", [2])
         groups["actor"].scatter("infer", [1])
@@ -156,7 +158,7 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
 
-    from actors.generation import engine_arguments
+    from actors.engine.engine import engine_arguments
 
     model = ModelSettings(path="m", dtype="bfloat16")
     generation = GenerationSettings(tensor_parallel=tensor_parallel, gpu_memory_fraction=0.7)
@@ -252,8 +254,8 @@ def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(
     """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted
     there, on any device.
     """
-    from actors.weight_receiver import note_what_is_loaded
-    from actors.weight_sync import SyncError, checksum, verify
+    from actors.weights.receiver import note_what_is_loaded
+    from actors.weights.transfer import SyncError, checksum, verify
     from tests.actors.tiny_models import make_model, packed_groups
 
     new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
@@ -298,7 +300,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
 ) -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    from actors.weight_sync import PACKED_BYTES, EngineClient, GpuSender
+    from actors.weights.transfer import PACKED_BYTES, EngineClient, GpuSender
 
     class Embedding:
         rows = PACKED_BYTES // 4 + 1
@@ -329,7 +331,7 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
     import deepspeed
     import torch.distributed as dist
 
-    from learners.zero import start_process_group
+    from learners.learner import start_process_group
 
     calls: list[Any] = []
     for owner, name in (
@@ -341,7 +343,7 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")  # put back afterwards
-    start_process_group(Place(2, 4, "node", 1234, "cuda", 60))
+    start_process_group(Rank(2, 4, "node", 1234, "cuda", 60))
     device, group, speed = calls
     assert device == {"device": 0}
     assert (group["backend"], group["init_method"], group["rank"]) == ("nccl", "tcp://node:1234", 2)
@@ -351,13 +353,13 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
 def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from actors import synced_actor
-    from actors.weight_sync import GpuSender, transfer_backend
+    from actors.weights import synced_actor
+    from actors.weights.transfer import GpuSender, transfer_backend
 
     calls: list[Any] = []
     monkeypatch.setattr(synced_actor, "GpuSender", bound(GpuSender, calls))
     actor = synced_actor.SyncedActor.__new__(synced_actor.SyncedActor)
-    actor.place = Place(1, 4, "node", 1234, "cuda")
+    actor.rank = Rank(1, 4, "node", 1234, "cuda")
     for shared in (False, True):
         actor.connect([], 5.0, 2, transfer_backend("cuda", shared), ("node", 4321))
     assert [(c["backend"], c["rank"], c["address"], c["port"]) for c in calls] == [
@@ -393,25 +395,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(place: Place) -> Experience:
+def batch_of(rank: Rank) -> Experience:
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 64, (n,), generator=draw).tolist() for n in (2, 9, 5, 12)]
     batch = Experience.from_ids([i[:2] for i in ids], [[*i, 2] for i in ids])
-    return batch.select(batch.shard(place.world_size)[place.rank])
+    return batch.select(batch.shard(rank.world_size)[rank.index])
 
 
 def train(
-    place: Place, settings: LearnerSettings, turns: tuple[int, ...]
+    rank: Rank, settings: LearnerSettings, turns: tuple[int, ...]
 ) -> tuple[list[Any], torch.Tensor]:
     """A step for each of `turns`, after which the learner leaves the GPU and comes back so many
     times.
     """
     from learners.sft import SFTLearner
 
-    learner = SFTLearner(settings, 10, place)
+    learner = SFTLearner(settings, 10, rank)
     metrics = []
     for times in turns:
-        metrics.append(learner.train(batch_of(place)))
+        metrics.append(learner.train(batch_of(rank)))
         for _ in range(times):
             learner.offload()
             move_visibly(learner)
@@ -486,14 +488,14 @@ def test_an_offloaded_learner_learns_the_same(
         torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=rounding)
 
 
-def load_both_ways(place: Place, loader: str, settings: LearnerSettings) -> tuple[list[str], int]:
+def load_both_ways(rank: Rank, loader: str, settings: LearnerSettings) -> tuple[list[str], int]:
     """What differs between a model loaded whole and one loaded into shards; and how many weights
     are sharded.
     """
     import deepspeed
 
     from learners import models
-    from learners.zero import load_sharded, start_process_group
+    from learners.learner import load_sharded, start_process_group
 
     def load() -> Any:
         torch.manual_seed(7)  # a new head is drawn
@@ -501,7 +503,7 @@ def load_both_ways(place: Place, loader: str, settings: LearnerSettings) -> tupl
             settings.model, *([0] if loader == "load_reward_model" else [])
         )
 
-    start_process_group(place)
+    start_process_group(rank)
     whole = load()
     sharded = load_sharded(load, settings)
     names = [name for name, _ in whole.named_parameters()]
@@ -573,11 +575,11 @@ def test_weights_missing_in_a_checkpoint_are_found_when_it_is_loaded_into_shards
         ranks.run(load_sharded_alone, settings_of(without_head(checkpoints["untied"]), 3))
 
 
-def load_sharded_alone(place: Place, settings: LearnerSettings) -> None:
+def load_sharded_alone(rank: Rank, settings: LearnerSettings) -> None:
+    from learners.learner import load_sharded, start_process_group
     from learners.models import load_causal_lm
-    from learners.zero import load_sharded, start_process_group
 
-    start_process_group(place)
+    start_process_group(rank)
     load_sharded(lambda: load_causal_lm(settings.model), settings)
 
 
@@ -642,16 +644,16 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
     """Metrics of the run's steps; with `shared`, everything is done that shared GPUs would
     ask for.
     """
+    from actors.cluster.placement import Placement
     from actors.driver import Driver, demands
-    from actors.placement import Placement
     from actors.roles import RunData, start_roles
-    from actors.run_folder import RunFolder
+    from actors.run.folder import RunFolder
 
     data = RunData.load(recipe)
     with Placement(recipe.cluster, demands(recipe)) as placement:
         placement.shared = shared
         roles = start_roles(recipe, data, placement)
-        assert bool(roles.turns.groups) == shared
+        assert bool(roles.gpu_sharing.groups) == shared
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
             Driver(recipe, run, data, roles).run(resume=False)
     rows = [

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 
-from actors.groups import WorkerError, WorkerGroup
-from actors.layout import Demand
-from actors.placement import Placement, environment
-from actors.rows import gather_rows, scatter_rows
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.layout import Demand
+from actors.cluster.placement import Placement, environment
+from actors.cluster.rows import gather_rows, scatter_rows
 from actors.settings import ClusterSettings
 from learners.experience import Experience
-from learners.settings import Place, UserError
+from learners.settings import Rank, UserError
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 
@@ -22,12 +22,12 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 class Worker:
     """What the group hosts."""
 
-    def __init__(self, factor: int, place: Place | None = None) -> None:
+    def __init__(self, factor: int, rank: Rank | None = None) -> None:
         self.factor = factor
-        self.place = place
+        self.rank = rank
 
-    def where(self) -> Place | None:
-        return self.place
+    def where(self) -> Rank | None:
+        return self.rank
 
     def times(self, number: int) -> int:
         return self.factor * number

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 
 from actors import driver, supervised
-from actors.interrupt import Interrupted, asked, listening
-from actors.run_folder import RunFolder
-from launch.config import load_recipe
-from launch.demo import RECIPES
+from actors.run.folder import RunFolder
+from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from launch.demo.demo import RECIPES
+from launch.recipe.read import load_recipe
 
 
 def test_the_signal_is_taken_note_of_until_the_run_ends() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with listening():
-        assert not asked()
+    with catch_stop_signal():
+        assert not stop_requested()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked()
+        assert stop_requested()
     assert signal.getsignal(signal.SIGUSR1) is before
-    with listening():
-        assert not asked()
+    with catch_stop_signal():
+        assert not stop_requested()
 
 
 def test_leaving_is_no_error_and_has_an_exit_code_of_its_own() -> None:
@@ -75,10 +75,10 @@ def test_reinforcement_leaves_after_its_step(
         evaluate=lambda prompts, name: ({}, []),
     )
     data: Any = SimpleNamespace(prompts=SimpleNamespace(dropped={}), held_out=[], test=[])
-    monkeypatch.setattr(driver, "pass_gate", lambda *_: 0.0)
+    monkeypatch.setattr(driver, "check_engine_agrees", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
-    with listening(), pytest.raises(Interrupted):
+    with catch_stop_signal(), pytest.raises(Interrupted):
         driver.Driver(recipe, folder, data, roles).run(resume=False)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
     assert (
@@ -106,6 +106,6 @@ def test_supervised_training_leaves_after_its_step(
         supervised.Supervised, "share", lambda self, method, rows: step(self, next(made))
     )
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
-    with listening(), pytest.raises(Interrupted):
+    with catch_stop_signal(), pytest.raises(Interrupted):
         training.run(folder, resume=False)
     assert steps_and_checkpoints(folder.path) == ([1, 2, 3], ["step-000003"])

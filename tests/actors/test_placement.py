@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from actors.layout import Demand, layout, misfit, sharing_problems
+from actors.cluster.layout import Demand, layout, misfit, sharing_problems
 from actors.settings import ClusterSettings, PPORecipe
-from learners.settings import LearnerSettings, ModelSettings, Place, UserError, located
+from learners.settings import LearnerSettings, ModelSettings, Rank, UserError, located
 
 engines = pytest.mark.engines
 SEPARATE, COLOCATED = (
@@ -36,7 +36,10 @@ def test_colocated_processes_share_the_gpus_from_the_first_on() -> None:
     }
     plan = layout(COLOCATED, need)
     assert plan.bundles == [{"CPU": 9.0, "GPU": 2.0}, {"CPU": 3.0, "GPU": 2.0}, {"CPU": 1.0}]
-    where = {role: [(s.bundle, s.gpus) for s in seats] for role, seats in plan.seats.items()}
+    where = {
+        role: [(s.bundle, s.gpus) for s in assignments]
+        for role, assignments in plan.assignments.items()
+    }
     assert where["engine"] == [(0, (0, 1)), (1, (0, 1))]
     assert where["actor"] == [(0, (0,)), (0, (1,)), (1, (0,)), (1, (1,))]
     assert where["reference"] == [(0, (0,)), (0, (1,))]
@@ -52,7 +55,9 @@ def test_several_cpu_nodes_have_one_bundle_each_and_processes_take_them_in_turn(
     need = {"engine": Demand(1, 2), "actor": Demand(2, 1), "judge": Demand(1, 1, 0)}
     plan = layout(ClusterSettings(nodes=2), need)
     assert plan.bundles == [{"CPU": 3.0}, {"CPU": 2.0}]
-    assert {role: [s.bundle for s in seats] for role, seats in plan.seats.items()} == {
+    assert {
+        role: [s.bundle for s in assignments] for role, assignments in plan.assignments.items()
+    } == {
         "engine": [0],
         "actor": [1, 0],
         "judge": [1],
@@ -127,8 +132,8 @@ def test_local_model_folders_become_absolute_and_hub_names_stay(
 class Witness:
     """Says where it is and what it sees."""
 
-    def __init__(self, place: Place | None = None, model: ModelSettings | None = None) -> None:
-        self.place = place
+    def __init__(self, rank: Rank | None = None, model: ModelSettings | None = None) -> None:
+        self.rank = rank
         self.model = model
 
     def look(self) -> dict[str, Any]:
@@ -146,13 +151,13 @@ class Witness:
         import torch
         import torch.distributed as dist
 
-        place = self.place
-        assert place is not None
-        where = f"tcp://{place.address}:{place.port}"
+        rank = self.rank
+        assert rank is not None
+        where = f"tcp://{rank.address}:{rank.port}"
         dist.init_process_group(
-            "gloo", init_method=where, rank=place.rank, world_size=place.world_size
+            "gloo", init_method=where, rank=rank.index, world_size=rank.world_size
         )
-        total = torch.tensor([float(place.rank + 1)])
+        total = torch.tensor([float(rank.index + 1)])
         dist.all_reduce(total)
         return float(total)
 
@@ -191,8 +196,8 @@ def look_around(
     cluster: ClusterSettings, need: dict[str, Demand], ranks: bool = False, **arguments: Any
 ) -> Any:
     """What every process of every role sees; with `ranks`, also what they make together."""
-    from actors.groups import WorkerGroup
-    from actors.placement import Placement
+    from actors.cluster.groups import WorkerGroup
+    from actors.cluster.placement import Placement
 
     with Placement(cluster, need) as placement:
         groups = {
@@ -260,7 +265,7 @@ def refused(
     cluster: ClusterSettings, need: dict[str, Demand], patience_s: float = 30.0
 ) -> tuple[str, float]:
     """The one line that refuses it, and after how many seconds."""
-    from actors import placement
+    from actors.cluster import placement
 
     placement.PATIENCE_S = patience_s
     began = time.monotonic()
@@ -311,7 +316,7 @@ def test_what_does_not_fit_is_refused_within_seconds(
 
 
 def refused_while_in_use(need: dict[str, Demand]) -> tuple[str, float]:
-    from actors.placement import Placement
+    from actors.cluster.placement import Placement
 
     with Placement(SEPARATE, need):
         return refused(SEPARATE, need, patience_s=2)

@@ -7,13 +7,13 @@ import math
 import pytest
 
 from actors.functions import load_function
-from actors.rewards import Candidate, FunctionReward, Rewards, Score
+from actors.rewards.sources import FunctionReward, Rewards, Sample, Score
 from actors.settings import RewardSettings
 from learners.settings import UserError
 
 
-def candidate(response: str, finish_reason: str = "stop", **columns: object) -> Candidate:
-    return Candidate([1], [2], "2+2=", response, finish_reason, dict(columns))
+def sample(response: str, finish_reason: str = "stop", **columns: object) -> Sample:
+    return Sample([1], [2], "2+2=", response, finish_reason, dict(columns))
 
 
 def exact(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:
@@ -31,7 +31,7 @@ def one_short(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_a_function_gets_the_columns_its_signature_names() -> None:
     reward = FunctionReward(f"{__name__}:exact")
-    assert reward.scores([candidate("4", answer="4"), candidate("5", answer="4")]) == [1.0, 0.0]
+    assert reward.scores([sample("4", answer="4"), sample("5", answer="4")]) == [1.0, 0.0]
 
 
 def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -> None:
@@ -39,7 +39,7 @@ def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -
     broken.
     """
     unjudged, broken = FunctionReward(f"{__name__}:everything").scores(
-        [candidate("4", "length", answer="4"), candidate("4", "stop", answer="4")]
+        [sample("4", "length", answer="4"), sample("4", "stop", answer="4")]
     )
     assert unjudged is None and broken is not None and math.isnan(broken)
 
@@ -49,14 +49,12 @@ def fragile(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def test_a_response_that_the_function_cannot_take_spoils_no_other() -> None:
-    scores = FunctionReward(f"{__name__}:fragile").scores(
-        [candidate(r) for r in ("2", "0", "4", "x")]
-    )
+    scores = FunctionReward(f"{__name__}:fragile").scores([sample(r) for r in ("2", "0", "4", "x")])
     assert scores[::2] == [0.5, 0.25]
     assert scores[1] == "ZeroDivisionError: division by zero" and str(scores[3]).startswith(
         "ValueError: invalid"
     )
-    assert FunctionReward(f"{__name__}:fragile").scores([candidate("0")]) == [scores[1]]
+    assert FunctionReward(f"{__name__}:fragile").scores([sample("0")]) == [scores[1]]
 
 
 calls: list[int] = []
@@ -68,7 +66,7 @@ def offline(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def test_a_server_that_is_away_is_not_asked_for_every_response() -> None:
-    scores = FunctionReward(f"{__name__}:offline").scores([candidate("4")] * 3)
+    scores = FunctionReward(f"{__name__}:offline").scores([sample("4")] * 3)
     assert scores == ["ConnectionError: no route to host"] * 3
     assert FunctionReward(f"{__name__}:offline").function.__globals__["calls"] == [3]
 
@@ -79,7 +77,7 @@ def test_no_candidates_no_call() -> None:
 
 def test_a_function_that_answers_too_little_is_named() -> None:
     with pytest.raises(ValueError, match="one_short returned 1 scores for 2 responses"):
-        FunctionReward(f"{__name__}:one_short").scores([candidate("4"), candidate("5")])
+        FunctionReward(f"{__name__}:one_short").scores([sample("4"), sample("5")])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self.shares)
 
-    def scatter(self, method: str, shares: list[list[Candidate]]) -> list[list[Score]]:
+    def scatter(self, method: str, shares: list[list[Sample]]) -> list[list[Score]]:
         assert method == "scores" and [len(s) for s in shares] == [len(s) for s in self.shares]
         return self.shares
 
@@ -120,7 +118,7 @@ def source(name: str, weight: float) -> RewardSettings:
 
 
 def test_the_sum_is_weighted_and_in_order() -> None:
-    """Three candidates over two workers: the first judges candidates 0 and 2."""
+    """Three samples over two workers: the first judges samples 0 and 2."""
     rewards = Rewards(
         [source("a", 2.0), source("b", 0.5), source("logged", 0.0)],
         [
@@ -130,7 +128,7 @@ def test_the_sum_is_weighted_and_in_order() -> None:
         ],  # type: ignore[list-item]
         deadline_s=1,
     )
-    total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)
+    total, sources = rewards.gather(rewards.submit([sample("x")] * 3), 3)
     assert total == [2 * 1 + 0.5 * 10, 2 * 2 + 0.5 * 20, 2 * 3 + 0.5 * 30]
     assert sources["b"] == [10.0, 20.0, 30.0]
 
@@ -141,6 +139,6 @@ def test_one_source_that_cannot_judge_takes_the_response_out() -> None:
         [Answers([[1.0, 1.0, 1.0]]), Answers([[1.0, None, "ValueError: no"]])],  # type: ignore[list-item]
         deadline_s=1,
     )
-    total, sources = rewards.gather(rewards.submit([candidate("x")] * 3), 3)
+    total, sources = rewards.gather(rewards.submit([sample("x")] * 3), 3)
     assert total[0] == 2.0 and math.isnan(total[1]) and math.isnan(total[2])
     assert sources["b"] == [1.0, None, "ValueError: no"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actors.progress import _bar
-from actors.run_folder import RunFolder
+from actors.run.folder import RunFolder
+from actors.run.progress import _bar
 from actors.settings import RunSettings
 from learners.settings import UserError
 

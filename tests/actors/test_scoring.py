@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from actors.groups import WorkerError, WorkerGroup
-from actors.placement import environment
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.placement import environment
+from actors.rewards.frozen import Frozen, ReferenceWorker
 from actors.roles import Roles
-from actors.scoring import Frozen, ReferenceWorker
 from learners.experience import Experience
 from learners.settings import ModelSettings
 

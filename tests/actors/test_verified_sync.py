@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from actors.engines import Engines
-from actors.gate import GateError, pass_gate
-from actors.groups import WorkerError, WorkerGroup
-from actors.placement import environment
-from actors.rows import gather_rows, scatter_rows
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.placement import environment
+from actors.cluster.rows import gather_rows, scatter_rows
+from actors.rollouts.generator import Engines
 from actors.settings import GenerationSettings, GRPORecipe
-from actors.weight_sync import SyncError
+from actors.weights.agreement import DisagreementError, check_engine_agrees
+from actors.weights.transfer import SyncError
+from learners.algorithms.grpo import GRPO
 from learners.data import Prompt
 from learners.experience import Experience, PromptRequest, Rollout
-from learners.grpo import GRPO
 from learners.settings import GRPOSettings, LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
@@ -151,13 +151,13 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
     prompts = [Prompt(i, [1, 5 + i, 9], "", {}) for i in range(3)]
     engines = stage.connect(2, 2)
     engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
-    assert 0 < pass_gate(engines, stage.actor, prompts, recipe) <= GATE
+    assert 0 < check_engine_agrees(engines, stage.actor, prompts, recipe) <= GATE
     stage.learn()
-    with pytest.raises(GateError) as refused:
-        pass_gate(engines, stage.actor, prompts, recipe)
+    with pytest.raises(DisagreementError) as refused:
+        check_engine_agrees(engines, stage.actor, prompts, recipe)
     what, where, causes = refused.value.problems
     assert (
-        "0.0001 (sync.gate)" in what
+        "0.0001 (sync.max_logprob_diff)" in what
         and "engine[" in where
         and "the engine serves other weights" in causes
     )
@@ -166,8 +166,8 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
     )
     # sound again, but the Actor reads at another temperature
     engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
-    with pytest.raises(GateError, match="its sampler changes the distribution"):
-        pass_gate(engines, stage.actor, prompts, hotter)
+    with pytest.raises(DisagreementError, match="its sampler changes the distribution"):
+        check_engine_agrees(engines, stage.actor, prompts, hotter)
 
 
 def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.weight_sync import (
+from actors.weights.transfer import (
     EngineClient,
     GpuSender,
     Metadata,
@@ -112,17 +112,19 @@ def test_verify_refuses_in_one_line(received: Receipt, names: list[str], message
 
 
 def test_check_probe_measures_the_largest_difference() -> None:
-    assert check_probe([-1.0, -2.0], [-1.0, -2.00005], gate=1e-4, mean_gate=1e-4) == pytest.approx(
-        5e-5
-    )
+    assert check_probe(
+        [-1.0, -2.0], [-1.0, -2.00005], max_logprob_diff=1e-4, mean_logprob_diff=1e-4
+    ) == pytest.approx(5e-5)
     for wrong in ([-1.0, -2.1], [-1.0, math.nan]):
         with pytest.raises(SyncError, match="on the probe.*the gate is 1e-04"):
-            check_probe([-1.0, -2.0], wrong, gate=1e-4, mean_gate=1e-4)
+            check_probe([-1.0, -2.0], wrong, max_logprob_diff=1e-4, mean_logprob_diff=1e-4)
     with pytest.raises(ValueError, match="zip"):
-        check_probe([-1.0, -2.0], [-1.0], gate=1e-4, mean_gate=1e-4)
-    assert check_probe([-1.0, -2.0], [-1.5, -2.0], gate=1.0, mean_gate=0.3) == pytest.approx(0.5)
+        check_probe([-1.0, -2.0], [-1.0], max_logprob_diff=1e-4, mean_logprob_diff=1e-4)
+    assert check_probe(
+        [-1.0, -2.0], [-1.5, -2.0], max_logprob_diff=1.0, mean_logprob_diff=0.3
+    ) == pytest.approx(0.5)
     with pytest.raises(SyncError, match="2.50e-01 on average"):
-        check_probe([-1.0, -2.0], [-1.5, -2.0], gate=1.0, mean_gate=0.2)
+        check_probe([-1.0, -2.0], [-1.5, -2.0], max_logprob_diff=1.0, mean_logprob_diff=0.2)
 
 
 # --- the engine's side ----------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def probe_difference(served: Any, model: Any) -> float:
 
     expected = logprobs(model, PROBE).tolist()
     found = served.engine.probe_logprobs(PROBE)
-    return check_probe(expected, found, gate=math.inf, mean_gate=math.inf)
+    return check_probe(expected, found, max_logprob_diff=math.inf, mean_logprob_diff=math.inf)
 
 
 # --- the trainer's side ---------------------------------------------------------------------------

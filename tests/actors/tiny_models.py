@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.generation import GenerationEngine
+from actors.engine.engine import GenerationEngine
 from actors.settings import GenerationSettings
-from actors.weight_sync import Receipt, pack_group
+from actors.weights.transfer import Receipt, pack_group
 from learners.settings import ModelSettings
 
 VOCAB = 64

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pathspec import GitIgnoreSpec
 
-from launch.jobs import shipped_files
+from launch.cluster.ray_job import shipped_files
 from tests.launch.test_docker import ROOT, instructions
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

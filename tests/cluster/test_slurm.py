@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.demo import RECIPES
+from launch.demo.demo import RECIPES
 from launch.tasks import unique_digits as task
 from tests.cluster.one_machine_slurm import OneMachineSlurm, of_job, wait_until
 

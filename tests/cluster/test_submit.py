@@ -22,10 +22,10 @@ from urllib.request import Request, urlopen
 import pytest
 import yaml
 
-from launch import jobs
+from launch.cluster import ray_job
 from launch.tasks import unique_digits as task
 
-RECIPES = jobs.ROOT / "launch" / "recipes"
+RECIPES = ray_job.ROOT / "launch" / "recipes"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 BIN = Path(sys.executable).parent
 TOKEN = secrets.token_hex(16)  # a job server runs whatever it is sent: ours asks for a token
@@ -205,13 +205,13 @@ def desk(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     be found out.
     """
     folder = tmp_path_factory.mktemp("checkout")
-    for name in jobs.shipped_files(jobs.ROOT):
+    for name in ray_job.shipped_files(ray_job.ROOT):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(jobs.ROOT / name, folder / name)
+        shutil.copy(ray_job.ROOT / name, folder / name)
     (folder / "origin_of_test.py").write_text(
-        "from pathlib import Path\nimport actors.rewards, learners.settings\n"
+        "from pathlib import Path\nimport actors.rewards.sources, learners.settings\n"
         "def origin(prompts, responses):\n"
-        "    files = actors.rewards.__file__, learners.settings.__file__\n"
+        "    files = actors.rewards.sources.__file__, learners.settings.__file__\n"
         f"    Path({str(models / 'origin')!r}).write_text('\\n'.join(files))\n"
         "    return [0.0] * len(prompts)\n"
     )

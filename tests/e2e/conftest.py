@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from actors import driver, supervised
-from launch.config import load_recipe
-from launch.demo import RECIPES
+from launch.demo.demo import RECIPES
+from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 
 SEED = 3

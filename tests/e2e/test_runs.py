@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from actors.groups import WorkerError
+from actors.cluster.groups import WorkerError
 from learners.settings import UserError
 from tests.actors.test_alarms import SOUND
 from tests.e2e.conftest import Run, Workshop
@@ -239,9 +239,9 @@ def test_a_run_does_not_begin_above_the_gate(workshop: Workshop, sft: Run) -> No
     differ most.
     """
     with pytest.raises(UserError) as refused:
-        workshop.quick("gated", sft, "sync.gate=1.0e-12")
+        workshop.quick("gated", sft, "sync.max_logprob_diff=1.0e-12")
     what, where, causes = refused.value.problems
-    assert "before step 1" in what and "sync.gate" in what
+    assert "before step 1" in what and "sync.max_logprob_diff" in what
     assert "engine[0] -" in where and "Actor -" in where and "likely causes" in causes
     assert not (workshop.folder / "gated").exists()
 

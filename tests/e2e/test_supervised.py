@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from actors.groups import WorkerError
-from actors.rewards import Candidate
-from actors.scoring import RewardWorker
+from actors.cluster.groups import WorkerError
+from actors.rewards.frozen import RewardWorker
+from actors.rewards.sources import Sample
 from learners.settings import ModelSettings
 from tests.e2e.conftest import Run, Workshop
 
@@ -75,8 +75,8 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
     worker = RewardWorker(ModelSettings(path=str(run.model)), str(sft.model), 1000, "cpu")
     actor = AutoTokenizer.from_pretrained(sft.model)
     texts = [("uniq:800299=", "0289"), ("uniq:5111=", "15"), ("uniq:1234567890=", "0123456789")]
-    candidates = [
-        Candidate(
+    samples = [
+        Sample(
             actor(prompt)["input_ids"],
             [*actor(answer, add_special_tokens=False)["input_ids"], 2],
             prompt,
@@ -86,9 +86,7 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
         )
         for prompt, answer in texts
     ]
-    ours = (
-        torch.tensor(worker.scores(candidates)) * worker.calibration.std + worker.calibration.mean
-    )
+    ours = torch.tensor(worker.scores(samples)) * worker.calibration.std + worker.calibration.mean
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
         run.model, output_loading_info=True

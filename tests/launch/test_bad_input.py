@@ -103,7 +103,7 @@ def test_recipes_arguments_and_files(
 
 def write_run(folder: Path, recipe: Path) -> None:
     """A run that was stopped after its first step."""
-    from launch.config import load_recipe
+    from launch.recipe.read import load_recipe
 
     (folder / "checkpoints/step-000001").mkdir(parents=True)
     (folder / "config.yaml").write_text(load_recipe(recipe).to_yaml())
@@ -126,7 +126,7 @@ def test_a_resume_with_a_changed_recipe(place: Path, told: Told) -> None:
 
 
 def test_a_resume_may_go_on_for_longer(place: Path) -> None:
-    from launch.config import read_recipe
+    from launch.recipe.read import read_recipe
 
     write_run(place / "runs/new", place / "grpo.yaml")
     read_recipe(
@@ -175,7 +175,7 @@ def test_a_cluster_that_has_ended(real: Path, told: Told, monkeypatch: pytest.Mo
 def test_a_port_where_something_else_listens(
     real: Path, told: Told, monkeypatch: pytest.MonkeyPatch, greeting: bytes
 ) -> None:
-    monkeypatch.setattr("actors.placement.REACH_S", 0.2)
+    monkeypatch.setattr("actors.cluster.placement.REACH_S", 0.2)
     with socket.create_server(("", 0)) as server:  # Ray takes localhost for this machine's address
         guests: list[socket.socket] = []
 

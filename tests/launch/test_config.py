@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from actors.settings import GRPORecipe, PPORecipe
-from launch.checks import Recipe
-from launch.config import KINDS, RecipeError, annotated, load_recipe, read_recipe
-from launch.document import Document
-from launch.files import function_problems, is_local
-from launch.keys import recipe_keys
+from launch.recipe.combinations import Recipe
+from launch.recipe.document import Document
+from launch.recipe.machine import function_problems, is_local
+from launch.recipe.read import KINDS, RecipeError, annotated, load_recipe, read_recipe
+from launch.recipe.schema import recipe_keys
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
@@ -89,14 +89,14 @@ def test_overrides_reach_sections_lists_and_keys_nobody_wrote(place: Path) -> No
         [
             "rewards.0.weight=2",
             "actor.optimizer.learning_rate=1e-5",
-            "sync.gate=",
+            "sync.max_logprob_diff=",
             "actor.optimizer.betas=[0.8, 0.9]",
         ],
     )
     assert isinstance(recipe, GRPORecipe)
     assert recipe.rewards[0].weight == 2
     assert recipe.actor.optimizer.learning_rate == 1e-5
-    assert recipe.sync.gate is None
+    assert recipe.sync.max_logprob_diff is None
     assert recipe.actor.optimizer.betas == (0.8, 0.9)
 
 
@@ -469,8 +469,8 @@ def test_distorted_sampling_is_accepted_where_its_tokens_are_weighed(place: Path
     )
     assert isinstance(recipe, GRPORecipe)
     assert (
-        recipe.generation.distortions == {"top_p": 0.9}
-        and recipe.generation.plain.distortions == {}
+        recipe.generation.off_policy_sampling == {"top_p": 0.9}
+        and recipe.generation.on_policy().off_policy_sampling == {}
     )
 
 

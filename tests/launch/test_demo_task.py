@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launch.demo_page import read_curve, write_page
+from launch.demo.page import read_curve, write_page
 from launch.tasks import unique_digits as task
 
 
@@ -153,7 +153,7 @@ def test_model_has_the_promised_size_and_depends_on_the_seed(tmp_path: Path) -> 
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = "{'torch', 'transformers', 'ray', 'vllm', 'datasets', 'deepspeed'} & set(sys.modules)"
-    code = f"import sys, launch.demo_page, launch.tasks.unique_digits; assert not {heavy}, {heavy}"
+    code = f"import sys, launch.demo.page, launch.tasks.unique_digits; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

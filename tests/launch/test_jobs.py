@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, jobs
-from launch.config import load_recipe
+from launch import cli
+from launch.cluster import ray_job
+from launch.recipe.read import load_recipe
 
 ADDRESS = ["--address", "http://127.0.0.1:1"]  # nobody is there, and nobody is asked
 
@@ -23,19 +24,19 @@ def files_in(root: Path, **contents: str) -> list[str]:
         path = root / name.replace("__", "/").replace("_dot_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return list(jobs.shipped_files(root))
+    return list(ray_job.shipped_files(root))
 
 
 def test_this_checkout_can_be_shipped() -> None:
-    files = list(jobs.shipped_files(jobs.ROOT))
+    files = list(ray_job.shipped_files(ray_job.ROOT))
     assert {"launch/cli.py", "launch/recipes/demo_ppo.yaml", "setup.cfg"} <= set(files)
     assert not [
         f
         for f in files
         if f.startswith((".git/", ".venv", "runs/")) or "__pycache__" in f or "_cache/" in f
     ]
-    assert not list(jobs.size_problems(jobs.sizes(jobs.ROOT, files)))
-    assert not list(jobs.shadowing_problems(files, jobs.installed_modules()))
+    assert not list(ray_job.size_problems(ray_job.sizes(ray_job.ROOT, files)))
+    assert not list(ray_job.shadowing_problems(files, ray_job.installed_modules()))
 
 
 def test_what_git_or_ray_ignore_stays_here(tmp_path: Path) -> None:
@@ -71,10 +72,10 @@ def test_what_git_or_ray_ignore_stays_here(tmp_path: Path) -> None:
 
 def test_a_checkout_that_is_too_large_names_the_largest_files() -> None:
     sizes = {"README.md": 1000, "data/a.parquet": 90 * 2**20, "model.bin": 30 * 2**20, "b": 2**20}
-    (problem,) = jobs.size_problems(sizes)
+    (problem,) = ray_job.size_problems(sizes)
     assert "121 MiB to ship" in problem and "takes 100" in problem and ".gitignore" in problem
     assert "data/a.parquet (90 MiB), model.bin (30 MiB), b (1 MiB)" in problem
-    assert not list(jobs.size_problems(sizes, most_mib=122))
+    assert not list(ray_job.size_problems(sizes, most_mib=122))
 
 
 def test_names_that_would_hide_a_module() -> None:
@@ -91,13 +92,13 @@ def test_names_that_would_hide_a_module() -> None:
         "launch/__init__.py",
         "queue.txt",
     ]
-    first, second = jobs.shadowing_problems(files, installed)
+    first, second = ray_job.shadowing_problems(files, installed)
     assert "queue.py would hide Python's own module" in first and "rename" in first
     assert "ray/__init__.py would hide the installed package ray" in second
 
 
 def test_installed_modules_are_those_of_others() -> None:
-    installed = jobs.installed_modules()
+    installed = ray_job.installed_modules()
     assert (
         installed["json"] == "Python's own module"
         and installed["ray"] == "the installed package ray"
@@ -107,7 +108,7 @@ def test_installed_modules_are_those_of_others() -> None:
 
 def test_paths_that_mean_nothing_in_a_job(place: Path) -> None:
     recipe = load_recipe("ppo.yaml")
-    problems = {p.keys[0]: p.message for p in jobs.path_problems(recipe, ["setup.cfg"])}
+    problems = {p.keys[0]: p.message for p in ray_job.path_problems(recipe, ["setup.cfg"])}
     models = {"actor.model.path", "critic.model.path", "rewards.0.model.path"}
     assert set(problems) == {"run.folder", "prompts.path", *models}
     assert (
@@ -115,26 +116,26 @@ def test_paths_that_mean_nothing_in_a_job(place: Path) -> None:
         and "absolute path" in problems["run.folder"]
     )
     shipped = ["decoder/config.json", "reward_model/config.json", "prompts.jsonl"]
-    assert {p.keys[0] for p in jobs.path_problems(recipe, shipped)} == {"run.folder"}
+    assert {p.keys[0] for p in ray_job.path_problems(recipe, shipped)} == {"run.folder"}
     absolute = load_recipe("ppo.yaml", [f"run.folder={place / 'new'}"])
-    assert not list(jobs.path_problems(absolute, shipped))
+    assert not list(ray_job.path_problems(absolute, shipped))
 
 
 def test_a_hub_name_is_no_path(place: Path) -> None:
     recipe = load_recipe("sft.yaml", ["learner.model.path=Qwen/Qwen3-8B", "run.folder=/shared/new"])
-    assert [p.keys for p in jobs.path_problems(recipe, ["pairs.jsonl"])] == []
+    assert [p.keys for p in ray_job.path_problems(recipe, ["pairs.jsonl"])] == []
 
 
 def test_a_function_that_would_not_be_shipped(place: Path) -> None:
     recipe = load_recipe(
         "grpo.yaml", ["run.folder=/shared/new", f"actor.model.path={place / 'decoder'}"]
     )
-    (problem,) = jobs.path_problems(recipe, ["prompts.jsonl"])
+    (problem,) = ray_job.path_problems(recipe, ["prompts.jsonl"])
     assert (
         problem.keys == ("rewards.0.function",)
         and "rewards_of_test is here, but not among" in problem.message
     )
-    assert not list(jobs.path_problems(recipe, ["prompts.jsonl", "rewards_of_test.py"]))
+    assert not list(ray_job.path_problems(recipe, ["prompts.jsonl", "rewards_of_test.py"]))
 
 
 def test_the_command_refuses_in_one_line_each_with_its_place(
@@ -163,7 +164,9 @@ def test_a_refusal_loads_nothing_heavy(place: Path) -> None:
     )
     command = [sys.executable, "-c", code, "submit", "ppo.yaml", *ADDRESS]
     assert (
-        subprocess.run(command, env={"PYTHONPATH": str(jobs.ROOT)}, capture_output=True).returncode
+        subprocess.run(
+            command, env={"PYTHONPATH": str(ray_job.ROOT)}, capture_output=True
+        ).returncode
         == 2
     )
 
@@ -172,7 +175,7 @@ def test_the_package_holds_the_checkout_and_a_recipe_from_anywhere(tmp_path: Pat
     root = tmp_path / "checkout"
     files = files_in(root, launch__cli_dot_py="code", submitted__old_dot_yaml="of another job")
     (tmp_path / "my ppo.yaml").write_text("kind: ppo\n")
-    jobs.pack(root, files, tmp_path / "my ppo.yaml", tmp_path / "checkout.zip")
+    ray_job.pack(root, files, tmp_path / "my ppo.yaml", tmp_path / "checkout.zip")
     with zipfile.ZipFile(tmp_path / "checkout.zip") as archive:
         assert sorted(archive.namelist()) == ["launch/cli.py", "submitted/my ppo.yaml"]
         assert archive.read("submitted/my ppo.yaml") == b"kind: ppo\n"
@@ -180,10 +183,10 @@ def test_the_package_holds_the_checkout_and_a_recipe_from_anywhere(tmp_path: Pat
 
 def test_the_entrypoint_survives_the_shell() -> None:
     overrides = ["run.folder=/a b/$HOME", "evaluation.prompts=null", "rewards.0.name='x'"]
-    words = shlex.split(jobs.entrypoint("ppo", "my ppo.yaml", overrides, resume=True))
+    words = shlex.split(ray_job.entrypoint("ppo", "my ppo.yaml", overrides, resume=True))
     command = ["python", "-m", "launch", "ppo", "--resume", "submitted/my ppo.yaml"]
     assert words == [*command, *overrides, "cluster.address=auto"]
-    assert "--resume" not in jobs.entrypoint("ppo", "x.yaml", [], resume=False)
+    assert "--resume" not in ray_job.entrypoint("ppo", "x.yaml", [], resume=False)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_the_entrypoint_survives_the_shell() -> None:
     ],
 )
 def test_exit_codes(status: str, driver: int | None, code: int) -> None:
-    assert jobs.exit_code(status, driver) == code
+    assert ray_job.exit_code(status, driver) == code
 
 
 class BrokenLog:
@@ -222,7 +225,7 @@ class BrokenLog:
 def test_a_log_is_printed_once_however_often_the_connection_breaks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
+    log = ray_job.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
     for _ in range(4):
         asyncio.run(log.print())
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
@@ -231,7 +234,7 @@ def test_a_log_is_printed_once_however_often_the_connection_breaks(
 def test_last_lines_that_the_connection_did_not_bring_are_fetched(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    log = jobs.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
+    log = ray_job.Log(BrokenLog("one\n", "two\n", "three\n"), "job")
     asyncio.run(log.print())
     log.print_rest()
     assert capsys.readouterr().out == "one\ntwo\nthree\n"

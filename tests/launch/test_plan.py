@@ -15,14 +15,14 @@ import yaml
 
 from actors.settings import GRPORecipe, PPORecipe
 from launch import cli
-from launch.changes import enough
-from launch.checks import Recipe
-from launch.config import load_recipe, read_recipe
-from launch.document import Document
-from launch.memory import GIB, model_states, total
-from launch.plan import Plan, excess, kv_room, make_plan, ranges, read_shapes
-from launch.plan_table import print_plan, show_plan
-from launch.shapes import Shape, find_shape
+from launch.plan.hints import enough
+from launch.plan.memory import GIB, model_states, total
+from launch.plan.plan import Plan, excess, kv_room, make_plan, ranges, read_shapes
+from launch.plan.shapes import Shape, find_shape
+from launch.plan.table import print_plan, show_plan
+from launch.recipe.combinations import Recipe
+from launch.recipe.document import Document
+from launch.recipe.read import load_recipe, read_recipe
 from learners.settings import LearnerSettings, UserError
 from tests.launch.test_cli import quatuor
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from launch.memory import model_states
-from launch.shapes import find_shape
-from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Place
+from launch.plan.memory import model_states
+from launch.plan.shapes import find_shape
+from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Rank
 from tests.learners.ranks import Ranks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
@@ -97,7 +97,7 @@ def held(engine: Any, before: set[int]) -> dict[str, int]:
     return sizes
 
 
-def largest_states(place: Place, settings: LearnerSettings) -> tuple[int, dict[str, int]]:
+def largest_states(rank: Rank, settings: LearnerSettings) -> tuple[int, dict[str, int]]:
     """How often we looked, and the largest size of each kind: during an optimizer step of several
     micro-batches.
     """
@@ -105,9 +105,9 @@ def largest_states(place: Place, settings: LearnerSettings) -> tuple[int, dict[s
     from learners.sft import SFTLearner
 
     before = set(living())
-    engine = SFTLearner(settings, 10, place)
+    engine = SFTLearner(settings, 10, rank)
     batch = Experience.from_ids([[1] * 8] * 16, [[2] * 8] * 16)
-    shard = batch.select(batch.shard(place.world_size)[place.rank])
+    shard = batch.select(batch.shard(rank.world_size)[rank.index])
     looks: list[dict[str, int]] = []
     backward = engine.engine.backward
     step = engine._step

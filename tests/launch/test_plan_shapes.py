@@ -17,8 +17,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from launch.memory import Load, layer_activations, training_activations
-from launch.shapes import find_shape, model_table, read_shape
+from launch.plan.memory import Load, layer_activations, training_activations
+from launch.plan.shapes import find_shape, model_table, read_shape
 from launch.tasks.unique_digits import make_model
 from learners.experience import Experience
 from learners.models import response_logprobs

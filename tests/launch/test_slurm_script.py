@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from launch.config import load_recipe
-from launch.demo import RECIPES
-from launch.slurm import BODY, least_cpus, seconds, write_job
+from launch.cluster.slurm import BODY, least_cpus, seconds, write_job
+from launch.demo.demo import RECIPES
+from launch.recipe.read import load_recipe
 from learners.settings import UserError
 
 STAND_INS = {
@@ -304,6 +304,6 @@ def test_the_run_uses_as_many_nodes_as_the_job_has(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_loaded() -> None:
     heavy = "{'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'datasets'}"
-    question = f"import sys, launch.cli, launch.slurm; print({heavy} & set(sys.modules))"
+    question = f"import sys, launch.cli, launch.cluster.slurm; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from learners.settings import Place
+from learners.settings import Rank
 
 
 class Ranks:
-    """`Ranks(2).run(function, *arguments)` calls `function(place, *arguments)` on every rank,
+    """`Ranks(2).run(function, *arguments)` calls `function(rank, *arguments)` on every rank,
     returns all results.
 
     Processes start in the background, so several pools come up together. After a failure the other
@@ -41,8 +41,8 @@ class Ranks:
         context = mp.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            place = Place(rank, self.world_size, "127.0.0.1", port, timeout_s=200)
-            process = context.Process(target=_serve, args=(theirs, place), daemon=True)
+            rank = Rank(rank, self.world_size, "127.0.0.1", port, timeout_s=200)
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
             theirs.close()  # the only other end is the rank's: when it dies, reading from ours ends
             self.pipes.append(ours)
@@ -95,7 +95,7 @@ class Ranks:
         self.processes = []
 
 
-def _serve(pipe: Connection, place: Place) -> None:
+def _serve(pipe: Connection, rank: Rank) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     import gc
@@ -109,7 +109,7 @@ def _serve(pipe: Connection, place: Place) -> None:
         except EOFError:  # the tests are over
             return
         try:
-            pipe.send((True, function(place, *arguments)))
+            pipe.send((True, function(rank, *arguments)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
         del function, arguments

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from learners.algorithms.grpo import GRPO
+from learners.algorithms.ppo import PPO
 from learners.experience import Experience
-from learners.grpo import GRPO
-from learners.ppo import PPO
 from learners.settings import GRPOSettings, PPOSettings
 
 NAN = math.nan
@@ -159,7 +159,7 @@ def test_a_batch_that_could_not_be_scored_at_all_is_zero_and_finite(samples):
     batch, metrics = algorithm.advantages(nothing)
     assert not batch.advantages.any() and not batch.returns.any()
     assert all(math.isfinite(x) for x in metrics.values())
-    algorithm.learned(batch)
+    algorithm.after_step(batch)
     assert algorithm.beta == 0.5, "nothing was measured"
 
 
@@ -205,7 +205,7 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
     batch, metrics = algorithm.advantages(samples)
     close(batch.returns, [[1.75, 2.25, 2.25], [-1.1, 0.0, 0.0]])
     assert metrics["kl/beta"] == 0.5 == algorithm.beta, "a step that is skipped moves nothing"
-    algorithm.learned(batch)
+    algorithm.after_step(batch)
     assert algorithm.beta == pytest.approx(0.5 * (1 + 0.2 * 2 / 10))
 
     state = algorithm.state()
@@ -214,7 +214,7 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
     again = resumed.advantages(samples)
     expected = algorithm.advantages(samples)
     for one, (learned, _) in ((resumed, again), (algorithm, expected)):
-        one.learned(learned)
+        one.after_step(learned)
     assert again[1] == expected[1] and again[1]["kl/beta"] == pytest.approx(0.52)
     assert torch.equal(again[0].returns, expected[0].returns)
     assert resumed.state() == algorithm.state() != state
@@ -222,7 +222,7 @@ def test_adaptive_kl_moves_after_the_step_and_survives_a_checkpoint(samples):
 
 def test_a_fixed_kl_stays(samples):
     algorithm = ppo()
-    algorithm.learned(algorithm.advantages(samples)[0])
+    algorithm.after_step(algorithm.advantages(samples)[0])
     assert algorithm.state() == {"kl_beta": 0.5}
 
 
@@ -278,7 +278,7 @@ def test_an_unscorable_sample_is_left_out_of_its_group():
     batch = replace(batch, valid=~batch.scores.isnan()[:, None].expand(3, 2))
     result, metrics = grpo(3, advantage="dr_grpo").advantages(batch)
     close(result.advantages, [[-1.0, -1.0], [0.0, 0.0], [1.0, 0.0]])
-    assert metrics["group/with_spread"] == 1 and result.count("sequence_mean") == 2
+    assert metrics["group/with_spread"] == 1 and result.loss_denominator("sequence_mean") == 2
 
 
 def test_grpo_reports_the_kl_only_with_a_reference(samples):

@@ -43,9 +43,9 @@ def test_valid_takes_single_tokens_out(batch):
     valid[1, 2] = valid[3, 0] = 0
     masked = Experience(batch.input_ids, batch.prompt_lengths, batch.response_lengths, valid=valid)
     assert masked.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert masked.count("token_mean") == 5
-    assert masked.count("sequence_mean") == 2
-    assert masked.count("constant", 7) == 14
+    assert masked.loss_denominator("token_mean") == 5
+    assert masked.loss_denominator("sequence_mean") == 2
+    assert masked.loss_denominator("constant", 7) == 14
 
 
 def test_the_response_part_is_what_was_read_before_each_token(batch):
@@ -80,14 +80,16 @@ def test_a_selection_is_trimmed_to_its_own_rows(batch):
     assert all(getattr(some, name).tolist() == [[9, 10], [1, 2]] for name in PER_TOKEN)
     assert some.scores.tolist() == [2, 0] and some.margins is None
     assert full.select([2]).input_ids.tolist() == [[9, 10]]
-    assert len(full.select([])) == 0 and full.select([]).count("sequence_mean") == 0
+    assert len(full.select([])) == 0 and full.select([]).loss_denominator("sequence_mean") == 0
 
 
 def test_a_placeholder_has_an_empty_mask():
     batch = Experience.placeholder(2)
     assert len(batch) == 2 and batch.attention_mask.any(1).all()
     assert not batch.mask.any() and batch.mask.shape == batch.values.shape
-    assert [batch.count(how, 9) for how in ("token_mean", "sequence_mean", "constant")] == [0, 0, 0]
+    assert [
+        batch.loss_denominator(how, 9) for how in ("token_mean", "sequence_mean", "constant")
+    ] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])

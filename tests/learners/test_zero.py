@@ -1,4 +1,4 @@
-"""ZeroEngine and its roles on real ranks, against one optimizer step of plain PyTorch, one sequence
+"""Learner and its roles on real ranks, against one optimizer step of plain PyTorch, one sequence
 at a time.
 """
 
@@ -61,11 +61,11 @@ ADAMW = OptimizerSettings(
 # --- what runs on the ranks -----------------------------------------------------------------------
 
 
-def learner(place, role, settings):
+def learner(rank, role, settings):
     from learners.actor import ActorLearner
+    from learners.algorithms.grpo import GRPO
+    from learners.algorithms.ppo import PPO
     from learners.critic import CriticLearner
-    from learners.grpo import GRPO
-    from learners.ppo import PPO
     from learners.reward_model import RewardModelLearner
     from learners.sft import SFTLearner
 
@@ -73,23 +73,23 @@ def learner(place, role, settings):
     match role:
         case "ppo":
             return ActorLearner(
-                settings, PPO(PPOSettings(**clips)), TEMPERATURE, 32, TOTAL_STEPS, place
+                settings, PPO(PPOSettings(**clips)), TEMPERATURE, 32, TOTAL_STEPS, rank
             )
         case "grpo":
             grpo = GRPO(GRPOSettings(**clips, kl_beta=KL_BETA), 2)
-            return ActorLearner(settings, grpo, TEMPERATURE, 32, TOTAL_STEPS, place)
+            return ActorLearner(settings, grpo, TEMPERATURE, 32, TOTAL_STEPS, rank)
         case "critic":
-            return CriticLearner(settings, VALUE_CLIP, TOTAL_STEPS, place)
+            return CriticLearner(settings, VALUE_CLIP, TOTAL_STEPS, rank)
         case "reward":
             return RewardModelLearner(
-                settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, place
+                settings, RewardModelSettings(centring=CENTRING), PAD, SEED, TOTAL_STEPS, rank
             )
         case "sft":
-            return SFTLearner(settings, TOTAL_STEPS, place)
+            return SFTLearner(settings, TOTAL_STEPS, rank)
 
 
-def share(place, role, batch):
-    return batch.select(batch.shard(place.world_size, 2 if role == "reward" else 1)[place.rank])
+def share(rank, role, batch):
+    return batch.select(batch.shard(rank.world_size, 2 if role == "reward" else 1)[rank.index])
 
 
 def weights_of(engine):
@@ -98,26 +98,26 @@ def weights_of(engine):
     )
 
 
-def train(place, role, settings, batch, steps=2):
-    engine = learner(place, role, settings)
-    shard = share(place, role, batch)
+def train(rank, role, settings, batch, steps=2):
+    engine = learner(rank, role, settings)
+    shard = share(rank, role, batch)
     return [engine.train(shard) for _ in range(steps)], weights_of(engine)
 
 
-def train_and_look(place, role, optimizers, settings, batch):
+def train_and_look(rank, role, optimizers, settings, batch):
     """Per optimizer: metrics of two steps, the gradient each of them saw, and the weights after the
     second.
     """
     return [
-        _train_and_look(place, role, settings.model_copy(update={"optimizer": o}), batch)
+        _train_and_look(rank, role, settings.model_copy(update={"optimizer": o}), batch)
         for o in optimizers
     ]
 
 
-def _train_and_look(place, role, settings, batch):
+def _train_and_look(rank, role, settings, batch):
     from deepspeed.utils import safe_get_full_grad
 
-    engine = learner(place, role, settings)
+    engine = learner(rank, role, settings)
     gradients = []
     step = engine._step
 
@@ -128,15 +128,15 @@ def _train_and_look(place, role, settings, batch):
         return step()
 
     engine._step = look_and_step
-    shard = share(place, role, batch)
+    shard = share(rank, role, batch)
     return [engine.train(shard) for _ in range(2)], gradients, weights_of(engine)
 
 
-def train_without_boundaries(place, role, settings, batch):
+def train_without_boundaries(rank, role, settings, batch):
     """The trap: nobody tells DeepSpeed which micro-batch is the last one."""
-    engine = learner(place, role, settings)
+    engine = learner(rank, role, settings)
     engine.engine.set_gradient_accumulation_boundary = lambda last: None
-    shard = share(place, role, batch)
+    shard = share(rank, role, batch)
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
 
@@ -151,16 +151,16 @@ def infinite_logprobs(loss, outputs, *rest):
     return loss(outputs - INF, *rest)
 
 
-def train_broken_first(place, role, fault, settings, batch):
+def train_broken_first(rank, role, fault, settings, batch):
     """A step with a faulty loss on one rank alone, then two sound ones; and the weights before and
     after the first.
     """
-    engine = learner(place, role, settings)
+    engine = learner(rank, role, settings)
     loss = engine.loss
-    if place.rank == 0:
+    if rank.index == 0:
         engine.loss = partial(fault, loss)
     before = weights_of(engine)
-    shard = share(place, role, batch)
+    shard = share(rank, role, batch)
     refused = engine.train(shard)
     after = weights_of(engine)
     engine.loss = loss
@@ -172,15 +172,15 @@ def train_broken_first(place, role, fault, settings, batch):
     )
 
 
-def train_on_poison_first(place, role, settings, poisoned, batch):
+def train_on_poison_first(rank, role, settings, poisoned, batch):
     """A step on a batch with one bad number, then two on a sound one; and the weights before and
     after the first.
     """
-    engine = learner(place, role, settings)
+    engine = learner(rank, role, settings)
     before = weights_of(engine)
-    refused = engine.train(share(place, role, poisoned))
+    refused = engine.train(share(rank, role, poisoned))
     after = weights_of(engine)
-    shard = share(place, role, batch)
+    shard = share(rank, role, batch)
     return (
         refused,
         torch.equal(before, after),
@@ -189,53 +189,53 @@ def train_on_poison_first(place, role, settings, poisoned, batch):
     )
 
 
-def measure_then_train(place, role, settings, batch):
-    engine = learner(place, role, settings)
-    shard = share(place, role, batch)
-    return engine.measure(shard), engine.train(shard), weights_of(engine)
+def measure_then_train(rank, role, settings, batch):
+    engine = learner(rank, role, settings)
+    shard = share(rank, role, batch)
+    return engine.evaluate(shard), engine.train(shard), weights_of(engine)
 
 
-def train_from_own_logprobs(place, settings, batch, rows):
+def train_from_own_logprobs(rank, settings, batch, rows):
     """Two steps on `rows` whose old log-probs this Actor has just read, in other micro-batches."""
-    engine = learner(place, "ppo", settings)
-    indices = batch.shard(place.world_size)[place.rank]
+    engine = learner(rank, "ppo", settings)
+    indices = batch.shard(rank.world_size)[rank.index]
     shard = batch.select(indices)
     shard = replace(shard, old_logprobs=engine.infer(shard))
     mini_batch = shard.select([i for i, row in enumerate(indices) if row in rows])
     return [engine.train(mini_batch) for _ in range(2)]
 
 
-def infer(place, role, settings, batch):
-    engine = learner(place, role, settings)
-    outputs = engine.infer(share(place, role, batch))
+def infer(rank, role, settings, batch):
+    engine = learner(rank, role, settings)
+    outputs = engine.infer(share(rank, role, batch))
     return outputs, engine.probe(batch.input_ids[0, :5].tolist()) if role == "ppo" else None
 
 
-def save_and_continue(place, settings, batch, folder):
-    engine = learner(place, "ppo", settings)
-    shard = share(place, "ppo", batch)
+def save_and_continue(rank, settings, batch, folder):
+    engine = learner(rank, "ppo", settings)
+    shard = share(rank, "ppo", batch)
     engine.train(shard)
     engine.save(folder)
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
 
-def load_and_continue(place, settings, batch, folder):
-    engine = learner(place, "ppo", settings)
-    shard = share(place, "ppo", batch)
+def load_and_continue(rank, settings, batch, folder):
+    engine = learner(rank, "ppo", settings)
+    shard = share(rank, "ppo", batch)
     engine.load(folder)
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
 
-def load_elsewhere(place, settings, folder):
+def load_elsewhere(rank, settings, folder):
     try:
-        learner(place, "ppo", settings).load(folder)
+        learner(rank, "ppo", settings).load(folder)
     except ValueError as error:
         return str(error)
 
 
-def train_and_export(place, role, settings, batch, folder):
-    engine = learner(place, role, settings)
-    shard = share(place, role, batch)
+def train_and_export(rank, role, settings, batch, folder):
+    engine = learner(rank, role, settings)
+    shard = share(rank, role, batch)
     engine.train(shard)
     if role == "reward":
         engine.calibrate(0.5, 2.0)
@@ -243,8 +243,8 @@ def train_and_export(place, role, settings, batch, folder):
     return engine.infer(shard), [tuple(entry) for entry in engine.metadata()]
 
 
-def factors(place, settings, steps, total_steps):
-    from learners.zero import schedule
+def factors(rank, settings, steps, total_steps):
+    from learners.learner import schedule
 
     factor = schedule(settings, total_steps)
     return [factor(i) for i in range(steps)]

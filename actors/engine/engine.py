@@ -1,0 +1,510 @@
+"""GenerationEngine: one vLLM engine and the loop thread that owns it.
+
+All vLLM and torch work happens in the loop thread (OpenMP pools belong to threads). Other threads
+leave commands, which the loop executes between two steps of the engine: so requests come in,
+finished groups stream out and weights are replaced, also under running requests, without a second
+process or a second design.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from actors.seeds import derive_seed
+from actors.settings import GenerationSettings
+from actors.weights.transfer import Receipt, transfer_backend
+from learners.experience import PromptRequest, Rollout
+from learners.settings import DeviceType, ModelSettings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Finished = queue.SimpleQueue[list[Rollout] | Exception]
+
+
+@dataclass(eq=False)
+class _Group:
+    """The samples of one request: those finished so far, and where the whole group goes after the
+    last one.
+    """
+
+    request: PromptRequest
+    finished: Finished
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+
+
+def in_loop(
+    method: Callable[Concatenate[GenerationEngine, P], R],
+) -> Callable[Concatenate[GenerationEngine, P], R]:
+    """Callers of any thread wait while the loop thread runs the method; they get its result or its
+    error.
+    """
+
+    @wraps(method)
+    def call(self: GenerationEngine, *args: P.args, **kwargs: P.kwargs) -> R:
+        if threading.current_thread() is self._thread:
+            return method(self, *args, **kwargs)
+        future: Future[R] = Future()
+        with self._end_lock:
+            if self._end is not None:
+                raise RuntimeError(f"the engine has ended: {self._end!r}") from self._end
+            self._commands.put((future, partial(method, self, *args, **kwargs)))
+        return future.result()
+
+    return call
+
+
+class GenerationEngine:
+    """Generates with one set of weights at a time, and knows which.
+
+    It starts with version 0, the weights in the model's files. From `start_weight_update` until
+    `accept` it is STALE: it takes no prompts and holds those it has. Methods may be called from
+    several threads. Once the loop has ended, by `close` or by an error, every call raises
+    RuntimeError, also one that is waiting.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        generation: GenerationSettings,
+        device: DeviceType,
+        max_model_tokens: int,
+        eos_token_id: int | None,
+        shared: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Returns when the engine is ready; raises what vLLM raised if it cannot start.
+
+        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only
+        by its length), or with another EOS that the model's generation_config.json names. On
+        `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
+        Requests without seeds draw from `seed` and the version of the weights.
+        """
+        self.seed = seed
+        self.version = 0
+        self.device = device
+        self.max_model_tokens = max_model_tokens
+        self.eos_token_id = eos_token_id
+        self._stale = self._asleep = False
+        self._update_open = False  # weights are half replaced: not even a probe may run
+        self._failure = ""  # of the last update
+        self._running: dict[str, tuple[_Group, int]] = {}
+        self._probes: dict[str, Future[list[float]]] = {}
+        self._requests = 0
+        self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = (
+            queue.SimpleQueue()
+        )
+        self._end: Exception | None = None
+        self._end_lock = threading.Lock()
+        self._engine: Any = None
+        self._thread = threading.Thread(target=self._loop, name="generation", daemon=True)
+        self._thread.start()
+        try:
+            self._build(model, generation, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, requests: list[PromptRequest]) -> Iterator[list[list[Rollout]]]:
+        """Yields finished groups (all samples of one request, in sample order) until every request
+        is done.
+
+        Raises RuntimeError when the engine is STALE, when it ends, and when a refused weight update
+        has spoilt running requests; ValueError when a prompt does not fit. Closing the generator
+        aborts what is unfinished.
+        """
+        finished: Finished = queue.SimpleQueue()
+        groups = [_Group(request, finished) for request in requests]
+        self._admit(groups)
+        missing = len(groups)
+        try:
+            while missing:
+                done = [_group_or_error(finished.get())]
+                while not finished.empty():
+                    done.append(_group_or_error(finished.get()))
+                missing -= len(done)
+                yield done
+        finally:
+            if missing and self._end is None:
+                self._abort(groups)
+
+    def probe_logprobs(self, ids: list[int]) -> list[float]:
+        """Log-probs of ids[1:] at temperature 1, computed anew with the weights the engine really
+        holds.
+
+        Works while STALE, but not while weights are half replaced. `ids` must be shorter than
+        `max_model_tokens`.
+        """
+        return self._add_probe(ids).result()
+
+    @in_loop
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect to the trainer; `init_info` belongs to the transfer backend."""
+        self._worker("init_weight_transfer_engine", init_info)
+
+    @in_loop
+    def start_weight_update(self) -> None:
+        """Begin a full update: the engine is STALE from here until `accept`. An interrupted update
+        is cleared away.
+
+        Requests still running from before a refused update are failed: what they sampled can no
+        longer be trusted.
+        """
+        from actors.weights.receiver import clear_interrupted_update, note_what_is_loaded
+
+        if self._stale:
+            self._fail_running(
+                RuntimeError("the weights under these requests were replaced and never accepted")
+            )
+        if self._update_open:
+            self._worker(clear_interrupted_update)
+        self._stale = self._update_open = True
+        self._failure = ""
+        self._worker("start_weight_update")
+        if self.device == "cuda":
+            self._worker(note_what_is_loaded)
+
+    @in_loop
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive weights; `update_info` belongs to the transfer backend."""
+        try:
+            self._worker("update_weights", update_info)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+
+    @in_loop
+    def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
+        """End the update and say what arrived. Tokens are sampled under `weight_version` from here
+        on.
+        """
+        from actors.weights.receiver import take_receipt
+
+        self._worker("finish_weight_update")
+        self._update_open = False
+        if weight_version is not None:
+            self._engine.set_weight_version(weight_version)
+        if not self._running and not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
+        first, *others = self._engine.collective_rpc(take_receipt)
+        if any(other != first for other in others):
+            raise RuntimeError(
+                "the workers of a tensor-parallel engine were given different weights"
+            )
+        return first
+
+    @in_loop
+    def accept(self, version: int) -> None:
+        """The weights are proved to be those of `version`: serve with them."""
+        if self._update_open:
+            raise RuntimeError("engine is STALE: a weight update was begun and not finished")
+        self._engine.set_weight_version(str(version))
+        self.version = version
+        self._stale = False
+        self._draw_anew()
+
+    def failure(self) -> str:
+        """What the last update failed with, or nothing. Answers also while the loop waits in a
+        transfer.
+        """
+        return self._failure
+
+    @in_loop
+    def sleep(self) -> None:
+        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Refused while anything
+        is under way.
+
+        Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it
+        fell asleep with, as version, STALE and a step that was skipped and sends none all rely on.
+        """
+        if self._running or self._probes or self._update_open:
+            raise RuntimeError(
+                "an engine with requests under way, or with weights half replaced, cannot sleep"
+            )
+        self._engine.sleep(level=1)
+        self._asleep = True
+
+    @in_loop
+    def wake(self, tags: list[str] | None = None) -> None:
+        """Take the GPUs again. With `tags` ["weights"] only weights may arrive: no prompt and no
+        probe yet.
+        """
+        self._asleep = not self._engine.wake_up(tags)
+
+    @in_loop
+    def status(self) -> dict[str, Any]:
+        """`version`, `stale`, `running` (samples under way) and `threads` (CPU threads the loop
+        computes with).
+        """
+        threads = torch.get_num_threads()
+        return {
+            "version": self.version,
+            "stale": self._stale,
+            "running": len(self._running),
+            "threads": threads,
+        }
+
+    def close(self) -> None:
+        """Stop the loop and free the engine. Whoever waits gets RuntimeError."""
+        if self._end is None:
+            self._stop()
+        self._thread.join()
+
+    # What only the loop thread does
+
+    def _loop(self) -> None:
+        try:
+            while self._end is None:
+                if self._commands.empty() and self._may_step():
+                    for output in self._engine.step():
+                        self._collect(output)
+                else:
+                    self._execute(*self._commands.get())
+        except BaseException as error:  # SystemExit too: nobody may wait for a loop that has ended
+            self._end = (
+                error
+                if isinstance(error, Exception)
+                else RuntimeError(f"the loop ended with {error!r}")
+            )
+        self._answer_everyone()
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+
+    def _execute(self, future: Future[Any], command: Callable[[], Any]) -> None:
+        try:
+            future.set_result(command())
+        except BaseException as error:  # SystemExit too: somebody waits for an answer
+            future.set_exception(error)
+
+    def _may_step(self) -> bool:
+        """A STALE engine holds its requests. A probe's step is the exception; it takes them one
+        token along.
+        """
+        return not self._update_open and bool(self._probes or (self._running and not self._stale))
+
+    def _answer_everyone(self) -> None:
+        """The loop has ended: after this nobody waits, and new commands are refused."""
+        failure = RuntimeError(f"the engine has ended: {self._end!r}")
+        with self._end_lock:  # a command is either in the queue by now, or its caller sees the end
+            while not self._commands.empty():
+                self._commands.get()[0].set_exception(failure)
+        for probe in self._probes.values():
+            probe.set_exception(failure)
+        for finished in {group.finished for group, _ in self._running.values()}:
+            finished.put(failure)
+
+    @in_loop
+    def _stop(self) -> None:
+        self._end = RuntimeError("the engine was closed")
+
+    @in_loop
+    def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
+        arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
+        self._engine = _build_engine(arguments, self.device, generation.threads)
+        self._draw_anew()
+
+    def _draw_anew(self) -> None:
+        """What unseeded requests draw is a function of engine and version, so that a resumed run
+        repeats no draws.
+        """
+        self._engine.collective_rpc(
+            draw_from, args=(derive_seed(self.seed, "version", self.version),)
+        )
+
+    @in_loop
+    def _admit(self, groups: list[_Group]) -> None:
+        if self._stale:
+            raise RuntimeError(
+                "engine is STALE: its weights are being replaced, or were not accepted"
+            )
+        try:
+            for group in groups:
+                for sample in range(group.request.group_size):
+                    self._running[self._add_sample(group.request, sample)] = group, sample
+        except Exception:
+            self._abort(groups)
+            raise
+
+    def _add_sample(self, request: PromptRequest, sample: int) -> str:
+        return self._add(
+            request.prompt_ids,
+            salt=f"version {self.version}",
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            seed=request.seeds[sample] if request.seeds else None,
+            stop_token_ids=[] if self.eos_token_id is None else [self.eos_token_id],
+            logprobs=0,  # of the sampled token alone
+            **request.off_policy_sampling,
+        )
+
+    @in_loop
+    def _add_probe(self, ids: list[int]) -> Future[list[float]]:
+        if self._update_open:
+            raise RuntimeError(
+                "engine is STALE: its weights are half replaced, there is nothing to probe"
+            )
+        # A request for prompt log-probs reads nothing from the prefix cache; its salt keeps others
+        # from reading it.
+        probe: Future[list[float]] = Future()
+        self._probes[
+            self._add(ids, salt=f"probe {self._requests}", max_tokens=1, prompt_logprobs=0)
+        ] = probe
+        return probe
+
+    def _add(self, ids: list[int], salt: str, **params: Any) -> str:
+        """Give vLLM a request. Only requests of the same salt share cached prefixes: never two
+        weight versions.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._asleep:
+            raise RuntimeError("engine is asleep: wake it first")
+        if len(ids) >= self.max_model_tokens:
+            raise ValueError(
+                f"{len(ids)} tokens leave no room for another: prompt + response fit "
+                f"{self.max_model_tokens}"
+            )
+        self._requests += 1
+        name = str(self._requests)
+        kind = RequestOutputKind.FINAL_ONLY
+        sampling = SamplingParams(**params, flat_logprobs=True, detokenize=False, output_kind=kind)
+        self._engine.add_request(name, tokens_input(ids, cache_salt=salt), sampling)
+        return name
+
+    def _collect(self, output: Any) -> None:
+        """A finished request: the answer to a probe, or a sample, perhaps the last one of its
+        group.
+        """
+        if output.request_id in self._probes:
+            self._probes.pop(output.request_id).set_result(list(output.prompt_logprobs.logprobs))
+            return
+        group, sample = self._running.pop(output.request_id)
+        request = group.request
+        completion = output.outputs[0]
+        spans = completion.weight_versions
+        group.rollouts[sample] = Rollout(
+            prompt_index=request.prompt_index,
+            slot=request.slot,
+            sample_index=sample,
+            prompt_ids=request.prompt_ids,
+            response_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs.logprobs),
+            finish_reason=completion.finish_reason,
+            weight_versions=(int(spans[0].version), int(spans[-1].version)),
+        )
+        if len(group.rollouts) == request.group_size:
+            group.finished.put([group.rollouts[k] for k in range(request.group_size)])
+
+    @in_loop
+    def _abort(self, groups: list[_Group]) -> None:
+        mine = set(groups)
+        names = [name for name, (group, _) in self._running.items() if group in mine]
+        self._engine.abort_request(names)
+        for name in names:
+            del self._running[name]
+
+    def _fail_running(self, error: Exception) -> None:
+        groups = [group for group, _ in self._running.values()]
+        self._abort(groups)
+        for finished in {group.finished for group in groups}:
+            finished.put(error)
+
+    def _worker(self, method: str | Callable[..., Any], *args: Any) -> Any:
+        return self._engine.collective_rpc(method, args=args)[0]
+
+
+def draw_from(worker: Any, seed: int) -> None:
+    """Set the generators that vLLM's sampler uses for requests without a seed, on every device of a
+    worker.
+    """
+    torch.manual_seed(seed)
+
+
+def _group_or_error(item: list[Rollout] | Exception) -> list[Rollout]:
+    if isinstance(item, Exception):
+        raise RuntimeError(str(item)) from item
+    return item
+
+
+def engine_arguments(
+    model: ModelSettings,
+    generation: GenerationSettings,
+    device: DeviceType,
+    max_model_tokens: int,
+    shared: bool = False,
+) -> dict[str, Any]:
+    """vLLM's EngineArgs, but for the transfer backend. Ids in, ids out: no tokenizer."""
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "skip_tokenizer_init": True,
+        # keeps the checkpoint's own sampling defaults out (repetition penalty!)
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",  # after temperature, as the Actor computes them
+        "max_model_len": max_model_tokens,
+        "max_num_seqs": generation.max_concurrent,
+        "enable_prefix_caching": True,
+        "weight_transfer_config": {"backend": transfer_backend(device, shared)},
+        "seed": 0,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        **(
+            _on_cpu(generation, max_model_tokens)
+            if device == "cpu"
+            else _on_gpu(generation, shared)
+        ),
+    }
+
+
+def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, Any]:
+    return {
+        "distributed_executor_backend": "uni",
+        "enforce_eager": True,
+        # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's
+        # cannot.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, max_model_tokens),
+        "kv_cache_memory_bytes": int(generation.kv_cache_gib * 2**30),
+    }
+
+
+def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
+    return {
+        "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
+        "tensor_parallel_size": generation.tensor_parallel,
+        "gpu_memory_utilization": generation.gpu_memory_fraction,
+        "enable_sleep_mode": shared,
+    }
+
+
+def _build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
+    """A vLLM engine inside this process (on GPUs with `tensor_parallel` worker processes)."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device == "cpu":
+        from torch._dynamo import config as compiler
+
+        compiler.disable = (
+            True  # compiling a helper of the sampler would hold the first token up by 6 s
+        )
+        torch.set_num_threads(threads)  # vLLM disables this function while it starts
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import WeightTransferConfig
+
+    import actors.weights.receiver  # noqa: F401  registers our transfer backend
+
+    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments, weight_transfer_config=transfer))
+    engine.set_weight_version("0")
+    return engine

@@ -1,0 +1,228 @@
+"""Alarms: what a step's numbers say is wrong, by name. A value that is not finite also skip_step
+the step.
+
+Nothing here stops a step that is merely odd: an alarm is printed, counted in the metrics as
+`alarm/{name}`, and kept in `alarms.jsonl` of the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.cluster.groups import WorkerError
+from actors.rewards.sources import Score
+from actors.run.folder import RunFolder
+from actors.settings import GRPORecipe, PPORecipe, RLRecipe, asked_by_model
+from learners.experience import Experience, Rollout
+
+LARGEST_SCORE = 1e15  # squares of larger ones overflow in the statistics
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """`name` is fixed and short, `message` says what was seen and what to look at.
+
+    `skip_step`: something could not be learned from, all of the step or single updates; such steps
+    are counted.
+    """
+
+    name: str
+    message: str
+    skip_step: bool = False
+
+
+@dataclass
+class AlarmLog:
+    """Reports a run's alarms, and knows when too many steps had something skipped (since the
+    process began).
+    """
+
+    folder: RunFolder
+    limit: int
+    skipped: dict[int, list[str]] = field(default_factory=dict)
+
+    def report(self, step: int, alarms: Iterable[Alarm]) -> dict[str, float]:
+        """Tell everybody; returns the metrics `alarm/{name}` and, when something was skipped,
+        `alarm/skipped`.
+        """
+        metrics = {}
+        for alarm in alarms:
+            self.folder.alarm(step, alarm.name, alarm.message)
+            metrics[f"alarm/{alarm.name}"] = 1.0
+            if alarm.skip_step:
+                metrics["alarm/skipped"] = 1.0
+                self.skipped.setdefault(step, []).append(alarm.name)
+        return metrics
+
+    @property
+    def full(self) -> bool:
+        return len(self.skipped) >= self.limit
+
+    def stop(self, step: int) -> WorkerError:
+        """What to raise once everything is saved."""
+        names = ", ".join(dict.fromkeys(self.skipped[max(self.skipped)]))
+        return WorkerError(
+            f"stopped after step {step}: in {len(self.skipped)} steps something was skipped "
+            "(run.max_skipped_steps), "
+            f"the last time for {names}; everything is saved, see alarms.jsonl; --resume goes "
+            "on from here"
+        )
+
+
+def of_experience(
+    batch: Experience,
+    rollouts: Sequence[Rollout],
+    by_source: Mapping[str, Sequence[Score]],
+    recipe: RLRecipe,
+) -> Iterator[Alarm]:
+    """What is wrong with a step before anything is learned from it. `by_source`: scores as the
+    sources gave them.
+    """
+    assert batch.scores is not None
+    bound = recipe.alarms
+    weights = {reward.name: reward.weight for reward in recipe.rewards}
+    for source, given in by_source.items():
+        if failures := [score for score in given if isinstance(score, str)]:
+            yield Alarm(
+                "reward_error",
+                f"{source} failed for {len(failures)} of {len(given)}, first: {failures[0]}",
+            )
+        if bad := sum(
+            isinstance(score, float) and not abs(score) <= LARGEST_SCORE for score in given
+        ):
+            message = (
+                f"{bad} of {len(given)} scores of {source} are NaN, infinite or beyond "
+                f"{LARGEST_SCORE:g}"
+            )
+            yield Alarm("score_not_finite", message, skip_step=weights.get(source) != 0)
+    for name in (
+        "rollout_logprobs",
+        "old_logprobs",
+        "ref_logprobs",
+        "values",
+        "advantages",
+        "returns",
+    ):
+        if bad := _not_finite(getattr(batch, name), batch.mask):
+            message = f"{bad} of {int(batch.mask.sum())} tokens are NaN or infinite"
+            yield Alarm(f"{name}_not_finite", message, skip_step=True)
+    if not batch.mask.any():
+        yield Alarm("nothing_to_learn", "no response has both a token and a score", skip_step=True)
+        return
+    scores = batch.scores[~batch.scores.isnan()]
+    unscorable = 1 - len(scores) / len(batch)
+    if unscorable > bound.unscorable:
+        yield Alarm(
+            "unscorable", f"{unscorable:.0%} of the responses have no score (alarms.unscorable)"
+        )
+    if len(scores) > 1 and bool((scores == scores[0]).all()):
+        yield Alarm(
+            "equal_scores",
+            f"all {len(scores)} scores are {float(scores[0]):g}: there is nothing to prefer",
+        )
+    if all(r.finish_reason != "stop" for r in rollouts):
+        yield Alarm(
+            "all_truncated",
+            "no response ended with EOS: raise generation.max_new_tokens, or check the EOS id",
+        )
+
+
+def of_evaluation(name: str, failures: Sequence[str]) -> Iterator[Alarm]:
+    """What the function said that could not judge some of the held-out responses."""
+    if failures:
+        yield Alarm(
+            "reward_error",
+            f"{name}: the function failed for {len(failures)} responses, first: {failures[0]}",
+        )
+
+
+def of_recipe(recipe: PPORecipe | GRPORecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
+    """What the reader of the curves should know from the start. `defaults`: the Actor's
+    generation_config.json.
+    """
+    if asked := asked_by_model(defaults, recipe.generation):  # else such a model was refused
+        yield Alarm(
+            "ignored_sampling", f"the Actor's generation_config.json asks for {asked}: not applied"
+        )
+    correction = recipe.algorithm.rollout_correction
+    off_policy_sampling = recipe.generation.off_policy_sampling
+    if correction is not None and off_policy_sampling:
+        listed = ", ".join(f"{name} {value:g}" for name, value in off_policy_sampling.items())
+        message = (
+            f"{listed}: not the policy's own distribution; weighed by {correction.kind}, cap "
+            f"{correction.cap:g}"
+        )
+        yield Alarm("distorted_sampling", message)
+
+
+def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm]:
+    """What is wrong with a step, by its metrics."""
+    bound = recipe.alarms
+    for role in ("actor", "critic"):
+        yield from _of_updates(metrics, role)
+    if metrics.get("group/with_spread") == 0:
+        yield Alarm(
+            "no_spread", "in every group all scores are equal: no response has an advantage"
+        )
+    if metrics.get("actor/grad_norm") == 0:
+        yield Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch")
+    # Truncated or penalised sampling differs from the policy by design: then only an explicit bound
+    # counts.
+    unbounded = math.inf if recipe.generation.off_policy_sampling else None
+    for name, key, allowed in (
+        ("mismatch/max", "mismatch", bound.mismatch or unbounded or recipe.max_logprob_diff),
+        (
+            "mismatch/mean",
+            "mean_mismatch",
+            bound.mean_mismatch or unbounded or recipe.mean_logprob_diff,
+        ),
+    ):
+        if (found := metrics.get(name, 0.0)) > allowed:
+            how = "on average " if name.endswith("mean") else ""
+            message = (
+                f"engine and Actor log-probs differ {how}by {found:.2e} nats, above "
+                f"{allowed:.0e} (alarms.{key})"
+            )
+            yield Alarm(key, message)
+    held = metrics.get("actor/clip_fraction", 0.0)
+    if held > bound.clip_fraction:
+        yield Alarm(
+            "clip_fraction",
+            f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)",
+        )
+    entropy = metrics.get("actor/entropy", math.nan)
+    if entropy < bound.least_entropy:
+        yield Alarm(
+            "entropy_low",
+            f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)",
+        )
+    if entropy > bound.most_entropy:
+        yield Alarm(
+            "entropy_high",
+            f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)",
+        )
+
+
+def of_training(metrics: Mapping[str, float]) -> Iterator[Alarm]:
+    """What is wrong with a step of SFT or reward-model training."""
+    yield from _of_updates({f"learner/{name}": value for name, value in metrics.items()}, "learner")
+
+
+def _of_updates(metrics: Mapping[str, float], role: str) -> Iterator[Alarm]:
+    if skipped := metrics.get(f"{role}/skipped_updates"):
+        what = "gradient" if math.isfinite(metrics[f"{role}/loss"]) else "loss"
+        yield Alarm(
+            f"{role}_{what}_not_finite",
+            f"{skipped:.0f} optimizer steps were skipped",
+            skip_step=True,
+        )
+
+
+def _not_finite(values: Tensor | None, mask: Tensor) -> int:
+    return 0 if values is None else int((~torch.isfinite(values) & mask).sum())

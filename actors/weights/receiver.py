@@ -1,0 +1,142 @@
+"""Actor weights -> engine, the engine's side: our CPU backend of vLLM's weight-transfer API, and
+what is asked of any backend's worker. Imports vLLM.
+
+Four facts about vLLM on a CPU shape it: weights must be loaded inside a layerwise reload, because
+most layers have packed and dropped what they were given; the base class synchronises an accelerator
+that is not there; a reload that was interrupted continues where it stood, unless it is cleared
+away; and a tied `lm_head` keeps its old packed copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from actors.weights.transfer import OBJECT_STORE, Receipt, SyncError, checksum, digest, unpack_group
+
+
+@dataclass
+class ObjectStoreInit(WeightTransferInitInfo):
+    timeout_s: float
+    """Seconds one group may take to arrive from another node."""
+
+
+@dataclass
+class ObjectStoreUpdate(WeightTransferUpdateInfo):
+    groups: list[dict[str, Any]]
+    """What `pack_group` tells about each group, and its bytes as `ref`: a Ray reference, or the
+    array itself.
+    """
+
+
+class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]):
+    """Reads packed groups from Ray's object store and loads them. Nothing is loaded unless every
+    digest agrees.
+    """
+
+    init_info_cls = ObjectStoreInit
+    update_info_cls = ObjectStoreUpdate
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: ObjectStoreInit) -> None:
+        self.timeout_s = init_info.timeout_s
+
+    def start_weight_update(self) -> None:
+        self.receipt: Receipt = []
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
+        arrays = [self._fetch(group) for group in update_info.groups]
+        for group, array in zip(update_info.groups, arrays, strict=True):
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # the store's memory is read-only; loading only reads
+                packed = torch.from_numpy(array)
+            self.model.load_weights(unpack_group(group, packed))
+            self.receipt.append((group["name"], group["digest"], group["names"]))
+
+    def _fetch(self, group: dict[str, Any]) -> np.ndarray:
+        """The bytes of a group (shared memory if they lie on this node). SyncError if they are not
+        those sent.
+        """
+        array = group["ref"]
+        if not isinstance(array, np.ndarray):
+            import ray
+
+            array = ray.get(array, timeout=self.timeout_s)
+        if digest(array) != group["digest"]:
+            raise SyncError(
+                f"{group['name']} arrived with digest {digest(array)}, sent was {group['digest']}"
+            )
+        return array
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            if isinstance(
+                layer, ParallelLMHead
+            ):  # a tied one was not loaded: it still holds its packed copy
+                layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def clear_interrupted_update(worker: Any) -> None:
+    """Close an update that was begun and never completed, so that the next one starts from whole
+    layers.
+
+    A reload that starts over half-filled layers would add the new weights to what they have already
+    counted.
+    """
+    if (
+        not worker._weight_update_active
+    ):  # vLLM ended the session when it failed, but left the layers as they were
+        worker.start_weight_update()
+    worker.finish_weight_update()
+
+
+def note_what_is_loaded(worker: Any) -> None:
+    """Keep a receipt of every tensor that the model is given from here on, as it arrived.
+
+    For vLLM's own receivers: they keep none, and the names of an update are only what its sender
+    announced.
+    """
+    engine = worker.weight_transfer_engine
+    load = type(engine.model).load_weights
+    receipt = []
+
+    def noted(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            receipt.append((name, checksum(tensor), [name]))
+            yield name, tensor
+
+    engine.model.load_weights = lambda weights: load(engine.model, noted(weights))
+    engine.receipt = receipt
+
+
+def take_receipt(worker: Any) -> Receipt:
+    """What the last update brought."""
+    return worker.weight_transfer_engine.receipt
+
+
+WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreReceiver)

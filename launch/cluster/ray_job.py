@@ -1,0 +1,414 @@
+"""`quatuor submit`: a recipe as a job of a Ray cluster.
+
+Ray's job server takes a zip of this checkout and the recipe, unpacks it on every node of the job,
+runs the driver on the cluster, and hands back its log and exit code. Paths in a job are relative to
+what was shipped; whatever the run reads or writes beyond that needs an absolute path on storage
+that every node sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import secrets
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.recipe.combinations import Problem, Recipe
+from launch.recipe.document import Document
+from launch.recipe.machine import flat, is_local
+from launch.recipe.read import RecipeError, located, read_recipe
+from learners.settings import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "submitted"  # where a job finds its recipe
+IGNORE_FILES = (".gitignore", ".rayignore")
+NEVER_SHIPPED = (
+    ".git",
+    "/.venv*/",
+    "/runs/",
+    "/build/",
+    "*.egg-info/",
+    "__pycache__/",
+    ".*_cache/",
+)
+MOST_MIB = 100  # what Ray's job server takes
+
+CONNECT_S = 5.0  # to find a job server; one request to it
+ANSWER_S = 60.0
+POLL_S = 2.0  # following a job
+LAST_LINES_S = 10.0
+LOST_S = 60.0
+END_S = 30  # a stopped driver's time to end by itself, and ours to see it ended
+STOP_S = 45.0
+FAILED = 1
+NOT_FOUND = 127
+INTERRUPTED = 130
+
+
+def submit_job(kind: str, path: Path, overrides: Sequence[str], address: str, resume: bool) -> int:
+    """Ship, run and follow; returns the driver's exit code, 130 when interrupted. Raises UserError
+    before anything is sent when the job could not work, or nobody answers at `address`.
+    """
+    recipe, document = read_recipe(path, overrides, kind)
+    if not address.startswith(("http://", "https://")):
+        raise UserError(
+            f"--address: {address} is not the URL of a job server, such as http://head:8265"
+        )
+    if not (ROOT / "pyproject.toml").is_file():
+        raise UserError(
+            f"submit ships a checkout, and {ROOT} is none: install with make install and run it "
+            "from there"
+        )
+    files = list(shipped_files(ROOT))
+    problems = [
+        located(p, document) for p in (*home_problems(document), *path_problems(recipe, files))
+    ]
+    problems += [
+        *shadowing_problems(files, installed_modules()),
+        *size_problems(sizes(ROOT, files)),
+    ]
+    if problems:
+        raise RecipeError(problems)
+    client = connect(address)
+    job = f"quatuor-{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "checkout.zip"
+        pack(ROOT, files, path, package)
+        return run_job(client, job, entrypoint(kind, path.name, overrides, resume), package)
+
+
+# --- what is shipped ------------------------------------------------------------------------------
+
+
+def shipped_files(root: Path) -> Iterator[str]:
+    """Files of the checkout, relative to it: all but what git or Ray are told to ignore, and what
+    is made here.
+    """
+    from pathspec import GitIgnoreSpec
+
+    def walk(folder: Path, rules: list[tuple[Path, Any]]) -> Iterator[str]:
+        lines = [
+            line
+            for f in IGNORE_FILES
+            if (folder / f).is_file()
+            for line in (folder / f).read_text().splitlines()
+        ]
+        rules = [*rules, (folder, GitIgnoreSpec.from_lines(lines))] if lines else rules
+        for entry in sorted(folder.iterdir()):
+            slash = "/" if entry.is_dir() else ""
+            if any(rule.match_file(f"{entry.relative_to(base)}{slash}") for base, rule in rules):
+                continue
+            if entry.is_file():
+                yield str(entry.relative_to(root))
+            elif slash and not entry.is_symlink():
+                yield from walk(entry, rules)
+
+    yield from walk(root, [(root, GitIgnoreSpec.from_lines(NEVER_SHIPPED))])
+
+
+def sizes(root: Path, files: Iterable[str]) -> dict[str, int]:
+    return {name: (root / name).stat().st_size for name in files}
+
+
+def size_problems(sizes: Mapping[str, int], most_mib: float = MOST_MIB) -> Iterator[str]:
+    """Whether the job server will take it; it refuses after the upload, in words of HTTP."""
+    total = sum(sizes.values()) / 2**20
+    if total > most_mib:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        listed = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
+        yield (
+            f"the checkout has {total:.0f} MiB to ship, and Ray's job server takes "
+            f"{most_mib:.0f}; largest: {listed}: "
+            "move them to storage that every node sees, or name them in .gitignore or .rayignore"
+        )
+
+
+def installed_modules() -> dict[str, str]:
+    """Importable names that are not the checkout's own, each with where it comes from."""
+    installed = {
+        module: f"the installed package {packages[0]}"
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if set(packages) != {"quatuor"}
+    }
+    return installed | dict.fromkeys(sys.stdlib_module_names, "Python's own module")
+
+
+def shadowing_problems(files: Iterable[str], installed: Mapping[str, str]) -> Iterator[str]:
+    """The checkout comes first on the path of every process of a job, so its names hide those of
+    packages.
+    """
+    for name in files:
+        parts = Path(name).parts
+        module = parts[0].removesuffix(".py") if len(parts) == 1 and name.endswith(".py") else ""
+        if len(parts) == 2 and parts[1] == "__init__.py":
+            module = parts[0]
+        if module in installed:
+            yield (
+                f"{name} would hide {installed[module]} ({module}) from every process of the "
+                "job: rename it"
+            )
+
+
+def home_problems(document: Document) -> Iterator[Problem]:
+    """`~` is expanded where the recipe is read, and a job reads it as another user on another
+    machine.
+    """
+    for key, value in flat(document.values).items():
+        if isinstance(value, str) and value.startswith("~"):
+            yield Problem(
+                (key,), f"{value} is another folder where the job runs; give an absolute path"
+            )
+
+
+def path_problems(recipe: Recipe, files: Sequence[str]) -> Iterator[Problem]:
+    """Paths that mean nothing in a job, or something that is lost with it."""
+    where = "give an absolute path on storage that every node sees"
+    folder = recipe.run.folder
+    if not Path(folder).is_absolute():
+        message = (
+            f"{folder} is relative: a job would write it into a temporary folder that is lost "
+            f"with it; {where}"
+        )
+        yield Problem(("run.folder",), message)
+    shipped = {str(p) for name in files for p in (Path(name), *Path(name).parents)}
+    for key, value in flat(recipe.model_dump(mode="json")).items():
+        if not isinstance(value, str):
+            continue
+        if key.endswith(".path") and not Path(value).is_absolute():
+            if is_local(value) and os.path.normpath(value) not in shipped:
+                yield Problem(
+                    (key,), f"{value} is relative and not among the files that are shipped; {where}"
+                )
+        elif key.endswith(".function"):
+            top = value.partition(":")[0].partition(".")[0]
+            here = [Path(f"{top}.py"), Path(top)]
+            if not any(str(p) in shipped for p in here) and any(p.exists() for p in here):
+                yield Problem(
+                    (key,),
+                    f"{top} is here, but not among the files that are shipped; put it into {ROOT}",
+                )
+
+
+def pack(root: Path, files: Iterable[str], recipe: Path, package: Path) -> None:
+    """The zip Ray unpacks on every node of the job: the checkout, and the recipe wherever it
+    lies.
+    """
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for name in files:
+            if Path(name).parts[0] != FOLDER:
+                archive.write(root / name, name)
+        archive.write(recipe, f"{FOLDER}/{recipe.name}")
+
+
+def entrypoint(kind: str, recipe: str, overrides: Sequence[str], resume: bool) -> str:
+    """What the cluster's shell runs, in the unpacked checkout, with the Python that is on its
+    PATH.
+    """
+    command = [
+        "python",
+        "-m",
+        "launch",
+        kind,
+        *(["--resume"] if resume else []),
+        f"{FOLDER}/{recipe}",
+    ]
+    return shlex.join([*command, *overrides, "cluster.address=auto"])
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+def connect(address: str) -> Any:
+    """Ray's client of the job server; every request has a time limit, which Ray's own has not."""
+    for variable in (
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+    ):  # either would win over the address asked for
+        os.environ.pop(variable, None)
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard_sdk", "job.sdk"):  # they tell of packages and sockets
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+
+    class Client(JobSubmissionClient):
+        answer_s = CONNECT_S
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(
+                method, endpoint, timeout=(CONNECT_S, self.answer_s), **options
+            )
+
+    try:
+        client = Client(address)
+        client.answer_s = ANSWER_S
+        return client
+    except AuthenticationError as error:
+        remedy = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+        raise UserError(f"--address: {address}: {first_line(error)}; {remedy}") from None
+    except Exception as error:  # whatever is there, it is not Ray's job server
+        raise UserError(
+            f"--address: no Ray job server answers at {address}: {first_line(error)}"
+        ) from None
+
+
+def run_job(client: Any, job: str, command: str, package: Path) -> int:
+    """Submit, print the log as it grows, and return the exit code; an interrupt stops the job on
+    the cluster.
+    """
+    # Ray sends a job SIGTERM and kills it 3 s later; our driver cleans up on SIGINT, and may take
+    # longer.
+    ending = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(END_S)}
+    environment = {"working_dir": str(package), "env_vars": ending}
+    with interruptible():
+        try:
+            client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+            say(f"{job}: {package.stat().st_size / 2**20:.1f} MiB shipped; Ctrl-C stops it")
+            info = asyncio.run(follow(client, job))
+        except KeyboardInterrupt:
+            stop(client, job)
+            return INTERRUPTED
+        except (OSError, RuntimeError) as error:
+            say(f"error: {job}: {first_line(error)}")
+            return FAILED
+    code = exit_code(str(info.status), info.driver_exit_code)
+    if (
+        code and info.driver_exit_code is None
+    ):  # the driver's own words are in the log; these are Ray's
+        say(f"error: {job}: {str(info.status).lower()}: {info.message}")
+    if code == NOT_FOUND:
+        say(
+            f"error: {job}: start Ray on the cluster with the bin folder of its Python "
+            "environment on PATH"
+        )
+    say(f"{job}: {str(info.status).lower()}, exit code {code}")
+    return code
+
+
+def exit_code(status: str, driver: int | None) -> int:
+    """The driver's own where Ray knows it; one that a signal ended counts as a shell would."""
+    if driver is not None:
+        return driver if driver >= 0 else 128 - driver
+    return {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(status, FAILED)
+
+
+async def follow(client: Any, job: str) -> Any:
+    """Print the job's log until the job has ended; returns Ray's JobDetails. Raises TimeoutError
+    when the job server is silent for long: the job may go on without it.
+    """
+    log = Log(client, job)
+    heard = time.monotonic()
+    tail = asyncio.create_task(log.print())
+    try:
+        while True:
+            await asyncio.wait({tail}, timeout=POLL_S)
+            try:
+                info = await asyncio.to_thread(client.get_job_info, job)
+            except (OSError, RuntimeError) as error:
+                if time.monotonic() - heard > LOST_S:
+                    reason = (
+                        f"nothing heard from the job server for {LOST_S:.0f} s; the job may "
+                        "still run"
+                    )
+                    raise TimeoutError(f"{reason} ({error})") from error
+                await asyncio.sleep(POLL_S)
+                continue
+            heard = time.monotonic()
+            if info.status.is_terminal():
+                await asyncio.wait({tail}, timeout=LAST_LINES_S)
+                await asyncio.to_thread(log.print_rest)
+                return info
+            if tail.done():  # the connection was lost, not the job
+                await asyncio.sleep(POLL_S)
+                tail = asyncio.create_task(log.print())
+    finally:
+        tail.cancel()
+
+
+class Log:
+    """A job's log on our stdout. Ray sends it from its beginning each time; what is printed is not
+    printed again.
+    """
+
+    def __init__(self, client: Any, job: str) -> None:
+        self.client = client
+        self.job = job
+        self.printed = 0
+
+    async def print(self) -> None:
+        """Returns when the log ends or the connection is lost."""
+        seen = 0
+        with contextlib.suppress(
+            Exception
+        ):  # of HTTP, of the socket, of Ray: `follow` finds out what it means
+            async for text in self.client.tail_job_logs(self.job):
+                new = text[max(0, self.printed - seen) :]
+                seen += len(text)
+                self.printed = max(self.printed, seen)
+                print(new, end="", flush=True)
+
+    def print_rest(self) -> None:
+        """What the connection has not brought when the job has ended: the last lines are the ones
+        that matter.
+        """
+        try:
+            print(self.client.get_job_logs(self.job)[self.printed :], end="", flush=True)
+        except (OSError, RuntimeError) as error:
+            say(
+                f"{self.job}: its last lines could not be read ({first_line(error)}); ray job "
+                f"logs {self.job}"
+            )
+
+
+def stop(client: Any, job: str) -> None:
+    """Stop the job and wait until it has ended, within bounds."""
+    say(f"{job}: stopping")
+    started = time.monotonic()
+    known = False
+    while time.monotonic() - started < STOP_S:
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # the server is away, or has not heard of the job yet
+            client.stop_job(job)
+            known = True
+            if client.get_job_info(job).status.is_terminal():
+                return say(f"{job}: stopped")
+        if not known and time.monotonic() - started > CONNECT_S:
+            return say(f"{job}: was not submitted")
+        time.sleep(0.5)
+    say(f"{job}: has not ended within {STOP_S:.0f} s; look with: ray job status {job}")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a parent process had switched SIGINT
+    off.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def say(line: str) -> None:
+    """About the job; its own words go to stdout."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,261 @@
+"""The sizes of a model from its config.json alone: every parameter, counted; no tensor is made and
+nothing downloaded.
+
+Shapes come from the model's folder, from the hub's cache on this machine, or from the table in
+model_shapes.yaml.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from launch.recipe.document import in_words
+from launch.recipe.machine import read_json
+from learners.settings import UserError
+
+Head = Literal["lm", "score", "value"]
+
+TABLE = Path(__file__).with_name("model_shapes.yaml")
+SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
+GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
+ENCODERS = ("bert", "roberta", "xlm-roberta")
+
+LARGEST = 10**9  # of any size of a model
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model. `embedding`, `layer` (one of `layers`) and `final` hold the number of elements of
+    each parameter.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    tied: bool
+    embedding: tuple[int, ...]
+    layer: tuple[int, ...]
+    final: tuple[int, ...]
+
+    def head(self, head: Head) -> tuple[int, ...]:
+        """Elements of each parameter that a role's head adds: log-probs, one score a sequence, one
+        value a token.
+        """
+        hidden = self.hidden
+        if self.family in ENCODERS:  # BERT's pooler, RoBERTa's dense layer: the same sizes
+            return (hidden * hidden, hidden, hidden, 1)
+        if head == "lm":
+            return () if self.tied else (self.vocabulary * hidden,)
+        return (hidden,) if head == "score" else (hidden, 1)
+
+    def tensors(self, head: Head) -> Counter[int]:
+        """How many parameters of the model with this head have so many elements."""
+        found = Counter((*self.embedding, *self.final, *self.head(head)))
+        for elements in self.layer:
+            found[elements] += self.layers
+        return found
+
+    def parameters(self, head: Head) -> int:
+        return sum(map(sum, (self.embedding, self.final, self.head(head)))) + self.layers * sum(
+            self.layer
+        )
+
+    def largest_group(self, head: Head) -> int:
+        """Elements of the largest part that is gathered at once: a layer, an embedding or the
+        head.
+        """
+        return max(sum(self.embedding), sum(self.layer), sum(self.head(head)))
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements one token takes in the KV cache."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def find_shape(path: str) -> Shape:
+    """The shape of a model. Raises UserError when it is nowhere to be read or makes no sense."""
+    config = read_json(Path(path) / "config.json") or _cached(path) or _tabled(path)
+    if config is None:
+        raise UserError(
+            f"{path}: its shape is not known here: no config.json in that folder or in the "
+            "hub's cache, "
+            f"nor an entry in {TABLE.name}; name a model of the same shape, such as Qwen/Qwen3-8B"
+        )
+    try:
+        return read_shape(config)
+    except ValueError as error:
+        raise UserError(f"{path}: config.json: {error}") from None
+
+
+def read_shape(config: dict[str, Any]) -> Shape:
+    """Raises ValueError for a family that cannot be counted and for a size that is missing or makes
+    no sense.
+    """
+    family = str(config.get("model_type"))
+    if family == "gpt2":
+        return _gpt2(config)
+    if family in ENCODERS:
+        return _encoder(family, config)
+    if family in GATED:
+        return _gated(family, config)
+    known = ", ".join((*GATED, "gpt2", *ENCODERS))
+    raise ValueError(f"model_type {family} cannot be planned; known are {known}")
+
+
+def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A size as it is written; the default where nothing is."""
+    size = config.get(key)
+    if size is None:
+        size = default
+    if type(size) is not int or not 0 < size <= LARGEST:
+        raise ValueError(
+            f"{key} must be a whole number from 1 to {LARGEST:,}, not {in_words(size)}"
+        )
+    return size
+
+
+def _gated(family: str, config: dict[str, Any]) -> Shape:
+    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
+    kv_heads = _size(config, "num_key_value_heads", heads)
+    head_dim = _size(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
+    wide = heads * head_dim
+    narrow = kv_heads * head_dim
+    layer = [
+        hidden * wide,
+        hidden * narrow,
+        hidden * narrow,
+        wide * hidden,
+        *[hidden * inner] * 3,
+        hidden,
+        hidden,
+    ]
+    bias = family in ("llama", "qwen3") and config.get("attention_bias", False)
+    if bias or family == "qwen2":
+        layer += [wide, narrow, narrow]
+    if bias:
+        layer += [hidden]
+    if family == "llama" and config.get("mlp_bias", False):
+        layer += [inner, inner, hidden]
+    if family == "qwen3":
+        layer += [head_dim, head_dim]
+    return Shape(
+        family,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        head_dim,
+        inner,
+        vocabulary,
+        positions,
+        config.get("tie_word_embeddings", False),
+        embedding=(vocabulary * hidden,),
+        layer=tuple(layer),
+        final=(hidden,),
+    )
+
+
+def _gpt2(config: dict[str, Any]) -> Shape:
+    keys = ("n_embd", "n_head", "n_layer", "vocab_size", "n_positions")
+    hidden, heads, layers, vocabulary, positions = (_size(config, key) for key in keys)
+    inner = _size(config, "n_inner", 4 * hidden)
+    head_dim = _size(config, "head_dim", hidden // heads)
+    norm = (hidden, hidden)
+    attention = (3 * hidden * hidden, 3 * hidden, hidden * hidden, hidden)
+    mlp = (hidden * inner, inner, inner * hidden, hidden)
+    return Shape(
+        "gpt2",
+        hidden,
+        layers,
+        heads,
+        heads,
+        head_dim,
+        inner,
+        vocabulary,
+        positions,
+        config.get("tie_word_embeddings", True),
+        embedding=(vocabulary * hidden, positions * hidden),
+        layer=(*norm, *attention, *norm, *mlp),
+        final=norm,
+    )
+
+
+def _encoder(family: str, config: dict[str, Any]) -> Shape:
+    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
+    norm = (hidden, hidden)
+    layer = (
+        *(hidden * hidden, hidden) * 4,
+        *norm,
+        hidden * inner,
+        inner,
+        inner * hidden,
+        hidden,
+        *norm,
+    )
+    return Shape(
+        family,
+        hidden,
+        layers,
+        heads,
+        heads,
+        hidden // heads,
+        inner,
+        vocabulary,
+        positions,
+        True,
+        embedding=(
+            vocabulary * hidden,
+            positions * hidden,
+            _size(config, "type_vocab_size") * hidden,
+            *norm,
+        ),
+        layer=layer,
+        final=(),
+    )
+
+
+def _cached(path: str) -> dict[str, Any] | None:
+    """The config.json of a hub model that this machine has downloaded before."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    found = sorted(
+        cache.glob(f"models--{glob.escape(path.replace('/', '--'))}/snapshots/*/config.json")
+    )
+    return read_json(found[-1]) if found else None
+
+
+def _tabled(path: str) -> dict[str, Any] | None:
+    table = model_table()
+    entry = table.get(path, table.get(SAME_SHAPE.sub("", path)))
+    return table[entry] if isinstance(entry, str) else entry
+
+
+@cache
+def model_table() -> dict[str, Any]:
+    """Name -> the keys of a config.json that decide sizes, or the name of a model of the same
+    shape.
+    """
+    return yaml.safe_load(TABLE.read_text(encoding="utf-8"))

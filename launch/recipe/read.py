@@ -1,0 +1,224 @@
+"""A recipe: one YAML file, read, overridden and checked. The typed models are in
+actors/settings.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
+from launch.recipe.combinations import Problem, Recipe, combination_problems
+from launch.recipe.document import Document, in_words
+from launch.recipe.machine import file_problems
+from launch.recipe.schema import lookup, recipe_keys, renamed, required, suggest
+from learners.settings import UserError
+
+KINDS: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "rm": RMRecipe,
+    "ppo": PPORecipe,
+    "grpo": GRPORecipe,
+}
+
+
+class RecipeError(UserError):
+    """What is wrong with a recipe: one line per problem, each with its place and what would be
+    right.
+    """
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), kind: str | None = None) -> Recipe:
+    """Read a recipe, apply `key.sub=value` overrides, check keys, types and combinations; files are
+    not looked at.
+
+    `kind` is what the caller can run; without it the recipe says itself. Raises RecipeError with
+    every problem.
+    """
+    return read_recipe(path, overrides, kind)[0]
+
+
+def read_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kind: str | None = None,
+    *,
+    files: bool = False,
+    resume: bool = False,
+) -> tuple[Recipe, Document]:
+    """Like load_recipe; also returns where every value was written.
+
+    `files` adds the checks of folders, models' JSON files and data columns; with `resume` the run
+    folder must exist.
+    """
+    try:
+        document = Document.read(path)
+    except UserError as error:
+        raise RecipeError(error.problems) from None
+    for text in overrides:
+        document.override(text)
+    model = _model(document, kind)
+    recipe, problems, broken = _validated(document, model)
+    if recipe is not None:
+        found = [*combination_problems(recipe), *(file_problems(recipe, resume) if files else [])]
+        problems += [p for p in found if not any(_related(k, b) for k in p.keys for b in broken)]
+    lines = document.problems + [located(p, document) for p in problems]
+    if lines or recipe is None:
+        raise RecipeError(list(dict.fromkeys(lines)))
+    return recipe, document
+
+
+def located(problem: Problem, document: Document) -> str:
+    """A problem in one line: place, key, what is wrong and what would be right."""
+    return f"{document.where(problem.keys[0])}: {problem.keys[0]}: {problem.message}"
+
+
+def annotated(recipe: Recipe, document: Document) -> str:
+    """The whole recipe as YAML; values that are not defaults say where they were written."""
+    lines = recipe.to_yaml().splitlines()
+    for key, line in Document.parse("\n".join(lines), "").origins.items():
+        if key in document.origins:
+            number = int(line.rpartition(":")[2]) - 1
+            lines[number] = f"{lines[number]}  # {document.origins[key]}"
+    return "\n".join(lines)
+
+
+def _model(document: Document, kind: str | None) -> type[Recipe]:
+    """The recipe class its `kind` asks for."""
+    known = ", ".join(KINDS)
+    written = document.values.setdefault("kind", kind)
+    if not isinstance(written, str) or written not in KINDS:
+        problem = (
+            f"is {in_words(written)}; a recipe is one of {known}"
+            if written
+            else f"missing; one of {known}"
+        )
+    elif kind is not None and written != kind:
+        problem = f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}"
+    else:
+        return KINDS[written]
+    raise RecipeError([*document.problems, located(Problem(("kind",), problem), document)])
+
+
+def _validated(
+    document: Document, model: type[Recipe]
+) -> tuple[Recipe | None, list[Problem], set[str]]:
+    """The typed recipe, its problems, and the keys that are not to be trusted.
+
+    Broken keys are replaced by what was meant (or any value of the right type) until the rest can
+    be read, so that the combinations among sound keys are checked in the same go. None when even
+    that fails.
+    """
+    values: dict[str, Any] = json.loads(json.dumps(document.values))
+    keys = recipe_keys(model)
+    problems: list[Problem] = []
+    broken: set[str] = set()
+    while True:
+        try:
+            return model.model_validate_json(json.dumps(values), strict=True), problems, broken
+        except ValidationError as error:
+            errors: list[Any] = error.errors(include_url=False)
+        # A misspelt required key is one mistake, not two: unknown keys first, then what is still
+        # wrong.
+        errors = [e for e in errors if e["type"] == "extra_forbidden"] or errors
+        before = json.dumps(values)
+        for one in errors:
+            key = ".".join(map(str, one["loc"]))
+            if not any(_related(key, b) for b in broken):
+                problems.append(Problem((key,), _in_words(one, key, keys)))
+        for one in errors:
+            broken.add(".".join(map(str, one["loc"])))
+            _repair(values, one, keys)
+        if json.dumps(values) == before:
+            return None, problems, broken
+
+
+def _related(one: str, other: str) -> bool:
+    """Whether the keys are the same, or one lies inside the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _repair(values: dict[str, Any], error: dict[str, Any], keys: dict[str, Any]) -> None:
+    """Make one reported key harmless: rename it, fill it in, or leave it out."""
+    *path, last = error["loc"]
+    place: Any = values
+    for depth, part in enumerate(path):
+        if isinstance(place[part], list) and (depth == len(path) - 1):
+            path = path[:depth]  # a bad entry takes its whole list out
+            last = part
+            break
+        place = place[part]
+    if not isinstance(place, dict):
+        return
+    name = ".".join(map(str, (*path, last)))
+    if error["type"] == "missing" and (entry := lookup(name, keys)) and last not in place:
+        place[last] = entry.stand_in
+        return
+    value = place.pop(last, None)
+    if (
+        error["type"] == "extra_forbidden"
+        and "." not in str(last)
+        and (meant := renamed(name, keys))
+    ):
+        place.setdefault(meant, value)
+
+
+def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
+    """One validation error as a person would say it."""
+    kind = error["type"]
+    got = in_words(error.get("input"))
+    limits = error.get("ctx", {})
+    if kind == "extra_forbidden" and "." in (name := str(error["loc"][-1])):
+        nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+        return f"a key with dots is for the command line; here write {nested}"
+    if kind == "extra_forbidden":
+        return f"unknown key; {suggest(key, keys)}"
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return "missing: the list is too short"
+    if kind == "missing":
+        return f"missing: {required(key, keys)}"
+    if kind == "literal_error":
+        return f"must be {limits['expected']}, not {got}"
+    bounds = {
+        "greater_than": ("above", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("below", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
+    if kind in bounds:
+        word, name = bounds[kind]
+        return f"must be {word} {limits[name]:g}, not {got}"
+    if kind == "too_long":
+        return f"must be a list of {limits['max_length']}, not of {limits['actual_length']}"
+    section = "a section of keys"
+    wanted = {
+        "int": "a whole number",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "true or false",
+        "string": "text",
+        "model": section,
+        "dict": section,
+        "tuple": "a list",
+    }
+    for prefix, what in wanted.items():
+        if kind.startswith(prefix):
+            hint = _left_empty(key, keys) if got == "nothing" and what == section else ""
+            return f"must be {what}, not {got}{hint}"
+    return str(error["msg"])
+
+
+def _left_empty(key: str, keys: dict[str, Any]) -> str:
+    """What to do about a section that was given nothing."""
+    entry = lookup(key, keys)
+    if entry is None:
+        return ""
+    return (
+        f": {required(key, keys)}"
+        if entry.default == "required"
+        else "; leave the key out for its defaults"
+    )
