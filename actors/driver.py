@@ -1,4 +1,4 @@
-"""The driver of PPO and GRPO. `Driver.step` is one training step, top to bottom: read that
+"""The step of RL, by any algorithm. `Driver.step` is one training step, top to bottom: read that
 first.
 """
 
@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -15,164 +14,125 @@ from typing import Any
 
 import torch
 
-from actors.cluster.layout import demands
-from actors.cluster.placement import Placement
 from actors.cluster.rows import gather_rows, scatter_rows
-from actors.evaluation import mean, requests_for, samples_of
-from actors.rewards.sources import Sample, Score
-from actors.roles import Roles, RunData, start_roles
+from actors.evaluation import mean
+from actors.loop import conduct
+from actors.rewards.score import Score
+from actors.rollouts.requests import Sample, requests_for, samples_of
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.run.folder import RunFolder
-from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from actors.run_data import RunData
 from actors.seeds import derive_seed
-from actors.settings import GRPORecipe, PPORecipe
-from actors.weights.agreement import DisagreementError, check_engine_agrees
-from learners.advantages import kl_estimate
+from actors.settings import RLRecipe
+from actors.start import Workers
+from actors.weights.agreement import check_engine_agrees
+from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.data import Prompt
 from learners.experience import Experience, Rollout, mini_batches
+from learners.kl import kl_estimate
 from learners.models import sampling_defaults
-from learners.settings import GRPOSettings, PPOSettings
 
 
-def run(
-    recipe: PPORecipe | GRPORecipe, resume: bool = False, config_yaml: str | None = None
-) -> dict[str, Any]:
-    """Train as the recipe says; returns the summary. Data and reward functions are checked before
-    anything starts.
-
-    `config_yaml`: the recipe as it is saved with the run, when it has comments to keep.
-    """
-    RunFolder.check(recipe.run, resume)
-    data = RunData.load(recipe)
-    with catch_stop_signal(), Placement(recipe.cluster, demands(recipe)) as placement:
-        roles = start_roles(recipe, data, placement)
-        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
-            (folder.path / "placement.json").write_text(json.dumps(roles.nodes(), indent=2))
-            try:
-                summary = Driver(recipe, folder, data, roles).run(resume)
-            except DisagreementError:
-                if not resume:
-                    folder.discard()  # nothing was begun: the name is free for another try
-                raise
-            folder.finish(summary)
-    return summary
+def run(recipe: RLRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
+    """Train as the recipe says; return the summary."""
+    return conduct(recipe, resume, config_yaml, read=RunData.load, start=Workers, training=Driver)
 
 
 class Driver:
-    """Conducts one run. It holds handles and small tensors, never weights."""
+    """Conducts the steps of one run. It holds handles and small tensors, never weights."""
 
     def __init__(
-        self, recipe: PPORecipe | GRPORecipe, folder: RunFolder, data: RunData, roles: Roles
+        self,
+        recipe: RLRecipe,
+        data: RunData,
+        workers: Workers,
+        folder: RunFolder,
+        alarms: AlarmLog,
     ) -> None:
         self.recipe = recipe
-        self.folder = folder
         self.data = data
+        self.workers = workers
+        self.groups = workers.groups
+        self.folder = folder
+        self.alarms = alarms
         self.seed = recipe.run.seed
         self.deadline_s = recipe.cluster.call_deadline_s
-        self.roles = roles
-        self.algorithm = roles.algorithm
-        self.alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
+        self.total_steps = recipe.step.steps
+        settings = recipe.algorithm
+        self.algorithm = find_algorithm(settings.kind)(settings, recipe.step.group_size)
         self.version = 0  # of the weights: the step they were learned in
 
-    def run(self, resume: bool) -> dict[str, Any]:
-        """All steps, evaluations and checkpoints, then the exported model. Returns the run's
-        summary.
-        """
+    def begin(self, first: int) -> dict[str, Any]:
+        """Connect the engines, check that they agree with the Actor, and evaluate it untrained."""
         recipe = self.recipe
-        folder = self.folder
-        steps = self.recipe.step.steps
-        folder.log(
-            0, {f"dropped/{why}": n for why, n in self.data.prompts.dropped.items()}, phase="data"
-        )
-        frozen = self.roles.fingerprints()
-        first = self.restore() + 1 if resume else 1
-        self.roles.connect_engines(self.version)
-        gap = check_engine_agrees(self.roles.engines, self.roles.actor, self.data.prompts, recipe)
-        folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
-        if first == 1:
-            self.alarms.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
-        summary: dict[str, Any] = {"before": self.evaluate(0)} if first == 1 else {}
-        for step in folder.progress(range(first, steps + 1), steps, recipe.kind):
-            metrics = self.step(step)
-            if (
-                recipe.evaluation.every_steps
-                and step % recipe.evaluation.every_steps == 0
-                and step < steps
-            ):
-                with folder.phase("evaluate", step):
-                    metrics |= self.evaluate_prompts(step, self.data.held_out, "evaluation")
-            folder.log(step, metrics)
-            due = (
-                recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
-            )
-            leaving = stop_requested()
-            if due or leaving or self.alarms.full:
-                self.save(step)
-            if self.alarms.full:
-                raise self.alarms.stop(step)
-            if leaving:
-                raise Interrupted(step)
-        self.roles.check_frozen(frozen)
-        self.roles.actor.call(
-            "export", str(folder.path / "model"), phase="export", deadline_s=self.deadline_s
-        )
-        self.data.tokenizer.save_pretrained(folder.path / "model")
-        summary["after"] = self.evaluate(steps)
-        return summary
+        dropped = {f"dropped/{why}": float(n) for why, n in self.data.prompts.dropped.items()}
+        self.folder.log(0, dropped, phase="data")
+        self.frozen = self.workers.fingerprints()
+        self.workers.connect_engines(self.version)
+        engines = self.workers.engines
+        gap = check_engine_agrees(engines, self.workers.actor, self.data.prompts, recipe)
+        self.folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
+        if first > 1:
+            return {}
+        self.alarms.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
+        return {"before": self.evaluate_all(0)}
 
-    def step(self, step: int) -> dict[str, float]:
-        """One step: generate, score, advantages, learn, sync. Returns its metrics."""
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """Collect, learn, sync; return the step's metrics and its tokens."""
+        batch, metrics = self.collect(step)
+        if step not in self.alarms.skipped:  # else neither the weights nor their version change
+            with self.folder.phase("learn", step):
+                self.workers.gpu_sharing.learn()
+                metrics |= self.learn(batch, step)
+                self.algorithm.after_step(batch)
+            with self.folder.phase("sync", step):
+                metrics["sync/probe_difference"] = self.workers.sync(step)
+                self.version = step
+        metrics |= self.alarms.report(step, of_metrics(metrics, self.recipe))
+        return metrics, int(batch.lengths.sum())
+
+    def collect(self, step: int) -> tuple[Experience, dict[str, float]]:
+        """Generate, score and compute advantages; return the step's experience and its metrics."""
         recipe = self.recipe
-        folder = self.folder
-        roles = self.roles
+        workers = self.workers
         prompts = self.data.prompts_of(step, recipe.step.prompts_per_step, self.seed)
-        group = recipe.step.group_size
+        group_size = recipe.step.group_size
 
-        with folder.phase("generate", step):
-            requests = requests_for(prompts, recipe.generation, group, (self.seed, step))
-            rollouts = roles.engines.generate(requests, self.deadline_s)
-            samples = samples_of(rollouts, prompts, group, self.data.tokenizer)
+        with self.folder.phase("generate", step):
+            requests = requests_for(prompts, recipe.generation, group_size, (self.seed, step))
+            rollouts = workers.engines.generate(requests, self.deadline_s)
+            samples = samples_of(rollouts, prompts, group_size, self.data.tokenizer)
             batch = Experience.from_rollouts(rollouts)
 
-        with folder.phase("score", step):
-            pending_scores = roles.rewards.submit(samples)
-            reading = {}
-            if recipe.algorithm.old_logprobs == "actor":
-                reading["old_logprobs"] = scatter_rows(roles.actor, "infer", batch)
-            else:
-                batch = replace(batch, old_logprobs=batch.rollout_logprobs)
-            if roles.reference is not None:
-                reading["ref_logprobs"] = scatter_rows(roles.reference, "logprobs", batch)
-            if roles.critic is not None:
-                reading["values"] = scatter_rows(roles.critic, "infer", batch)
-            batch = replace(
-                batch,
-                **{k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()},
-            )
-            scores, by_source = roles.rewards.gather(pending_scores, len(batch))
+        with self.folder.phase("score", step):
+            pending_scores = workers.rewards.submit(samples)
+            batch = self.read_models(batch)
+            scores, by_source = workers.rewards.gather(pending_scores, len(batch))
 
-        with folder.phase("advantages", step):
-            batch = with_scores(
-                batch, scores, [r.finish_reason for r in rollouts], recipe.algorithm
-            )
+        with self.folder.phase("advantages", step):
+            reasons = [r.finish_reason for r in rollouts]
+            batch = with_scores(batch, scores, reasons, recipe.algorithm)
             batch, metrics = self.algorithm.advantages(batch)
             metrics |= rollout_metrics(batch, rollouts, by_source)
             metrics |= self.alarms.report(step, of_experience(batch, rollouts, by_source, recipe))
-        folder.save_samples(
-            step, [sample_row(*row) for row in zip(samples, rollouts, scores, strict=True)]
-        )
+        rows = [sample_row(*row) for row in zip(samples, rollouts, scores, strict=True)]
+        self.folder.save_samples(step, rows)
+        return batch, metrics
 
-        if step not in self.alarms.skipped:  # else neither the weights nor their version change
-            with folder.phase("learn", step):
-                roles.gpu_sharing.learn()
-                metrics |= self.learn(batch, step)
-                self.algorithm.after_step(batch)
-            with folder.phase("sync", step):
-                metrics["sync/probe_difference"] = roles.sync(step)
-                self.version = step
-
-        metrics |= self.alarms.report(step, of_metrics(metrics, recipe))
-        return {**metrics, **folder.seconds(step)}
+    def read_models(self, batch: Experience) -> Experience:
+        """Add what Actor, Reference and Critic say of the batch; they read at the same time."""
+        workers = self.workers
+        reading = {}
+        if self.recipe.algorithm.old_logprobs == "actor":
+            reading["old_logprobs"] = scatter_rows(workers.actor, "infer", batch)
+        else:
+            batch = replace(batch, old_logprobs=batch.rollout_logprobs)
+        if workers.reference is not None:
+            reading["ref_logprobs"] = scatter_rows(workers.reference, "logprobs", batch)
+        if workers.critic is not None:
+            reading["values"] = scatter_rows(workers.critic, "infer", batch)
+        read = {k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()}
+        return replace(batch, **read)
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
         """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
@@ -182,7 +142,7 @@ class Driver:
         norm: nothing is learned yet, the ratio must be 1, the gradient not 0. When the old
         log-probs are the engine's, that ratio is the step's mismatch.
         """
-        learners = {"actor": self.roles.actor, "critic": self.roles.critic}
+        learners = self.workers.learners
         history: list[dict[str, float]] = []
         for epoch in range(self.recipe.step.ppo_epochs):
             shuffle = torch.Generator().manual_seed(
@@ -190,14 +150,10 @@ class Driver:
             )
             for rows in mini_batches(len(batch), self.recipe.step.mini_batch_size, shuffle):
                 part = batch.select(rows)
-                learning = {
-                    n: (g, scatter_rows(g, "train", part).refs)
-                    for n, g in learners.items()
-                    if g is not None
-                }
+                learning = {n: (g, scatter_rows(g, "train", part)) for n, g in learners.items()}
                 metrics: dict[str, float] = {}
-                for name, (group, refs) in learning.items():
-                    stats = group.gather(refs, "learn", self.deadline_s)[0]
+                for name, (group, pending) in learning.items():
+                    stats = group.gather(pending.refs, "learn", self.deadline_s)[0]
                     metrics |= {f"{name}/{key}": value for key, value in stats.items()}
                 history.append(metrics)
         first = {
@@ -209,54 +165,67 @@ class Driver:
             first |= {f"mismatch/{name}": history[0][f"actor/{key}"] for name, key in shown.items()}
         return {k: summary_of(k, [m[k] for m in history]) for k in history[0]} | first
 
+    def evaluation_due(self, step: int) -> bool:
+        """The last step's evaluation is the one after the run."""
+        every = self.recipe.evaluation.every_steps
+        return bool(every) and step % every == 0 and step < self.total_steps
+
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out prompts and, only before and after a run, the test prompts."""
+        """Return metrics of the held-out prompts."""
+        return self._evaluate(step, self.data.held_out, "evaluation")
+
+    def evaluate_all(self, step: int) -> dict[str, float]:
+        """Evaluate held-out and test prompts, before and after a run; return and log the
+        metrics.
+        """
         with self.folder.phase("evaluate", step):
-            metrics = self.evaluate_prompts(step, self.data.held_out, "evaluation")
-            metrics |= self.evaluate_prompts(step, self.data.test, "test")
+            metrics = self.evaluate(step) | self._evaluate(step, self.data.test, "test")
         if metrics:
             self.folder.log(step, metrics, phase="evaluation")
         return metrics
 
-    def evaluate_prompts(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-        """Metrics of held-out prompts; where the function that judges failed, an alarm says how."""
-        metrics, failures = self.roles.evaluate(prompts, name)
+    def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
+        metrics, failures = self.workers.evaluate(prompts, name)
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
 
-    def save(self, step: int) -> None:
-        """A checkpoint from which the run goes on as if it had never stopped."""
-        with self.folder.phase("checkpoint", step), self.folder.checkpoint(step) as path:
-            for name, group in self.roles.learners().items():
-                group.call("save", str(path / name), phase="checkpoint", deadline_s=self.deadline_s)
-            state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
-            (path / "driver.json").write_text(json.dumps(state))
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint from which the run goes on as if it had never stopped."""
+        for name, group in self.workers.learners.items():
+            where = str(folder / name)
+            group.call("save", where, phase="checkpoint", deadline_s=self.deadline_s)
+        state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
+        (folder / "driver.json").write_text(json.dumps(state))
 
-    def restore(self) -> int:
-        """Load the newest checkpoint; returns its step. Everything else a step needs derives from
-        (seed, step).
-        """
-        found = self.folder.latest_checkpoint()
-        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
-        step, path = found
-        for name, group in self.roles.learners().items():
-            group.call("load", str(path / name), phase="restore", deadline_s=self.deadline_s)
-        state = json.loads(Path(path, "driver.json").read_text())
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint. Everything else a step needs derives from (seed, step)."""
+        for name, group in self.workers.learners.items():
+            group.call("load", str(folder / name), phase="restore", deadline_s=self.deadline_s)
+        state = json.loads((folder / "driver.json").read_text())
         self.version = state["version"]
         self.algorithm.load_state(state["algorithm"])
-        return step
+
+    def end(self) -> dict[str, Any]:
+        """Check that the frozen models are what they were, export the Actor and evaluate it."""
+        self.workers.check_frozen(self.frozen)
+        model = self.folder.path / "model"
+        deadline = self.deadline_s
+        self.workers.actor.call("export", str(model), phase="export", deadline_s=deadline)
+        self.data.tokenizer.save_pretrained(model)
+        return {"after": self.evaluate_all(self.total_steps)}
 
 
 def with_scores(
     batch: Experience,
-    scores: Sequence[float],
+    scores: Sequence[Score],
     finish_reasons: Sequence[str],
-    algorithm: PPOSettings | GRPOSettings,
+    algorithm: AlgorithmSettings,
 ) -> Experience:
     """Add `scores` [B]: clipped, then less the penalty for a missing EOS. A NaN score takes its
     whole row out.
     """
     # differences within a group may lie behind float32's digits
-    raw = torch.tensor(scores, dtype=torch.float64)
+    values = [math.nan if score.value is None else score.value for score in scores]
+    raw = torch.tensor(values, dtype=torch.float64)
     clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
     truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
     final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated
@@ -280,7 +249,7 @@ def rollout_metrics(
         "score/unscorable": 1 - len(scored) / len(rollouts),
     }
     for name, scores in by_source.items():
-        metrics[f"score/{name}"] = mean([s for s in scores if isinstance(s, float)])
+        metrics[f"score/{name}"] = mean([s.value for s in scores if s.value is not None])
     return metrics | mismatch(batch)
 
 
@@ -318,12 +287,12 @@ def mismatch(batch: Experience) -> dict[str, float]:
     }
 
 
-def sample_row(sample: Sample, rollout: Rollout, score: float) -> dict[str, Any]:
+def sample_row(sample: Sample, rollout: Rollout, score: Score) -> dict[str, Any]:
     """One line of the samples file."""
     return {
         "prompt": sample.prompt,
         "response": sample.response,
-        "score": score,
+        "score": score.value,
         "finish_reason": sample.finish_reason,
         "weight_versions": rollout.weight_versions,
         "response_ids": sample.response_ids,

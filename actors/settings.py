@@ -6,23 +6,24 @@ Pydantic only: imports in milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
+from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.settings import (
     Count,
     DeviceType,
     DiskPath,
     Few,
     Fraction,
-    GRPOSettings,
     LearnerSettings,
     ModelSettings,
     PairData,
     PositiveInt,
-    PPOSettings,
     PromptData,
     RewardModelSettings,
     Settings,
@@ -274,41 +275,55 @@ class RunSettings(Settings):
     progress: bool = Field(True, description="show progress bars")
 
 
-class SFTRecipe(Settings):
-    kind: Literal["sft"] = "sft"
+class SupervisedRecipe(Settings):
+    """What SFT and reward-model training share."""
+
     run: RunSettings
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     learner: LearnerSettings
-    data: SFTData
-    held_out: SFTData | None = Field(None, description="examples to measure on; null: none")
     train: TrainSettings = Field(default_factory=TrainSettings)
 
 
-class RMRecipe(Settings):
+class SFTRecipe(SupervisedRecipe):
+    kind: Literal["sft"] = "sft"
+    data: SFTData
+    held_out: SFTData | None = Field(None, description="examples to measure on; null: none")
+
+
+class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
-    run: RunSettings
-    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-    learner: LearnerSettings
     data: PairData
     held_out: PairData
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
 
 
 class RLRecipe(Settings):
-    """What PPO and GRPO share."""
+    """Learning from scores by any algorithm. `rl_recipe` makes the class with its settings."""
 
+    kind: str = "rl"
     run: RunSettings
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
     step: StepSettings
     actor: LearnerSettings
+    critic: LearnerSettings | None = None
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
     rewards: tuple[RewardSettings, ...]
     prompts: PromptData
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
+    algorithm: AlgorithmSettings
     sync: SyncSettings = Field(default_factory=SyncSettings)
     alarms: AlarmSettings = Field(default_factory=AlarmSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.step.prompts_per_step * self.step.group_size
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        mini_batches = math.ceil(self.sequences_per_step / self.step.mini_batch_size)
+        return self.step.steps * self.step.ppo_epochs * mini_batches
 
     @property
     def max_logprob_diff(self) -> float:
@@ -325,12 +340,21 @@ class RLRecipe(Settings):
         )
 
 
-class PPORecipe(RLRecipe):
-    kind: Literal["ppo"] = "ppo"
-    critic: LearnerSettings
-    algorithm: PPOSettings = Field(default_factory=PPOSettings)
+Recipe = SFTRecipe | RMRecipe | RLRecipe
 
 
-class GRPORecipe(RLRecipe):
-    kind: Literal["grpo"] = "grpo"
-    algorithm: GRPOSettings = Field(default_factory=GRPOSettings)
+@cache
+def rl_recipe(algorithm: str, kind: str = "rl") -> type[RLRecipe]:
+    """Return the recipe class of an algorithm: its own settings, and a critic if it needs one.
+
+    `kind` is what such recipes call themselves. Raises UserError when there is no such algorithm.
+    """
+    settings = find_algorithm(algorithm).Settings
+    this_kind: Any = Literal.__getitem__(kind)
+    return create_model(
+        f"RLRecipe[{algorithm}]",
+        __base__=RLRecipe,
+        kind=(this_kind, kind),
+        critic=(LearnerSettings, ...) if settings.needs_critic else (None, None),
+        algorithm=(settings, Field(default_factory=lambda: settings(kind=algorithm))),
+    )

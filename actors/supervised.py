@@ -1,27 +1,29 @@
-"""SFT and reward-model training: one loop, on the same learners and the same optimizer step as RL,
-without engines.
+"""SFT and reward-model training: the same loop, learners and optimizer step as RL, without
+engines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from actors.cluster.groups import WorkerGroup
-from actors.cluster.layout import demands
 from actors.cluster.placement import Placement
 from actors.cluster.rows import gather_rows, scatter_rows
+from actors.loop import conduct
+from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
 from actors.run.folder import RunFolder
-from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
-from actors.seeds import derive_seed, rows_of_step
+from actors.seeds import rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
+from actors.start import start_groups
 from learners.data import Example, Pair, Rows, load_pairs, load_sft, tokenizer_digest
+from learners.errors import UserError
 from learners.experience import Experience
 from learners.models import (
     check_exportable_reward_model,
@@ -31,150 +33,160 @@ from learners.models import (
     load_tokenizer,
     vocabulary_problems,
 )
-from learners.settings import UserError
 
 
 def run(
     recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None
 ) -> dict[str, Any]:
-    """Train as the recipe says; returns the summary. Data is checked before anything starts."""
-    RunFolder.check(recipe.run, resume)
-    training = Supervised(recipe)
-    with catch_stop_signal(), Placement(recipe.cluster, demands(recipe)) as placement:
-        training.start(placement)
-        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
-            summary = training.run(folder, resume)
-            folder.finish(summary)
-    return summary
+    """Train as the recipe says; return the summary."""
+    return conduct(
+        recipe,
+        resume,
+        config_yaml,
+        read=SupervisedData.load,
+        start=start_learner,
+        training=Supervised,
+    )
+
+
+@dataclass(frozen=True)
+class SupervisedData:
+    """Checked rows, and `batch_of`, which turns rows into a batch."""
+
+    tokenizer: Any
+    batch_of: Callable[[Sequence[Any]], Experience]
+    rows: Rows[Any]
+    held_out: Sequence[Example | Pair]
+    calibration: Sequence[Example] = ()
+
+    @classmethod
+    def load(cls, recipe: SFTRecipe | RMRecipe) -> SupervisedData:
+        """Read and check all data; raise UserError before any model loads."""
+        path = recipe.learner.model.path
+        tokenizer = load_tokenizer(path)
+        if isinstance(recipe, SFTRecipe):
+            held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else []
+            data = cls(tokenizer, examples_batch, load_sft(recipe.data, tokenizer), held_out)
+        else:
+            config = load_config(path)
+            check_exportable_reward_model(config, tokenizer)
+            encoder = is_encoder(config)
+            rows = load_pairs(recipe.data, tokenizer, encoder)
+            held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder)
+            wanted = recipe.reward_model.calibration
+            calibration = load_sft(wanted, tokenizer) if wanted else []
+            data = cls(tokenizer, pairs_batch, rows, held_out_pairs, calibration)
+        every = [*data.rows, *data.held_out]
+        problems = length_problems("learner.model", path, max(row.tokens for row in every))
+        ids = (part for row in every for part in row.parts)
+        if problems := problems or vocabulary_problems("learner.model", path, ids):
+            raise UserError(problems)
+        return data
+
+
+def start_learner(
+    recipe: SFTRecipe | RMRecipe, data: SupervisedData, placement: Placement
+) -> WorkerGroup:
+    """Load the model on every rank."""
+    facts = {
+        "total_steps": steps_of(recipe, data),
+        "pad_token_id": data.tokenizer.pad_token_id,
+    }
+    return start_groups(roles_of(recipe), facts, placement)[recipe.kind]
+
+
+def steps_of(recipe: SFTRecipe | RMRecipe, data: SupervisedData) -> int:
+    """Return the optimizer steps of the run."""
+    train = recipe.train
+    return train.steps or max(1, math.ceil(train.epochs * len(data.rows) / train.batch_size))
 
 
 class Supervised:
-    """Trains one model on rows of data; `batch_of` gpu_sharing rows into a batch."""
+    """Trains one model on rows of data."""
 
-    def __init__(self, recipe: SFTRecipe | RMRecipe) -> None:
-        """Reads and checks all data; raises UserError before any model loads."""
+    def __init__(
+        self,
+        recipe: SFTRecipe | RMRecipe,
+        data: SupervisedData,
+        group: WorkerGroup,
+        folder: RunFolder,
+        alarms: AlarmLog,
+    ) -> None:
         self.recipe = recipe
-        path = recipe.learner.model.path
-        self.tokenizer = load_tokenizer(path)
-        self.rows: Rows[Any]
-        self.held_out: Sequence[Example | Pair]
-        if isinstance(recipe, SFTRecipe):
-            self.target = "learners.sft:SFTLearner"
-            self.rows_per_unit = 1
-            self.batch_of = examples_batch
-            self.rows = load_sft(recipe.data, self.tokenizer)
-            self.held_out = load_sft(recipe.held_out, self.tokenizer) if recipe.held_out else []
-        else:
-            self.target = "learners.reward_model:RewardModelLearner"
-            self.rows_per_unit = 2
-            self.batch_of = pairs_batch
-            config = load_config(path)
-            check_exportable_reward_model(config, self.tokenizer)
-            encoder = is_encoder(config)
-            self.rows = load_pairs(recipe.data, self.tokenizer, encoder)
-            self.held_out = load_pairs(recipe.held_out, self.tokenizer, encoder)
-            self.calibration = (
-                load_sft(recipe.reward_model.calibration, self.tokenizer)
-                if recipe.reward_model.calibration
-                else []
-            )
-        longest = max(row.tokens for row in [*self.rows, *self.held_out])
-        problems = length_problems("learner.model", path, longest)
-        ids = (part for row in [*self.rows, *self.held_out] for part in row.parts)
-        if problems := problems or vocabulary_problems("learner.model", path, ids):
-            raise UserError(problems)
-        train = recipe.train
-        self.steps = train.steps or max(
-            1, math.ceil(train.epochs * len(self.rows) / train.batch_size)
-        )
+        self.data = data
+        self.group = group
+        self.groups: dict[str, WorkerGroup] = {recipe.kind: group}
+        self.folder = folder
+        self.alarms = alarms
+        self.total_steps = steps_of(recipe, data)
+        self.rows_per_unit = roles_of(recipe)[recipe.kind].rows_per_unit
 
-    def start(self, placement: Placement) -> None:
-        """Load the model on every rank."""
-        kind = self.recipe.kind
-        cluster = self.recipe.cluster
-        self.group = WorkerGroup(kind, self.target, placement.options(kind))
-        ranks = (cluster.device, cluster.call_deadline_s)
-        self.wait(
-            self.group.start(self.arguments(), cluster.start_deadline_s, distributed=ranks), "start"
-        )
+    def begin(self, first: int) -> dict[str, Any]:
+        return {}
 
-    def run(self, folder: RunFolder, resume: bool) -> dict[str, Any]:
-        """All optimizer steps, then the exported model. Returns the held-out metrics."""
-        recipe = self.recipe
-        train = self.recipe.train
-        first = self.restore(folder) + 1 if resume else 1
-        alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
-        for step in folder.progress(range(first, self.steps + 1), self.steps, recipe.kind):
-            picked = rows_of_step(step, train.batch_size, len(self.rows), recipe.run.seed, "rows")
-            metrics = self.share("train", [self.rows[i] for i in picked])
-            if train.evaluate_every and step % train.evaluate_every == 0:
-                metrics |= self.evaluate()
-            metrics |= alarms.report(step, of_training(metrics))
-            folder.log(step, metrics)
-            due = (
-                recipe.run.checkpoint_every_steps and step % recipe.run.checkpoint_every_steps == 0
-            )
-            leaving = stop_requested()
-            if due or leaving or alarms.full:
-                with folder.checkpoint(step) as path:
-                    self.wait(self.group.submit("save", str(path / "learner")), "checkpoint")
-            if alarms.full:
-                raise alarms.stop(step)
-            if leaving:
-                raise Interrupted(step)
-        summary = self.evaluate() | {f"dropped/{why}": n for why, n in self.rows.dropped.items()}
-        if isinstance(recipe, RMRecipe):
-            self.wait(
-                self.group.submit("remember_tokenizer", tokenizer_digest(self.tokenizer)), "export"
-            )
-            summary |= self.calibrate() if self.calibration else {}
-        self.wait(self.group.submit("export", str(folder.path / "model")), "export")
-        self.tokenizer.save_pretrained(folder.path / "model")
-        folder.log(self.steps, summary, phase="evaluation")
-        return summary
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """Take one optimizer step; return its metrics and its tokens."""
+        rows = self.data.rows
+        size = self.recipe.train.batch_size
+        picked = rows_of_step(step, size, len(rows), self.recipe.run.seed, "rows")
+        batch = self.data.batch_of([rows[i] for i in picked])
+        with self.folder.phase("learn", step):
+            metrics = self.share("train", batch)
+        metrics |= self.alarms.report(step, of_training(metrics))
+        return metrics, int(batch.lengths.sum())
 
-    def arguments(self) -> dict[str, Any]:
-        """What the learner's constructor needs."""
-        common = {"settings": self.recipe.learner, "total_steps": self.steps}
-        if isinstance(self.recipe, SFTRecipe):
-            return common
-        head = {
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "seed": derive_seed(self.recipe.run.seed, "head"),
-        }
-        return {**common, **head, "reward_model": self.recipe.reward_model}
+    def evaluation_due(self, step: int) -> bool:
+        every = self.recipe.train.evaluate_every
+        return bool(every) and step % every == 0
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out rows, without learning."""
-        if not self.held_out:
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return metrics on the held-out rows, without learning."""
+        if not self.data.held_out:
             return {}
-        return {f"held_out/{k}": v for k, v in self.share("evaluate", self.held_out).items()}
+        metrics = self.share("evaluate", self.data.batch_of(self.data.held_out))
+        return {f"held_out/{name}": value for name, value in metrics.items()}
+
+    def save(self, folder: Path, step: int) -> None:
+        self.call("save", str(folder / "learner"), phase="checkpoint")
+
+    def load(self, folder: Path) -> None:
+        self.call("load", str(folder / "learner"), phase="restore")
+
+    def end(self) -> dict[str, Any]:
+        """Evaluate, calibrate a reward model, and export; return and log the metrics."""
+        last = self.total_steps
+        with self.folder.phase("evaluate", last):
+            summary = self.evaluate(last)
+        summary |= {f"dropped/{why}": float(n) for why, n in self.data.rows.dropped.items()}
+        tokenizer = self.data.tokenizer
+        if isinstance(self.recipe, RMRecipe):
+            self.call("remember_tokenizer", tokenizer_digest(tokenizer), phase="export")
+            summary |= self.calibrate() if self.data.calibration else {}
+        model = self.folder.path / "model"
+        self.call("export", str(model), phase="export")
+        tokenizer.save_pretrained(model)
+        self.folder.log(last, summary, phase="evaluation")
+        return summary
 
     def calibrate(self) -> dict[str, float]:
         """Set the scores' mean and std from the calibration responses."""
-        batch = examples_batch(self.calibration)
+        batch = examples_batch(self.data.calibration)
         pending = scatter_rows(self.group, "infer", batch)
         scores = gather_rows(pending, batch, "calibrate", self.recipe.cluster.call_deadline_s)
         mean = float(scores.mean())
         std = float(scores.std(correction=0))
-        self.wait(self.group.submit("calibrate", mean, std), "calibrate")
+        self.call("calibrate", mean, std, phase="calibrate")
         return {"calibration/mean": mean, "calibration/std": std}
 
-    def share(self, method: str, rows: Sequence[Example | Pair]) -> dict[str, float]:
-        """Call a learner's method on the rows; every rank returns the metrics of all of them."""
-        pending = scatter_rows(self.group, method, self.batch_of(rows), self.rows_per_unit)
-        return self.wait(pending.refs, method)[0]
+    def share(self, method: str, batch: Experience) -> dict[str, float]:
+        """Call a learner's method on the batch; every rank returns the metrics of all of it."""
+        pending = scatter_rows(self.group, method, batch, self.rows_per_unit)
+        return self.group.gather(pending.refs, method, self.recipe.cluster.call_deadline_s)[0]
 
-    def wait(self, pending: Sequence[Any], phase: str) -> list[Any]:
-        cluster = self.recipe.cluster
-        deadline = cluster.start_deadline_s if phase == "start" else cluster.call_deadline_s
-        return self.group.gather(pending, phase, deadline)
-
-    def restore(self, folder: RunFolder) -> int:
-        found = folder.latest_checkpoint()
-        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
-        self.wait(self.group.submit("load", str(found[1] / "learner")), "restore")
-        return found[0]
+    def call(self, method: str, *args: Any, phase: str) -> None:
+        """Call a learner's method on every rank and wait for it."""
+        deadline = self.recipe.cluster.call_deadline_s
+        self.group.call(method, *args, phase=phase, deadline_s=deadline)
 
 
 def examples_batch(rows: Sequence[Any]) -> Experience:

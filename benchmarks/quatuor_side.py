@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from actors.rewards.frozen import ReferenceWorker
+from actors.reference import ReferenceWorker
 from learners.actor import ActorLearner
 from learners.advantages import group_advantages
-from learners.algorithms.grpo import GRPO
+from learners.algorithms.grpo import GRPO, GRPOSettings
 from learners.experience import Experience
 from learners.reward_model import RewardModelLearner
 from learners.settings import (
-    GRPOSettings,
     LearnerSettings,
     ModelSettings,
     OptimizerSettings,

@@ -18,10 +18,11 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
-from launch.recipe.combinations import Recipe
+from actors.settings import Recipe, RLRecipe
 from launch.recipe.machine import function_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
+from learners.algorithms.base import ALGORITHMS, find_algorithm
 from learners.settings import UserError
 
 BAD_INPUT = 2
@@ -32,6 +33,7 @@ TRAINING = {
     "rm": "Train a reward model on pairs of a better and a worse answer.",
     "ppo": "Train a language model on scores, with a critic (PPO).",
     "grpo": "Train a language model on scores compared within groups of responses (GRPO).",
+    "rl": "Train a language model on scores, by the algorithm that algorithm.kind names.",
 }
 
 app = typer.Typer(
@@ -69,7 +71,10 @@ class RecipeCommand(TyperCommand):
         formatter.write(
             "\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n"
         )
-        formatter.write(listing(KINDS[str(self.name)]) + "\n")
+        formatter.write(listing(KINDS[str(self.name)]()) + "\n")
+        for kind in ALGORITHMS if self.name == "rl" else ():
+            formatter.write(f"\nKeys of algorithm for kind {kind}:\n\n")
+            formatter.write(listing(find_algorithm(kind).Settings, "algorithm.") + "\n")
 
 
 def recipe_command(kind: str) -> Callable[..., None]:
@@ -278,7 +283,7 @@ def show_ray_token() -> None:
 
 
 def _runner(recipe: Recipe) -> str:
-    return "actors.driver" if recipe.kind in ("ppo", "grpo") else "actors.supervised"
+    return "actors.driver" if isinstance(recipe, RLRecipe) else "actors.supervised"
 
 
 def _print_summary(summary: dict[str, Any], folder: str) -> None:

@@ -413,7 +413,7 @@ def start_ray(device: str) -> str:
     """
     import ray
 
-    from actors.cluster.placement import connect
+    from actors.cluster.connection import connect
 
     connect(os.environ.get("RAY_ADDRESS"), cpus=1)
     node = ray.get(ray.remote(lambda: os.uname().nodename).remote(), timeout=PATIENCE_S["ray"])

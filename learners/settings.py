@@ -1,4 +1,4 @@
-"""What a recipe may say about models, optimisation, algorithms and data. Pydantic only: imports in
+"""What a recipe may say about models, optimisation and data. Pydantic only: imports in
 milliseconds.
 """
 
@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from learners.errors import UserError as UserError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
@@ -20,16 +22,6 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # ~ is the home folder
 DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-
-
-class UserError(ValueError):
-    """Bad input, answered in one line per problem: what is wrong, where, and what would be
-    right.
-    """
-
-    def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
 
 
 class Settings(BaseModel):
@@ -207,88 +199,3 @@ class RewardModelSettings(Settings):
         description="prompt/response rows whose scores set the mean and std of calibrated "
         "scores; null: none",
     )
-
-
-class RolloutCorrectionSettings(Settings):
-    """Weights that make up for the difference between the engine's log-probs and the Actor's."""
-
-    kind: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
-        "token_truncate",
-        description="weight per token or per response; bounded by the cap, or left out above it",
-    )
-    cap: float = Field(2.0, gt=0, description="largest weight")
-
-
-OldLogprobs = Annotated[
-    Literal["actor", "engine"],
-    Field(
-        description="log-probs the ratio starts from: the Actor reads them anew, or the "
-        "engine's (saves a forward)"
-    ),
-]
-RolloutCorrection = Annotated[
-    RolloutCorrectionSettings | None,
-    Field(description="weigh tokens by Actor / engine probability; null: off"),
-]
-
-
-class PPOSettings(Settings):
-    kind: Literal["ppo"] = "ppo"
-    clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
-    clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
-    dual_clip: float | None = Field(
-        None, gt=1, description="bound on the ratio for negative advantages"
-    )
-    gamma: Fraction = Field(1.0, description="discount per token")
-    lam: Fraction = Field(0.95, description="GAE lambda")
-    critic_target: Literal["mc", "td", "gae"] = Field("gae", description="the critic's label")
-    value_clip: float | None = Field(
-        0.2, gt=0, description="largest change of a value per step; null: unclipped"
-    )
-    kl: Literal["k1", "k2", "k3"] = Field("k1", description="KL estimate in the reward")
-    kl_beta: float = Field(0.1, ge=0, description="weight of the KL penalty per token")
-    kl_target: float | None = Field(
-        None, gt=0, description="adapt kl_beta towards this KL per sequence, nats"
-    )
-    kl_horizon: PositiveInt = Field(10_000, description="sequences over which kl_beta adapts")
-    score_clip: float | None = Field(
-        None, gt=0, description="clamp scores to ± this before they become rewards"
-    )
-    missing_eos_penalty: float = Field(
-        0.0, ge=0, description="subtracted from the score of a truncated response"
-    )
-    whiten_advantages: bool = Field(
-        True, description="whiten advantages over all tokens of the step"
-    )
-    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
-        "token_mean", description="how the losses of tokens become one number"
-    )
-    old_logprobs: OldLogprobs = "actor"
-    rollout_correction: RolloutCorrection = None
-
-
-class GRPOSettings(Settings):
-    kind: Literal["grpo"] = "grpo"
-    clip_low: float = Field(0.2, gt=0, description="ratio clip below 1")
-    clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
-    dual_clip: float | None = Field(
-        None, gt=1, description="bound on the ratio for negative advantages"
-    )
-    ratio: Literal["token", "sequence"] = Field(
-        "token", description="importance ratio per token or per sequence"
-    )
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
-        "grpo", description="how scores are normalised in a group"
-    )
-    kl_beta: float = Field(
-        0.0, ge=0, description="weight of the k3 KL in the loss; 0: no Reference is started"
-    )
-    score_clip: float | None = Field(None, gt=0, description="clamp scores to ± this")
-    missing_eos_penalty: float = Field(
-        0.0, ge=0, description="subtracted from the score of a truncated response"
-    )
-    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
-        "sequence_mean", description="how the losses of tokens become one number"
-    )
-    old_logprobs: OldLogprobs = "actor"
-    rollout_correction: RolloutCorrection = None

@@ -11,7 +11,7 @@ import pytest
 def cluster() -> Iterator[None]:
     import ray
 
-    from actors.cluster.placement import connect
+    from actors.cluster.connection import connect
 
     if (
         ray.is_initialized()

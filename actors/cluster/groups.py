@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -72,17 +72,19 @@ class WorkerGroup:
         ]
         self.nodes: list[str] = ["?"] * len(self.handles)
         self.acquire_gpus: Callable[[], None] = _no_need
+        # What each process was built with, so that it can be built again.
+        self.started_with: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self.handles)
 
     def start(
         self,
-        arguments: dict[str, Any],
+        arguments: Mapping[str, Any],
         deadline_s: float,
         *,
         distributed: tuple[DeviceType, float] | None = None,
-        each: Sequence[dict[str, Any]] = (),
+        each: Sequence[Mapping[str, Any]] = (),
     ) -> list[Any]:
         """Begin building the plain object in every process; returns pending results for `gather`.
 
@@ -92,13 +94,14 @@ class WorkerGroup:
         """
         arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
         self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
-        own = list(each) or [{} for _ in self.handles]
+        own = [dict(one) for one in each] or [{} for _ in self.handles]
         if distributed is not None:
             device, timeout_s = distributed
             address, port = self.free_address(deadline_s)
             ranks = [Rank(i, len(self), address, port, device, timeout_s) for i in range(len(self))]
             own = [{**one, "rank": rank} for one, rank in zip(own, ranks, strict=True)]
-        return [h.start.remote(arguments | one) for h, one in zip(self.handles, own, strict=True)]
+        self.started_with = [{**arguments, **one} for one in own]
+        return [h.start.remote(one) for h, one in zip(self.handles, self.started_with, strict=True)]
 
     def free_address(self, deadline_s: float) -> tuple[str, int]:
         """Where the first worker's node can be reached, with a port that was free a moment ago."""
@@ -112,7 +115,7 @@ class WorkerGroup:
         return self.submit_without_swap(method, *args, **kwargs)
 
     def submit_without_swap(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """`submit` for whoever conducts the gpu_sharing: without asking for one."""
+        """`submit` for whoever conducts the sharing: without asking for GPUs."""
         return [h.call.remote(method, *args, **kwargs) for h in self.handles]
 
     def scatter(self, method: str, shares: Sequence[Any], *args: Any) -> list[Any]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from actors.settings import ClusterSettings, GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
+from actors.settings import ClusterSettings
 
 
 @dataclass(frozen=True)
@@ -40,36 +40,8 @@ class Layout:
     assignments: dict[str, list[Assignment]]
 
 
-def demands(recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe) -> dict[str, Demand]:
-    """Processes, threads and GPUs of every role the recipe needs, in placement order."""
-    if isinstance(recipe, SFTRecipe | RMRecipe):
-        return {recipe.kind: Demand(recipe.learner.ranks, recipe.learner.threads)}
-    generation = recipe.generation
-    actor = recipe.actor
-    need = {
-        "engine": Demand(generation.engines, generation.threads, generation.tensor_parallel),
-        "actor": Demand(actor.ranks, actor.threads),
-    }
-    if isinstance(recipe, PPORecipe):
-        need["critic"] = Demand(recipe.critic.ranks, recipe.critic.threads)
-    if needs_reference(recipe):
-        need["reference"] = Demand(recipe.reference.workers, recipe.reference.threads)
-    for reward in recipe.rewards:
-        need[f"reward {reward.name}"] = Demand(
-            reward.workers, reward.threads, gpus=int(reward.kind == "model")
-        )
-    if recipe.evaluation.function is not None:
-        need["evaluator"] = Demand(1, 1, gpus=0)
-    return need
-
-
-def needs_reference(recipe: PPORecipe | GRPORecipe) -> bool:
-    """PPO's KL needs it always (it is also a metric); GRPO only with a KL in the loss."""
-    return isinstance(recipe, PPORecipe) or recipe.algorithm.kl_beta > 0
-
-
 def shares_gpus(cluster: ClusterSettings) -> bool:
-    """Whether roles take gpu_sharing on the same GPUs. CPUs are shared anyway: there both
+    """Tell whether roles share the same GPUs. CPUs are shared anyway: there both
     placements are the same.
     """
     return cluster.device == "cuda" and cluster.placement == "colocated"
@@ -168,37 +140,3 @@ def _colocated(need: Mapping[str, Demand]) -> Layout:
                 Assignment(bundle, tuple(range(first, first + demand.gpus)))
             )
     return Layout(bundles, assignments)
-
-
-def sharing_problems(
-    recipe: SFTRecipe | RMRecipe | PPORecipe | GRPORecipe,
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What keeps a recipe's roles from sharing their GPUs: keys, and what would be right."""
-    if not shares_gpus(recipe.cluster) or isinstance(recipe, SFTRecipe | RMRecipe):
-        return
-    engines = recipe.generation.engines * recipe.generation.tensor_parallel
-    if engines > recipe.actor.ranks:  # weights pass inside the memory of a GPU
-        keys = ("actor.ranks", "generation.engines", "generation.tensor_parallel")
-        yield (
-            keys,
-            f"colocated needs an Actor rank on each of the engines' {engines} GPUs, not "
-            f"{recipe.actor.ranks}",
-        )
-    learners = {"actor": recipe.actor} | (
-        {"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {}
-    )
-    for key, learner in learners.items():
-        if learner.zero_stage == 1 and learner.model.dtype == "bfloat16":
-            message = (
-                "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3"
-            )
-            yield (f"{key}.zero_stage", f"{key}.model.dtype", "cluster.placement"), message
-        if learner.offload_parameters and not learner.offload_optimizer:
-            message = (
-                "colocated needs this too: beside offloaded parameters, optimizer states would "
-                "stay on the GPUs"
-            )
-            yield (
-                (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement"),
-                message,
-            )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.cluster.layout import Demand
 from actors.cluster.placement import Placement
-from actors.evaluation import requests_for
+from actors.roles import engine_role
 from actors.rollouts.generator import Engines
+from actors.rollouts.requests import requests_for
 from actors.settings import ClusterSettings, GenerationSettings
+from actors.start import start_groups
 from learners.data import Prompt, encode_prompt
 from learners.models import load_tokenizer
 from learners.settings import ModelSettings
@@ -21,24 +22,18 @@ def sample_responses(
     seed: int,
     cluster: ClusterSettings | None = None,
 ) -> list[str]:
-    """One response per prompt, as text without special tokens."""
+    """Return one response per prompt, as text without special tokens."""
     cluster = cluster or ClusterSettings()
     tokenizer = load_tokenizer(model)
     rows = [Prompt(i, encode_prompt(tokenizer, text), text, {}) for i, text in enumerate(prompts)]
-    demand = Demand(generation.engines, generation.threads, generation.tensor_parallel)
-    with Placement(cluster, {"engine": demand}) as placement:
-        engines = Engines(placement.options("engine"))
-        longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
-        arguments = {
-            "model": ModelSettings(path=model),
-            "generation": generation,
-            "device": cluster.device,
-            "max_model_tokens": longest,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        starting = engines.start(arguments, cluster.start_deadline_s)
-        engines.gather(starting, "start", cluster.start_deadline_s)
-        rollouts = engines.generate(
-            requests_for(rows, generation.on_policy(), 1, (seed, "sample")), cluster.call_deadline_s
-        )
+    facts = {
+        "max_model_tokens": max(len(r.ids) for r in rows) + generation.max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    roles = {"engine": engine_role(ModelSettings(path=model), generation, cluster, seed)}
+    with Placement(cluster, roles) as placement:
+        engines = start_groups(roles, facts, placement)["engine"]
+        assert isinstance(engines, Engines)
+        requests = requests_for(rows, generation.on_policy(), 1, (seed, "sample"))
+        rollouts = engines.generate(requests, cluster.call_deadline_s)
     return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from actors.cluster.groups import WorkerError
-from actors.rewards.sources import Score
+from actors.rewards.score import Score
 from actors.run.folder import RunFolder
-from actors.settings import GRPORecipe, PPORecipe, RLRecipe, asked_by_model
+from actors.settings import RLRecipe, asked_by_model
 from learners.experience import Experience, Rollout
 
 LARGEST_SCORE = 1e15  # squares of larger ones overflow in the statistics
@@ -88,14 +88,12 @@ def of_experience(
     bound = recipe.alarms
     weights = {reward.name: reward.weight for reward in recipe.rewards}
     for source, given in by_source.items():
-        if failures := [score for score in given if isinstance(score, str)]:
+        if failures := [score.error for score in given if score.error is not None]:
             yield Alarm(
                 "reward_error",
                 f"{source} failed for {len(failures)} of {len(given)}, first: {failures[0]}",
             )
-        if bad := sum(
-            isinstance(score, float) and not abs(score) <= LARGEST_SCORE for score in given
-        ):
+        if bad := sum(s.value is not None and not abs(s.value) <= LARGEST_SCORE for s in given):
             message = (
                 f"{bad} of {len(given)} scores of {source} are NaN, infinite or beyond "
                 f"{LARGEST_SCORE:g}"
@@ -142,7 +140,7 @@ def of_evaluation(name: str, failures: Sequence[str]) -> Iterator[Alarm]:
         )
 
 
-def of_recipe(recipe: PPORecipe | GRPORecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
+def of_recipe(recipe: RLRecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
     """What the reader of the curves should know from the start. `defaults`: the Actor's
     generation_config.json.
     """

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from actors.cluster.groups import WorkerGroup
 from actors.cluster.rows import gather_rows, scatter_rows
-from actors.evaluation import requests_for
 from actors.rollouts.generator import Engines
+from actors.rollouts.requests import requests_for
 from actors.settings import RLRecipe
 from learners.data import Prompt
 from learners.experience import Experience, Rollout

@@ -24,10 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.recipe.combinations import Problem, Recipe
+from actors.settings import Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
 from launch.recipe.read import RecipeError, located, read_recipe
+from learners.errors import Problem
 from learners.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,8 +20,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.cluster.layout import demands, layout
-from launch.recipe.combinations import Recipe, lacking_gpus
+from actors.cluster.layout import layout
+from actors.roles import roles_of
+from actors.settings import Recipe
+from launch.recipe.combinations import lacking_gpus
 from learners.settings import UserError
 
 MARK = "# Written by quatuor slurm"
@@ -176,7 +178,7 @@ def least_cpus(recipe: Recipe) -> int:
     On GPUs these decide who goes where, and CPUs must never be in the way. Several CPU nodes have a
     bundle each.
     """
-    sizes = [int(bundle["CPU"]) for bundle in layout(recipe.cluster, demands(recipe)).bundles]
+    sizes = [int(bundle["CPU"]) for bundle in layout(recipe.cluster, roles_of(recipe)).bundles]
     return (
         sum(sizes) if recipe.cluster.device == "cuda" or recipe.cluster.nodes == 1 else max(sizes)
     )

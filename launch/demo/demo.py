@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import driver, supervised
-from actors.cluster.placement import connect
+from actors.cluster.connection import connect
 from actors.rollouts.sampling import sample_responses
 from actors.settings import GenerationSettings
 from launch.demo.page import write_page

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from actors.cluster.layout import demands, shares_gpus
-from actors.settings import RLRecipe
+from actors.cluster.layout import shares_gpus
+from actors.roles import roles_of
+from actors.settings import Recipe, RLRecipe
 from launch.plan.plan import NEVER, Change, arranged, excess, learners_of, read_shapes
 from launch.plan.shapes import Shape
-from launch.recipe.combinations import Recipe, combination_problems
+from launch.recipe.combinations import combination_problems
 from learners.settings import LearnerSettings
 
 Step = dict[str, Any]
@@ -264,7 +265,7 @@ def _fewer(trials: Trials) -> Iterator[Ladder]:
         return
     counts = {
         _count_key(recipe, role): demand
-        for role, demand in demands(recipe).items()
+        for role, demand in roles_of(recipe).items()
         if role != "evaluator"
     }
     taken = {key: d.processes * d.gpus for key, d in counts.items()}

@@ -11,26 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
-from actors.cluster.layout import demands, needs_reference
-from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
+from actors.roles import roles_of
+from actors.settings import Recipe, RLRecipe, RMRecipe, SFTRecipe
 from launch.plan import memory
 from launch.plan.memory import GIB, PHASES, Footprint, Load, Use, sum_of, total
 from launch.plan.nodes import Device, Kind, NodePlan
 from launch.plan.shapes import ENCODERS, Head, Shape, find_shape
 from launch.plan.timing import step_seconds
-from launch.recipe.combinations import Problem, Recipe, lacking_gpus
+from launch.recipe.combinations import lacking_gpus
 from launch.recipe.document import Document
 from launch.recipe.read import located
+from learners.errors import Problem
 from learners.settings import LearnerSettings, ModelSettings, UserError
 
-RL = PPORecipe | GRPORecipe
+RL = RLRecipe
 NEVER = 10**6  # nodes that are missing where no number of nodes is enough
 UNCOUNTED = 10**12  # rows of held-out data: nothing here opens data
 
-node_plan = lru_cache(maxsize=64)(NodePlan)  # most changes that are tried move no process
+node_plan = NodePlan
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def _roles(recipe: Recipe) -> Iterator[tuple[str, str, ModelSettings, Head]]:
         return
     yield "engine", "actor.model", recipe.actor.model, "lm"
     yield "actor", "actor.model", recipe.actor.model, "lm"
-    if isinstance(recipe, PPORecipe):
+    if isinstance(recipe, RLRecipe) and recipe.critic is not None:
         yield "critic", "critic.model", recipe.critic.model, "value"
-    if needs_reference(recipe):
+    if recipe.algorithm.needs_reference:
         own = recipe.reference.model
         yield (
             "reference",
@@ -202,7 +203,9 @@ def learners_of(recipe: Recipe) -> dict[str, LearnerSettings]:
     if isinstance(recipe, SFTRecipe | RMRecipe):
         return {recipe.kind: recipe.learner}
     return {"actor": recipe.actor} | (
-        {"critic": recipe.critic} if isinstance(recipe, PPORecipe) else {}
+        {"critic": recipe.critic}
+        if isinstance(recipe, RLRecipe) and recipe.critic is not None
+        else {}
     )
 
 
@@ -297,7 +300,7 @@ def _sync(recipe: Recipe, models: Mapping[str, Model]) -> dict[str, Any]:
 
 
 def arranged(recipe: Recipe) -> NodePlan:
-    return node_plan(recipe.cluster, tuple(demands(recipe).items()))
+    return node_plan(recipe.cluster, tuple(roles_of(recipe).items()))
 
 
 def missing_nodes(where: NodePlan) -> int:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actors.settings import Recipe
 from launch.plan.hints import enough
 from launch.plan.memory import GIB, Use, sum_of, total
 from launch.plan.plan import RL, Change, Memory, Plan, as_json, kv_room, make_plan, where_are
-from launch.recipe.combinations import Recipe
 from launch.recipe.document import Document
 from learners.settings import UserError
 

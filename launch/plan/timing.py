@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from actors.cluster.layout import shares_gpus
-from actors.settings import GRPORecipe, PPORecipe
+from actors.settings import Recipe, RLRecipe
 from launch.plan.memory import BYTES
 from launch.plan.shapes import Head, Shape
-from launch.recipe.combinations import Recipe
 from learners.settings import LearnerSettings
 
-RL = PPORecipe | GRPORecipe
+RL = RLRecipe
 
 RESPONSE_SHARE = 0.5  # of max_new_tokens that a response has on average; prompts likewise
 
@@ -48,7 +47,7 @@ def step_seconds(
     """Seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit an
     engine's KV cache.
     """
-    if not isinstance(recipe, PPORecipe | GRPORecipe):
+    if not isinstance(recipe, RLRecipe):
         learner = recipe.learner
         head: Head = "lm" if recipe.kind == "sft" else "score"
         rows = recipe.train.batch_size * (2 if recipe.kind == "rm" else 1)
@@ -122,7 +121,7 @@ def _scoring(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
 def _processes(recipe: RL, role: str) -> tuple[int, int]:
     if role == "actor":
         return recipe.actor.ranks, recipe.actor.threads
-    if role == "critic" and isinstance(recipe, PPORecipe):
+    if role == "critic" and isinstance(recipe, RLRecipe) and recipe.critic is not None:
         return recipe.critic.ranks, recipe.critic.threads
     if role == "reference":
         return recipe.reference.workers, recipe.reference.threads
@@ -139,7 +138,7 @@ def _learning_all(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> flo
             shapes["actor"].parameters("lm"), tokens, passes, recipe.actor, recipe, shapes["actor"]
         )
     ]
-    if isinstance(recipe, PPORecipe):
+    if isinstance(recipe, RLRecipe) and recipe.critic is not None:
         critic = shapes["critic"]
         times.append(
             _learning(critic.parameters("value"), tokens, passes, recipe.critic, recipe, critic)

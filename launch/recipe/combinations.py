@@ -5,63 +5,34 @@ recipe is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from actors.cluster.layout import demands, layout, nodes_needed, sharing_problems
-from actors.settings import (
-    GRPORecipe,
-    PPORecipe,
-    RewardSettings,
-    RLRecipe,
-    RMRecipe,
-    SFTRecipe,
-)
+from actors.cluster.layout import layout, nodes_needed, shares_gpus
+from actors.roles import Role, roles_of
+from actors.settings import Recipe, RewardSettings, RLRecipe, SFTRecipe
+from learners.errors import Problem
 from learners.settings import LearnerSettings, ModelSettings
 
-Recipe = SFTRecipe | RMRecipe | PPORecipe | GRPORecipe
-
-LEAST_GRPO_TEMPERATURE = 0.7
+LEAST_GROUP_TEMPERATURE = 0.7
 USUAL_GROUP = 8
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong: the keys it comes from (the first is the one to name) and what would be
-    right.
-    """
-
-    keys: tuple[str, ...]
-    message: str
 
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     """Keys that are fine one by one and impossible together."""
-    for key, model in models_of(recipe):
+    roles = roles_of(recipe)
+    for key, model in models_of(recipe).items():
         yield from _attention(key, model, recipe.cluster.device)
-    for key, learner in _learners(recipe):
-        yield from _offload(key, learner, recipe.cluster.device)
-        if learner.model.dtype == "bfloat16" and learner.zero_stage == 0:
-            message = (
-                "bfloat16 needs zero_stage 1, 2 or 3, which keep float32 master weights; else "
-                "small steps vanish"
-            )
-            yield Problem((f"{key}.zero_stage", f"{key}.model.dtype"), message)
+    for role in roles.values():
+        if role.learner is not None:
+            yield from _learner(role.section, role.learner, recipe.cluster.device)
     if isinstance(recipe, RLRecipe):
         yield from _batches(recipe)
+        yield from recipe.algorithm.problems(recipe.sequences_per_step)
         yield from _rewards(recipe)
         yield from _evaluation(recipe)
         yield from _generation(recipe)
-    if isinstance(recipe, PPORecipe | GRPORecipe):
-        yield from _distortions(recipe)
-        yield from (Problem(keys, message) for keys, message in sharing_problems(recipe))
-    if (
-        isinstance(recipe, PPORecipe)
-        and recipe.algorithm.kl_target is not None
-        and recipe.algorithm.kl_beta == 0
-    ):
-        keys = ("algorithm.kl_target", "algorithm.kl_beta")
-        yield Problem(keys, "adapts kl_beta by factors, so kl_beta must start above 0")
+        yield from _off_policy_sampling(recipe)
+        yield from _sharing(recipe, roles)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
         yield Problem(
             ("train.evaluate_every", "held_out"), "needs held-out examples: set held_out.path"
@@ -81,7 +52,13 @@ def _attention(key: str, model: ModelSettings, device: str) -> Iterator[Problem]
         )
 
 
-def _offload(key: str, learner: LearnerSettings, device: str) -> Iterator[Problem]:
+def _learner(key: str, learner: LearnerSettings, device: str) -> Iterator[Problem]:
+    if learner.model.dtype == "bfloat16" and learner.zero_stage == 0:
+        message = (
+            "bfloat16 needs zero_stage 1, 2 or 3, which keep float32 master weights; else "
+            "small steps vanish"
+        )
+        yield Problem((f"{key}.zero_stage", f"{key}.model.dtype"), message)
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(learner, name) and device == "cpu":
             yield Problem(
@@ -102,9 +79,10 @@ def _batches(recipe: RLRecipe) -> Iterator[Problem]:
     prompts = step.prompts_per_step
     group = step.group_size
     mini = step.mini_batch_size
-    if isinstance(recipe, GRPORecipe) and group < 2:
+    if recipe.algorithm.compares_groups and group < 2:
         message = (
-            f"1 leaves nothing to compare a response with; GRPO needs 2 or more ({USUAL_GROUP} "
+            f"1 leaves nothing to compare a response with; {_name(recipe)} needs 2 or more "
+            f"({USUAL_GROUP} "
             "is usual)"
         )
         yield Problem(("step.group_size",), message)
@@ -118,16 +96,12 @@ def _batches(recipe: RLRecipe) -> Iterator[Problem]:
             f"{mini} does not divide prompts_per_step {prompts} * group_size {group} = "
             f"{sequences}; nearest: {nearest}",
         )
-    if (
-        isinstance(recipe, PPORecipe)
-        and recipe.algorithm.kl_target
-        and recipe.algorithm.kl_horizon < sequences
-    ):
-        message = (
-            f"{recipe.algorithm.kl_horizon} is less than one step of {sequences} sequences; "
-            "take several steps"
-        )
-        yield Problem(("algorithm.kl_horizon",), message)
+
+
+def _name(recipe: RLRecipe) -> str:
+    """Return the algorithm's name as texts write it."""
+    kind = recipe.algorithm.kind
+    return kind if ":" in kind else kind.upper()
 
 
 def _rewards(recipe: RLRecipe) -> Iterator[Problem]:
@@ -203,15 +177,15 @@ def _generation(recipe: RLRecipe) -> Iterator[Problem]:
             keys,
             f"{total} leaves no room for a prompt beside max_new_tokens {settings.max_new_tokens}",
         )
-    if isinstance(recipe, GRPORecipe) and settings.temperature <= LEAST_GRPO_TEMPERATURE:
+    if recipe.algorithm.compares_groups and settings.temperature <= LEAST_GROUP_TEMPERATURE:
         message = (
-            f"{settings.temperature:g} makes groups of near copies; GRPO needs above "
-            f"{LEAST_GRPO_TEMPERATURE}"
+            f"{settings.temperature:g} makes groups of near copies; {_name(recipe)} needs above "
+            f"{LEAST_GROUP_TEMPERATURE}"
         )
         yield Problem(("generation.temperature",), message)
 
 
-def _distortions(recipe: PPORecipe | GRPORecipe) -> Iterator[Problem]:
+def _off_policy_sampling(recipe: RLRecipe) -> Iterator[Problem]:
     """Sampling that is not the policy's own breaks the ratio new / old, unless its tokens are
     weighed.
     """
@@ -234,22 +208,42 @@ def _distortions(recipe: PPORecipe | GRPORecipe) -> Iterator[Problem]:
         )
 
 
-def _learners(recipe: Recipe) -> Iterator[tuple[str, LearnerSettings]]:
-    for key in ("learner", "actor", "critic"):
-        if hasattr(recipe, key):
-            yield key, getattr(recipe, key)
+def _sharing(recipe: RLRecipe, roles: Mapping[str, Role]) -> Iterator[Problem]:
+    """What keeps a recipe's roles from sharing their GPUs."""
+    if not shares_gpus(recipe.cluster):
+        return
+    engines = roles["engine"].processes * roles["engine"].gpus
+    if engines > recipe.actor.ranks:  # weights pass inside the memory of a GPU
+        keys = ("actor.ranks", "generation.engines", "generation.tensor_parallel")
+        message = (
+            f"colocated needs an Actor rank on each of the engines' {engines} GPUs, "
+            f"not {recipe.actor.ranks}"
+        )
+        yield Problem(keys, message)
+    for role in roles.values():
+        key = role.section
+        learner = role.learner
+        if learner is None:
+            continue
+        if learner.zero_stage == 1 and learner.model.dtype == "bfloat16":
+            message = (
+                "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3"
+            )
+            keys = (f"{key}.zero_stage", f"{key}.model.dtype", "cluster.placement")
+            yield Problem(keys, message)
+        if learner.offload_parameters and not learner.offload_optimizer:
+            message = (
+                "colocated needs this too: beside offloaded parameters, optimizer states "
+                "would stay "
+                "on the GPUs"
+            )
+            keys = (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement")
+            yield Problem(keys, message)
 
 
-def models_of(recipe: Recipe) -> Iterator[tuple[str, ModelSettings]]:
-    """Every model of the recipe with its key."""
-    for key, learner in _learners(recipe):
-        yield f"{key}.model", learner.model
-    if isinstance(recipe, RLRecipe):
-        if recipe.reference.model is not None:
-            yield "reference.model", recipe.reference.model
-        for i, reward in enumerate(recipe.rewards):
-            if reward.model is not None:
-                yield f"rewards.{i}.model", reward.model
+def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
+    """Return every model of the recipe by the key that names it."""
+    return {r.model_key: r.model for r in roles_of(recipe).values() if r.model is not None}
 
 
 def lacking_gpus(recipe: Recipe) -> str | None:
@@ -257,7 +251,7 @@ def lacking_gpus(recipe: Recipe) -> str | None:
     when they have.
     """
     cluster = recipe.cluster
-    bundles = layout(recipe.cluster, demands(recipe)).bundles
+    bundles = layout(recipe.cluster, roles_of(recipe)).bundles
     enough = nodes_needed(bundles, cluster.gpus_per_node)
     sizes = [int(bundle.get("GPU", 0)) for bundle in bundles]
     if enough is not None and enough <= cluster.nodes:

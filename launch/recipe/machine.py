@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from actors.settings import RLRecipe, RMRecipe, model_sampling_problem
-from launch.recipe.combinations import Problem, Recipe, lacking_gpus, models_of
+from actors.settings import Recipe, RLRecipe, RMRecipe, model_sampling_problem
+from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
 from learners.data import check_path
+from learners.errors import Problem
 from learners.settings import PairData, PromptData, SFTData, UserError
 
 Data = PromptData | SFTData | PairData
@@ -90,7 +91,7 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
     yield from _run_folder(recipe.run.folder, resume)
     if resume:
         yield from _changed(recipe)
-    for key, model in models_of(recipe):
+    for key, model in models_of(recipe).items():
         if is_local(model.path):
             yield from _model_folder(key, model.path, recipe)
     for key, data in _data(recipe):

@@ -5,25 +5,31 @@ actors/settings.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from actors.settings import GRPORecipe, PPORecipe, RMRecipe, SFTRecipe
-from launch.recipe.combinations import Problem, Recipe, combination_problems
+from actors.settings import Recipe, RLRecipe, RMRecipe, SFTRecipe, rl_recipe
+from launch.recipe.combinations import combination_problems
 from launch.recipe.document import Document, in_words
 from launch.recipe.machine import file_problems
 from launch.recipe.schema import lookup, recipe_keys, renamed, required, suggest
-from learners.settings import UserError
+from learners.algorithms.base import ALGORITHMS
+from learners.errors import Problem, UserError
 
-KINDS: dict[str, type[Recipe]] = {
-    "sft": SFTRecipe,
-    "rm": RMRecipe,
-    "ppo": PPORecipe,
-    "grpo": GRPORecipe,
+KINDS: dict[str, Callable[[], type[Recipe]]] = {
+    "sft": lambda: SFTRecipe,
+    "rm": lambda: RMRecipe,
+    "ppo": lambda: rl_recipe("ppo", "ppo"),
+    "grpo": lambda: rl_recipe("grpo", "grpo"),
+    "rl": lambda: RLRecipe,
 }
+"""What a recipe may be; the algorithm of an `rl` recipe decides its class."""
+
+
+RL_KINDS = ("ppo", "grpo", "rl")
 
 
 class RecipeError(UserError):
@@ -88,20 +94,33 @@ def annotated(recipe: Recipe, document: Document) -> str:
 
 
 def _model(document: Document, kind: str | None) -> type[Recipe]:
-    """The recipe class its `kind` asks for."""
+    """Return the recipe class its `kind` asks for, and under `rl` its `algorithm.kind`."""
     known = ", ".join(KINDS)
     written = document.values.setdefault("kind", kind)
+    rl = isinstance(written, str) and written in RL_KINDS
     if not isinstance(written, str) or written not in KINDS:
-        problem = (
-            f"is {in_words(written)}; a recipe is one of {known}"
-            if written
-            else f"missing; one of {known}"
-        )
-    elif kind is not None and written != kind:
+        problem = f"is {in_words(written)}; a recipe is one of {known}"
+        key = "kind"
+        if not written:
+            problem = f"missing; one of {known}"
+    elif kind not in (None, written) and not (kind == "rl" and rl):
+        key = "kind"
         problem = f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}"
+    elif written != "rl":
+        return KINDS[written]()
     else:
-        return KINDS[written]
-    raise RecipeError([*document.problems, located(Problem(("kind",), problem), document)])
+        key = "algorithm.kind"
+        section = document.values.get("algorithm")
+        algorithm = section.get("kind") if isinstance(section, dict) else None
+        if isinstance(algorithm, str):
+            try:
+                return rl_recipe(algorithm)
+            except UserError as error:
+                problem = error.problems[0]
+        else:
+            there = ", ".join(ALGORITHMS)
+            problem = f"missing; one of {there}, or module:Class of your own"
+    raise RecipeError([*document.problems, located(Problem((key,), problem), document)])
 
 
 def _validated(
@@ -181,6 +200,8 @@ def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
         return "missing: the list is too short"
     if kind == "missing":
         return f"missing: {required(key, keys)}"
+    if kind == "none_required":
+        return "must be left out: this algorithm has none"
     if kind == "literal_error":
         return f"must be {limits['expected']}, not {got}"
     bounds = {

@@ -79,10 +79,10 @@ def required(key: str, keys: dict[str, Key]) -> str:
     return keys[name].description or keys[name].kind
 
 
-def listing(model: type[BaseModel]) -> str:
+def listing(model: type[BaseModel], prefix: str = "") -> str:
     """The keys as an aligned table: name, type, default, description."""
     rows = [
-        (k.name, k.kind, k.default, k.description)
+        (f"{prefix}{k.name}", k.kind, k.default, k.description)
         for k in recipe_keys(model).values()
         if k.kind != "section"
     ]
@@ -102,7 +102,9 @@ def _walk(section: dict[str, Any], definitions: dict[str, Any], prefix: str) -> 
         full = f"{prefix}{name}"
         required = name in section.get("required", ())
         options = [_resolve(o, definitions) for o in written.get("anyOf", [written])]
-        shape = next(o for o in options if o.get("type") != "null")
+        shape = next((o for o in options if o.get("type") != "null"), None)
+        if shape is None:  # a section that this kind of recipe has no use for
+            continue
         default = "required" if required else _default(written)
         kind = " or ".join(_type_in_words(o, definitions) for o in options)
         item = _resolve(shape.get("items") or {}, definitions)

@@ -5,28 +5,55 @@ DeepSeekMath).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from learners.advantages import group_advantages, kl_estimate
-from learners.experience import Experience
-from learners.losses import aggregate, policy_loss, rollout_correction
-from learners.settings import GRPOSettings
+from learners.algorithms.base import Aggregation, Algorithm, AlgorithmSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from learners.experience import Experience
+    from learners.losses import Stats
 
 
-class GRPO:
-    """The driver calls `advantages` once a step, and `after_step` unless the step is skipped; the
-    Actor's ranks call `actor_loss` on every micro-batch.
-    """
+class GRPOSettings(AlgorithmSettings):
+    """GRPO and its relatives Dr. GRPO, RLOO and GSPO: no critic, the KL is in the loss."""
 
-    def __init__(self, settings: GRPOSettings, group_size: int) -> None:
-        self.settings = settings
-        self.group_size = group_size
+    compares_groups: ClassVar[bool] = True
+
+    kind: Literal["grpo"] = "grpo"
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="importance ratio per token or per sequence"
+    )
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field(
+        "grpo", description="how scores are normalised in a group"
+    )
+    kl_beta: float = Field(
+        0.0, ge=0, description="weight of the k3 KL in the loss; 0: no Reference is started"
+    )
+    loss_aggregation: Aggregation = Field(
+        "sequence_mean", description="how the losses of tokens become one number"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_beta > 0
+
+
+class GRPO(Algorithm[GRPOSettings]):
+    """Group relative policy optimisation."""
+
+    Settings = GRPOSettings
 
     def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
-        """Fill `advantages` [B,T] (the same on every token of a response); returns metrics beside
+        """Fill `advantages` [B,T] (the same on every token of a response); return metrics beside
         them.
         """
+        from learners.advantages import group_advantages
+        from learners.kl import kl_estimate
+
         assert batch.scores is not None
         per_sequence = group_advantages(batch.scores, self.group_size, kind=self.settings.advantage)
         advantages = per_sequence[:, None] * batch.mask.float()
@@ -40,43 +67,16 @@ class GRPO:
             metrics["kl/sequence"] = float(kl.sum() / batch.mask.any(1).sum().clamp(min=1))
         return replace(batch, advantages=advantages), metrics
 
-    def after_step(self, batch: Experience) -> None:
-        """Nothing follows from a step but the Actor."""
+    def policy_objective(
+        self, logprobs: Tensor, batch: Experience, ratio: str = "token"
+    ) -> tuple[Tensor, Stats]:
+        """Return the clipped loss plus `kl_beta` times the k3 KL per token, and statistics."""
+        from learners.kl import kl_estimate
 
-    def actor_loss(
-        self, logprobs: Tensor, batch: Experience, denominator: float
-    ) -> tuple[Tensor, dict]:
-        """Clipped policy loss plus `kl_beta` times the k3 KL, both divided by the mini-batch's
-        `denominator`.
-        """
-        s = self.settings
-        mask = batch.mask
-        per_token, stats = policy_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            mask,
-            clip_low=s.clip_low,
-            clip_high=s.clip_high,
-            dual_clip=s.dual_clip,
-            ratio=s.ratio,
-        )
-        if s.rollout_correction is not None:
-            correction = s.rollout_correction.model_dump()
-            weights, more = rollout_correction(
-                batch.old_logprobs, batch.rollout_logprobs, mask, **correction
-            )
-            per_token = per_token * weights
-            stats = stats | more
-        if s.kl_beta > 0:
-            kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", mask)
-            per_token = per_token + s.kl_beta * kl
-            stats["kl"] = (kl.detach().sum(), mask.sum())
-        return aggregate(per_token, mask, how=s.loss_aggregation, denominator=denominator), stats
-
-    def state(self) -> dict[str, float]:
-        """What a checkpoint must keep: nothing."""
-        return {}
-
-    def load_state(self, state: dict[str, float]) -> None:
-        assert not state
+        per_token, stats = super().policy_objective(logprobs, batch, self.settings.ratio)
+        if self.settings.kl_beta > 0:
+            assert batch.ref_logprobs is not None
+            kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", batch.mask)
+            per_token = per_token + self.settings.kl_beta * kl
+            stats["kl"] = (kl.detach().sum(), batch.mask.sum())
+        return per_token, stats

@@ -22,9 +22,10 @@ from actors.run.alarms import (
     of_training,
 )
 from actors.run.folder import RunFolder
-from actors.settings import GenerationSettings, GRPORecipe, RunSettings
+from actors.settings import GenerationSettings, RLRecipe, RunSettings, rl_recipe
+from learners.algorithms.grpo import GRPOSettings
 from learners.experience import Experience, Rollout
-from learners.settings import GRPOSettings
+from tests.actors.scored import scores
 
 NAN = math.nan
 INF = math.inf
@@ -50,12 +51,12 @@ def batch() -> Experience:
     return replace(scored, **dict.fromkeys(PER_TOKEN, known))
 
 
-def make_recipe() -> GRPORecipe:
+def make_recipe() -> RLRecipe:
     model = {"path": "m"}
     judge, logged = (
         {"name": name, "kind": "model", "model": model} for name in ("judge", "logged")
     )
-    return GRPORecipe.model_validate(
+    return rl_recipe("grpo", "grpo").model_validate(
         {
             "run": {"folder": "r"},
             "step": {},
@@ -67,19 +68,22 @@ def make_recipe() -> GRPORecipe:
 
 
 @pytest.fixture
-def recipe() -> GRPORecipe:
+def recipe() -> RLRecipe:
     return make_recipe()
 
 
 @pytest.fixture
-def names(recipe: GRPORecipe) -> Callable[..., list[str]]:
+def names(recipe: RLRecipe) -> Callable[..., list[str]]:
     def found(
         batch: Experience,
         *finish_reasons: str,
         source: list[float | None] | None = None,
         skip_step: bool | None = None,
     ) -> list[str]:
-        given = {"judge": [1.0, 0.0] if source is None else source, "logged": [0.0, 0.0]}
+        given = {
+            "judge": scores([1.0, 0.0] if source is None else source),
+            "logged": scores([0.0, 0.0]),
+        }
         alarms = of_experience(
             batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe
         )
@@ -111,9 +115,12 @@ def test_a_score_that_is_not_finite_skips_the_step(
 
 
 def test_a_function_that_raised_is_named_with_what_it_said(
-    batch: Experience, recipe: GRPORecipe
+    batch: Experience, recipe: RLRecipe
 ) -> None:
-    given = {"judge": [1.0, 0.0], "logged": ["ZeroDivisionError: division by zero", 0.0]}
+    given = {
+        "judge": scores([1.0, 0.0]),
+        "logged": scores(["ZeroDivisionError: division by zero", 0.0]),
+    }
     (alarm,) = of_experience(batch, rollouts("stop"), given, recipe)
     assert alarm.name == "reward_error" and not alarm.skip_step
     assert alarm.message == "logged failed for 1 of 2, first: ZeroDivisionError: division by zero"
@@ -127,26 +134,26 @@ def test_an_evaluation_that_partly_failed_says_so() -> None:
 
 
 def test_a_source_that_is_only_logged_raises_the_alarm_and_skips_nothing(
-    batch: Experience, recipe: GRPORecipe
+    batch: Experience, recipe: RLRecipe
 ) -> None:
     (alarm,) = of_experience(
-        batch, rollouts("stop"), {"judge": [1.0, 0.0], "logged": [NAN, 0.0]}, recipe
+        batch, rollouts("stop"), {"judge": scores([1.0, 0.0]), "logged": scores([NAN, 0.0])}, recipe
     )
     assert alarm.name == "score_not_finite" and "of logged" in alarm.message and not alarm.skip_step
 
 
 def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
-    batch: Experience, recipe: GRPORecipe
+    batch: Experience, recipe: RLRecipe
 ) -> None:
     twenty = batch.select([0, 1] * 10)
     assert twenty.scores is not None and twenty.valid is not None
     for lost, expected in ((2, []), (3, ["unscorable"])):
-        scores = twenty.scores.clone()
-        scores[:lost] = NAN
+        values = twenty.scores.clone()
+        values[:lost] = NAN
         found = of_experience(
-            replace(twenty, scores=scores),
+            replace(twenty, scores=values),
             rollouts("stop"),
-            {"judge": [None] * lost + [1.0]},
+            {"judge": scores([None] * lost + [1.0])},
             recipe,
         )
         assert [(alarm.name, alarm.skip_step) for alarm in found] == [
@@ -203,14 +210,14 @@ SOUND = {
     ],
 )
 def test_metrics_out_of_their_band(
-    recipe: GRPORecipe, changed: dict[str, float], expected: list[str]
+    recipe: RLRecipe, changed: dict[str, float], expected: list[str]
 ) -> None:
     found = list(of_metrics(SOUND | changed, recipe))
     assert [alarm.name for alarm in found] == expected
     assert all(alarm.skip_step == alarm.name.endswith("not_finite") for alarm in found)
 
 
-def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPORecipe) -> None:
+def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: RLRecipe) -> None:
     algorithm = GRPOSettings.model_validate(
         {"rollout_correction": {"kind": "token_mask", "cap": 3}}
     )
@@ -223,7 +230,7 @@ def test_distorted_sampling_is_reported_once_and_raises_no_mismatch(recipe: GRPO
     assert list(of_recipe(recipe, {"top_p": 1.0, "top_k": 0})) == []
 
 
-def test_sampling_defaults_that_are_ignored_are_reported(recipe: GRPORecipe) -> None:
+def test_sampling_defaults_that_are_ignored_are_reported(recipe: RLRecipe) -> None:
     ignored = recipe.model_copy(update={"generation": GenerationSettings(model_sampling="ignore")})
     (said,) = of_recipe(ignored, {"repetition_penalty": 1.1, "temperature": 0.6})
     assert (
@@ -232,7 +239,7 @@ def test_sampling_defaults_that_are_ignored_are_reported(recipe: GRPORecipe) -> 
     )
 
 
-def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: GRPORecipe) -> None:
+def test_in_bfloat16_single_tokens_may_differ_far_but_not_the_mean(recipe: RLRecipe) -> None:
     model = recipe.actor.model.model_copy(update={"dtype": "bfloat16"})
     narrow = recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"model": model})})
     assert list(of_metrics(SOUND | {"mismatch/max": 0.9, "mismatch/mean": 0.04}, narrow)) == []

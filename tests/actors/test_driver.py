@@ -12,9 +12,10 @@ import torch
 
 from actors.driver import rollout_metrics, summary_of, with_scores
 from actors.seeds import derive_seed, rows_of_step
-from learners.algorithms.grpo import GRPO
+from learners.algorithms.grpo import GRPO, GRPOSettings
+from learners.algorithms.ppo import PPOSettings
 from learners.experience import Experience, Rollout
-from learners.settings import GRPOSettings, PPOSettings
+from tests.actors.scored import scores as scores_of
 
 
 def rollout(response: list[int], finish_reason: str = "stop", logprob: float = -1.0) -> Rollout:
@@ -28,27 +29,27 @@ def batch() -> Experience:
 
 def test_scores_are_clipped_before_the_penalty_for_a_missing_eos(batch: Experience) -> None:
     settings = PPOSettings(score_clip=1.0, missing_eos_penalty=0.5)
-    scored = with_scores(batch, [3.0, -3.0, 0.25], ["stop", "length", "stop"], settings)
+    scored = with_scores(batch, scores_of([3.0, -3.0, 0.25]), ["stop", "length", "stop"], settings)
     assert scored.scores is not None
     assert scored.scores.tolist() == [1.0, -1.5, 0.25]
     assert torch.equal(scored.mask, batch.mask)
 
 
 def test_an_unscorable_response_loses_its_whole_row(batch: Experience) -> None:
-    scored = with_scores(batch, [1.0, math.nan, 0.0], ["stop"] * 3, GRPOSettings())
+    scored = with_scores(batch, scores_of([1.0, math.nan, 0.0]), ["stop"] * 3, GRPOSettings())
     assert scored.mask.any(1).tolist() == [True, False, True]
 
 
 def test_metrics_of_a_step(batch: Experience) -> None:
     rollouts = [rollout([7, 2]), rollout([7, 8, 9], "length"), rollout([2])]
     scored = with_scores(
-        batch, [1.0, math.nan, 0.0], [r.finish_reason for r in rollouts], PPOSettings()
+        batch, scores_of([1.0, math.nan, 0.0]), [r.finish_reason for r in rollouts], PPOSettings()
     )
     assert batch.rollout_logprobs is not None
     shifted = batch.rollout_logprobs.clone()
     shifted[0, 1] += 0.25
     metrics = rollout_metrics(
-        replace(scored, old_logprobs=shifted), rollouts, {"exact": [1.0, None, 0.0]}
+        replace(scored, old_logprobs=shifted), rollouts, {"exact": scores_of([1.0, None, 0.0])}
     )
     assert metrics["response/length"] == 2.0
     assert metrics["response/truncated"] == pytest.approx(1 / 3)
@@ -61,7 +62,7 @@ def test_metrics_of_a_step(batch: Experience) -> None:
 
 
 def test_old_logprobs_that_are_the_engines_leave_nothing_to_compare(batch: Experience) -> None:
-    scored = with_scores(batch, [1.0, 0.0, 0.0], ["stop"] * 3, PPOSettings())
+    scored = with_scores(batch, scores_of([1.0, 0.0, 0.0]), ["stop"] * 3, PPOSettings())
     metrics = rollout_metrics(
         replace(scored, old_logprobs=scored.rollout_logprobs), [rollout([7])] * 3, {}
     )
@@ -71,12 +72,15 @@ def test_old_logprobs_that_are_the_engines_leave_nothing_to_compare(batch: Exper
 def test_an_empty_response_and_infinite_scores_are_counted_and_break_nothing() -> None:
     rollouts = [rollout([]), rollout([7, 2]), rollout([2])]
     batch = with_scores(
-        Experience.from_rollouts(rollouts), [math.inf, -math.inf, 1.0], ["stop"] * 3, PPOSettings()
+        Experience.from_rollouts(rollouts),
+        scores_of([math.inf, -math.inf, 1.0]),
+        ["stop"] * 3,
+        PPOSettings(),
     )
     metrics = rollout_metrics(
         replace(batch, old_logprobs=batch.rollout_logprobs.clone()),
         rollouts,
-        {"broken": [math.inf, -math.inf, 1.0]},
+        {"broken": scores_of([math.inf, -math.inf, 1.0])},
     )
     assert metrics["response/length"] == 1.0 and math.isnan(metrics["score/broken"])
     assert batch.mask.any(1).tolist() == [False, True, True]
@@ -117,7 +121,7 @@ def test_scores_far_from_zero_keep_their_differences_on_the_way_to_the_advantage
     batch = Experience.from_ids([[1]] * 3, [[2]] * 3)
     near, far = (
         GRPO(GRPOSettings(), 3)
-        .advantages(with_scores(batch, scores, ["stop"] * 3, GRPOSettings()))[0]
+        .advantages(with_scores(batch, scores_of(scores), ["stop"] * 3, GRPOSettings()))[0]
         .advantages
         for scores in ([0.0, 1.0, 3.0], [1e9, 1e9 + 1, 1e9 + 3])
     )

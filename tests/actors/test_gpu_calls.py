@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from actors.cluster.groups import WorkerGroup
-from actors.cluster.placement import GpuSharing
+from actors.cluster.sharing import GpuSharing
 from actors.settings import GenerationSettings
 from learners.experience import Experience, PromptRequest
 from learners.settings import LearnerSettings, ModelSettings, Rank, UserError
@@ -602,7 +602,7 @@ def tiny_run(folder: Path, name: str) -> Any:
     """Two steps of PPO with all four models and an evaluation."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from actors.settings import PPORecipe
+    from actors.settings import rl_recipe
     from launch.tasks import unique_digits as task
 
     if not (folder / "base").exists():
@@ -616,7 +616,7 @@ def tiny_run(folder: Path, name: str) -> Any:
     base = {"path": str(folder / "base")}
     judge = {"path": str(folder / "judge")}
     prompts = {"path": str(folder / "prompts.jsonl"), "answer_columns": ["answer"]}
-    return PPORecipe.model_validate(
+    return rl_recipe("ppo", "ppo").model_validate(
         {
             "run": {
                 "folder": str(folder / name),
@@ -645,23 +645,33 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
     ask for.
     """
     from actors.cluster.placement import Placement
-    from actors.driver import Driver, demands
-    from actors.roles import RunData, start_roles
+    from actors.driver import Driver
+    from actors.loop import Loop
+    from actors.roles import roles_of
+    from actors.run.alarms import AlarmLog
     from actors.run.folder import RunFolder
+    from actors.run_data import RunData
+    from actors.start import Workers
 
     data = RunData.load(recipe)
-    with Placement(recipe.cluster, demands(recipe)) as placement:
+    with Placement(recipe.cluster, roles_of(recipe)) as placement:
         placement.shared = shared
-        roles = start_roles(recipe, data, placement)
-        assert bool(roles.gpu_sharing.groups) == shared
+        workers = Workers(recipe, data, placement)
+        assert bool(workers.gpu_sharing.groups) == shared
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
-            Driver(recipe, run, data, roles).run(resume=False)
+            alarms = AlarmLog(run, 3)
+            driver = Driver(recipe, data, workers, run, alarms)
+            Loop(recipe, driver, run, alarms, clock=0.0).run(resume=False)
     rows = [
         json.loads(line)
         for line in Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()
     ]
     return [
-        {k: v for k, v in row.items() if k != "time" and not k.startswith("seconds/")}
+        {
+            k: v
+            for k, v in row.items()
+            if k != "time" and not k.startswith(("seconds/", "throughput/"))
+        }
         for row in rows
     ]
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from actors import driver, supervised
+from actors.loop import Loop
+from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from launch.demo.demo import RECIPES
@@ -42,10 +44,10 @@ def test_leaving_is_no_error_and_has_an_exit_code_of_its_own() -> None:
 def signalled_in_step(number: int) -> Any:
     """Stands for a step of training."""
 
-    def step(self: Any, step: int) -> dict[str, float]:
+    def step(self: Any, step: int) -> tuple[dict[str, float], int]:
         if step == number:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return {"score/mean": 1.0}
+        return {"score/mean": 1.0}, 64
 
     return step
 
@@ -54,6 +56,12 @@ def steps_and_checkpoints(folder: Path) -> tuple[list[int], list[str]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saved = [path.name for path in (folder / "checkpoints").iterdir()]
     return [row["step"] for row in rows if row["phase"] == "train"], saved
+
+
+def run(recipe: Any, folder: RunFolder, training: Any, data: Any, workers: Any) -> None:
+    alarms = AlarmLog(folder, 3)
+    made = training(recipe, data, workers, folder, alarms)
+    Loop(recipe, made, folder, alarms, clock=0.0).run(resume=False)
 
 
 def test_reinforcement_leaves_after_its_step(
@@ -65,11 +73,11 @@ def test_reinforcement_leaves_after_its_step(
         "evaluation.every_steps=0",
     ]
     recipe: Any = load_recipe(RECIPES / "demo_grpo.yaml", settings)
-    roles: Any = SimpleNamespace(
+    workers: Any = SimpleNamespace(
+        groups={},
         engines=None,
         actor=None,
-        algorithm=SimpleNamespace(state=dict),
-        learners=dict,
+        learners={},
         fingerprints=list,
         connect_engines=lambda version: None,
         evaluate=lambda prompts, name: ({}, []),
@@ -79,7 +87,7 @@ def test_reinforcement_leaves_after_its_step(
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
     with catch_stop_signal(), pytest.raises(Interrupted):
-        driver.Driver(recipe, folder, data, roles).run(resume=False)
+        run(recipe, folder, driver.Driver, data, workers)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
     assert (
         json.loads((folder.path / "checkpoints" / "step-000002" / "driver.json").read_text())[
@@ -95,17 +103,10 @@ def test_supervised_training_leaves_after_its_step(
     recipe: Any = load_recipe(
         RECIPES / "demo_sft.yaml", [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false"]
     )
-    training: Any = object.__new__(supervised.Supervised)
-    training.recipe = recipe
-    training.rows = [0] * 64
-    training.steps = 5
-    training.group = SimpleNamespace(submit=lambda *_: [], gather=lambda *_: [])
-    made = iter(range(1, 6))
-    step = signalled_in_step(3)
-    monkeypatch.setattr(
-        supervised.Supervised, "share", lambda self, method, rows: step(self, next(made))
-    )
+    data: Any = SimpleNamespace(rows=[0] * 64)
+    group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
+    monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
     with catch_stop_signal(), pytest.raises(Interrupted):
-        training.run(folder, resume=False)
+        run(recipe, folder, supervised.Supervised, data, group)
     assert steps_and_checkpoints(folder.path) == ([1, 2, 3], ["step-000003"])

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from actors.cluster.layout import Demand, layout, misfit, sharing_problems
-from actors.settings import ClusterSettings, PPORecipe
+from actors.cluster.layout import Demand, layout, misfit
+from actors.settings import ClusterSettings, RLRecipe, rl_recipe
+from launch.recipe.combinations import combination_problems
+from learners.errors import Problem
 from learners.settings import LearnerSettings, ModelSettings, Rank, UserError, located
 
 engines = pytest.mark.engines
@@ -88,7 +90,7 @@ def test_nodes_with_too_few_cpus_are_told_too() -> None:
     )
 
 
-def ppo(**changes: Any) -> PPORecipe:
+def ppo(**changes: Any) -> RLRecipe:
     model = {"path": "m"}
     recipe: dict[str, Any] = {
         "run": {"folder": "r"},
@@ -99,19 +101,24 @@ def ppo(**changes: Any) -> PPORecipe:
         "prompts": {"path": "p"},
         "cluster": {"device": "cuda", "placement": "colocated"},
     }
-    return PPORecipe.model_validate(recipe | changes)
+    return rl_recipe("ppo", "ppo").model_validate(recipe | changes)
+
+
+def sharing_problems(recipe: RLRecipe) -> list[Problem]:
+    return [p for p in combination_problems(recipe) if "colocated" in p.message]
 
 
 def test_recipes_whose_roles_cannot_share_are_refused() -> None:
-    assert not list(sharing_problems(ppo()))
+    assert not list(combination_problems(ppo()))
     bfloat16 = {"model": {"path": "m", "dtype": "bfloat16"}, "zero_stage": 1}
     offloaded = {"model": {"path": "m"}, "zero_stage": 3, "offload_parameters": True}
     broken = {"actor": bfloat16, "critic": offloaded, "generation": {"tensor_parallel": 2}}
-    (first, what), (second, _), (third, _) = sharing_problems(ppo(**broken))
+    first, second, third = sharing_problems(ppo(**broken))
     assert (
-        first[0] == "actor.ranks" and "an Actor rank on each of the engines' 2 GPUs, not 1" in what
+        first.keys[0] == "actor.ranks"
+        and "an Actor rank on each of the engines' 2 GPUs, not 1" in first.message
     )
-    assert (second[0], third[0]) == ("actor.zero_stage", "critic.offload_optimizer")
+    assert (second.keys[0], third.keys[0]) == ("actor.zero_stage", "critic.offload_optimizer")
     assert not list(sharing_problems(ppo(**broken, cluster={"device": "cuda"})))
 
 

@@ -7,9 +7,12 @@ import math
 import pytest
 
 from actors.functions import load_function
-from actors.rewards.sources import FunctionReward, Rewards, Sample, Score
+from actors.rewards.function import FunctionReward
+from actors.rewards.score import Rewards, Score
+from actors.rollouts.requests import Sample
 from actors.settings import RewardSettings
 from learners.settings import UserError
+from tests.actors.scored import scores as scores_of
 
 
 def sample(response: str, finish_reason: str = "stop", **columns: object) -> Sample:
@@ -31,7 +34,8 @@ def one_short(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_a_function_gets_the_columns_its_signature_names() -> None:
     reward = FunctionReward(f"{__name__}:exact")
-    assert reward.scores([sample("4", answer="4"), sample("5", answer="4")]) == [1.0, 0.0]
+    found = reward.scores([sample("4", answer="4"), sample("5", answer="4")])
+    assert found == scores_of([1.0, 0.0])
 
 
 def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -> None:
@@ -41,7 +45,7 @@ def test_none_means_that_a_response_could_not_be_judged_and_nan_is_passed_on() -
     unjudged, broken = FunctionReward(f"{__name__}:everything").scores(
         [sample("4", "length", answer="4"), sample("4", "stop", answer="4")]
     )
-    assert unjudged is None and broken is not None and math.isnan(broken)
+    assert unjudged == Score() and broken.value is not None and math.isnan(broken.value)
 
 
 def fragile(prompts: list[str], responses: list[str]) -> list[float]:
@@ -50,10 +54,9 @@ def fragile(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_a_response_that_the_function_cannot_take_spoils_no_other() -> None:
     scores = FunctionReward(f"{__name__}:fragile").scores([sample(r) for r in ("2", "0", "4", "x")])
-    assert scores[::2] == [0.5, 0.25]
-    assert scores[1] == "ZeroDivisionError: division by zero" and str(scores[3]).startswith(
-        "ValueError: invalid"
-    )
+    assert scores[::2] == scores_of([0.5, 0.25])
+    assert scores[1] == Score(error="ZeroDivisionError: division by zero")
+    assert str(scores[3].error).startswith("ValueError: invalid")
     assert FunctionReward(f"{__name__}:fragile").scores([sample("0")]) == [scores[1]]
 
 
@@ -67,7 +70,7 @@ def offline(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_a_server_that_is_away_is_not_asked_for_every_response() -> None:
     scores = FunctionReward(f"{__name__}:offline").scores([sample("4")] * 3)
-    assert scores == ["ConnectionError: no route to host"] * 3
+    assert scores == scores_of(["ConnectionError: no route to host"] * 3)
     assert FunctionReward(f"{__name__}:offline").function.__globals__["calls"] == [3]
 
 
@@ -122,23 +125,26 @@ def test_the_sum_is_weighted_and_in_order() -> None:
     rewards = Rewards(
         [source("a", 2.0), source("b", 0.5), source("logged", 0.0)],
         [
-            Answers([[1.0, 3.0], [2.0]]),
-            Answers([[10.0, 30.0], [20.0]]),
-            Answers([[None, 0.0], [0.0]]),
+            Answers([scores_of([1.0, 3.0]), scores_of([2.0])]),
+            Answers([scores_of([10.0, 30.0]), scores_of([20.0])]),
+            Answers([scores_of([None, 0.0]), scores_of([0.0])]),
         ],  # type: ignore[list-item]
         deadline_s=1,
     )
     total, sources = rewards.gather(rewards.submit([sample("x")] * 3), 3)
-    assert total == [2 * 1 + 0.5 * 10, 2 * 2 + 0.5 * 20, 2 * 3 + 0.5 * 30]
-    assert sources["b"] == [10.0, 20.0, 30.0]
+    assert total == scores_of([2 * 1 + 0.5 * 10, 2 * 2 + 0.5 * 20, 2 * 3 + 0.5 * 30])
+    assert sources["b"] == scores_of([10.0, 20.0, 30.0])
 
 
 def test_one_source_that_cannot_judge_takes_the_response_out() -> None:
     rewards = Rewards(
         [source("a", 1.0), source("b", 1.0)],
-        [Answers([[1.0, 1.0, 1.0]]), Answers([[1.0, None, "ValueError: no"]])],  # type: ignore[list-item]
+        [  # type: ignore[list-item]
+            Answers([scores_of([1.0, 1.0, 1.0])]),
+            Answers([scores_of([1.0, None, "ValueError: no"])]),
+        ],
         deadline_s=1,
     )
     total, sources = rewards.gather(rewards.submit([sample("x")] * 3), 3)
-    assert total[0] == 2.0 and math.isnan(total[1]) and math.isnan(total[2])
-    assert sources["b"] == [1.0, None, "ValueError: no"]
+    assert total == scores_of([2.0, None, "ValueError: no"])
+    assert sources["b"] == scores_of([1.0, None, "ValueError: no"])

@@ -10,16 +10,16 @@ import torch
 
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.placement import environment
-from actors.rewards.frozen import Frozen, ReferenceWorker
-from actors.roles import Roles
+from actors.reference import FrozenModel, ReferenceWorker
+from actors.start import Workers
 from learners.experience import Experience
 from learners.settings import ModelSettings
 
 
-def frozen(folder: Path) -> Frozen:
+def frozen(folder: Path) -> FrozenModel:
     from tests.actors.tiny_models import save_model
 
-    return Frozen(save_model(folder, seed=0, tied=True), 100, "cpu")
+    return FrozenModel(save_model(folder, seed=0, tied=True), 100, "cpu")
 
 
 def test_the_digest_changes_with_a_single_bit_of_a_weight_or_a_buffer(tmp_path: Path) -> None:
@@ -54,13 +54,14 @@ def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -
     model = ModelSettings(path=str(tmp_path))
     arguments = {"model": model, "temperature": 1.0, "micro_batch_tokens": 9, "device": "cpu"}
     group.gather(group.start(arguments, 60), "start", 60)
-    unused: Any = None
-    roles = Roles(make_recipe(), *[unused] * 8, frozen=[group], probe=[])
-    before = roles.fingerprints()
-    roles.check_frozen(before)
+    workers: Any = object.__new__(Workers)
+    workers.recipe = make_recipe()
+    workers.frozen = [group]
+    before = workers.fingerprints()
+    workers.check_frozen(before)
     group.call("disturb", phase="test", deadline_s=60)
     with pytest.raises(WorkerError, match="a frozen model .* changed during the run"):
-        roles.check_frozen(before)
+        workers.check_frozen(before)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

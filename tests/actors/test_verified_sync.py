@@ -18,13 +18,13 @@ from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.placement import environment
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.rollouts.generator import Engines
-from actors.settings import GenerationSettings, GRPORecipe
+from actors.settings import GenerationSettings, rl_recipe
 from actors.weights.agreement import DisagreementError, check_engine_agrees
 from actors.weights.transfer import SyncError
-from learners.algorithms.grpo import GRPO
+from learners.algorithms.grpo import GRPO, GRPOSettings
 from learners.data import Prompt
 from learners.experience import Experience, PromptRequest, Rollout
-from learners.settings import GRPOSettings, LearnerSettings, ModelSettings, OptimizerSettings
+from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 
@@ -138,7 +138,7 @@ def test_after_a_sync_every_engine_serves_the_actor(
 
 def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None:
     model = {"path": stage.path}
-    recipe = GRPORecipe.model_validate(
+    recipe = rl_recipe("grpo", "grpo").model_validate(
         {
             "run": {"folder": "unused"},
             "step": {},

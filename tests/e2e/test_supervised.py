@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from actors.cluster.groups import WorkerError
-from actors.rewards.frozen import RewardWorker
-from actors.rewards.sources import Sample
+from actors.rewards.model import RewardWorker
+from actors.rollouts.requests import Sample
 from learners.settings import ModelSettings
 from tests.e2e.conftest import Run, Workshop
 
@@ -86,7 +86,8 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
         )
         for prompt, answer in texts
     ]
-    ours = torch.tensor(worker.scores(samples)) * worker.calibration.std + worker.calibration.mean
+    values = torch.tensor([score.value for score in worker.scores(samples)])
+    ours = values * worker.calibration.std + worker.calibration.mean
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
         run.model, output_loading_info=True

@@ -55,4 +55,10 @@ def recipes() -> dict[str, dict[str, Any]]:
             "rewards": [model],
         },
         "grpo": {"kind": "grpo", **rl, "rewards": [function]},
+        "rl": {
+            "kind": "rl",
+            **rl,
+            "rewards": [function],
+            "algorithm": {"kind": "reinforce_plus_plus"},
+        },
     }

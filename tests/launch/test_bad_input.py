@@ -175,7 +175,7 @@ def test_a_cluster_that_has_ended(real: Path, told: Told, monkeypatch: pytest.Mo
 def test_a_port_where_something_else_listens(
     real: Path, told: Told, monkeypatch: pytest.MonkeyPatch, greeting: bytes
 ) -> None:
-    monkeypatch.setattr("actors.cluster.placement.REACH_S", 0.2)
+    monkeypatch.setattr("actors.cluster.connection.REACH_S", 0.2)
     with socket.create_server(("", 0)) as server:  # Ray takes localhost for this machine's address
         guests: list[socket.socket] = []
 

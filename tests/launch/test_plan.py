@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.settings import GRPORecipe, PPORecipe
+from actors.settings import RLRecipe, rl_recipe
 from launch import cli
 from launch.plan.hints import enough
 from launch.plan.memory import GIB, model_states, total
@@ -274,7 +274,7 @@ def test_sync_and_kv_cache() -> None:
     made = plan("grpo_qwen3_8b")
     assert made.sync == {"bytes": 2 * 8_190_735_360, "engines": 4, "devices": 4}
     engine = made.memories[0].uses["generate"]["engine"]
-    assert isinstance(made.recipe, GRPORecipe)
+    assert isinstance(made.recipe, RLRecipe)
     blocks = engine["kv_cache"] // (16 * 144 * 1024) - 1  # vLLM keeps one for itself
     assert kv_room(made.recipe, made.models) == blocks // (5120 // 16) == 71
     assert total(engine) == pytest.approx(0.85 * 80 * GIB, rel=1e-6)
@@ -565,7 +565,7 @@ def test_every_model_that_is_not_known_is_told_with_its_line() -> None:
     text = path.read_text().replace("Qwen/Qwen3-8B", "FacebookAI/roberta-base")
     document = Document.parse(text, "my.yaml")
     with pytest.raises(UserError) as error:
-        make_plan(PPORecipe.model_validate(document.values), document)
+        make_plan(rl_recipe("ppo", "ppo").model_validate(document.values), document)
     line = next(
         i
         for i, line in enumerate(text.splitlines(), 1)

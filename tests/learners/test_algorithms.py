@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from learners.algorithms.grpo import GRPO
-from learners.algorithms.ppo import PPO
+from learners.algorithms.grpo import GRPO, GRPOSettings
+from learners.algorithms.ppo import PPO, PPOSettings
 from learners.experience import Experience
-from learners.settings import GRPOSettings, PPOSettings
 
 NAN = math.nan
 INF = math.inf

@@ -21,11 +21,9 @@ from transformers import (
 from learners.experience import Experience
 from learners.models import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.settings import (
-    GRPOSettings,
     LearnerSettings,
     ModelSettings,
     OptimizerSettings,
-    PPOSettings,
     RewardModelSettings,
 )
 from tests.learners.ranks import Ranks
@@ -63,8 +61,8 @@ ADAMW = OptimizerSettings(
 
 def learner(rank, role, settings):
     from learners.actor import ActorLearner
-    from learners.algorithms.grpo import GRPO
-    from learners.algorithms.ppo import PPO
+    from learners.algorithms.grpo import GRPO, GRPOSettings
+    from learners.algorithms.ppo import PPO, PPOSettings
     from learners.critic import CriticLearner
     from learners.reward_model import RewardModelLearner
     from learners.sft import SFTLearner

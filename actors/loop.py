@@ -1,0 +1,152 @@
+"""The loop of every training: resume, steps, evaluation, checkpoint, stop signal, skip limit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from actors.cluster.groups import WorkerGroup
+from actors.cluster.placement import Placement
+from actors.roles import roles_of
+from actors.run.alarms import AlarmLog
+from actors.run.folder import RunFolder
+from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from actors.settings import Recipe
+from actors.weights.agreement import DisagreementError
+
+R = TypeVar("R", bound=Recipe)
+D = TypeVar("D")  # the data of a kind of training
+W = TypeVar("W")  # its workers
+
+
+class Training(Protocol):
+    """One kind of training, as the loop conducts it."""
+
+    total_steps: int
+
+    @property
+    def groups(self) -> Mapping[str, WorkerGroup]: ...
+
+    def begin(self, first: int) -> dict[str, Any]:
+        """Prepare for step `first`; return what the summary begins with."""
+
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """Train one step; return its metrics and how many tokens it learned from."""
+
+    def evaluation_due(self, step: int) -> bool: ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return metrics of the held-out data."""
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write all that a resumed run needs."""
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+
+    def end(self) -> dict[str, Any]:
+        """Export the model; return what the summary ends with."""
+
+
+def conduct(
+    recipe: R,
+    resume: bool,
+    config_yaml: str | None,
+    *,
+    read: Callable[[R], D],
+    start: Callable[[R, D, Placement], W],
+    training: Callable[[R, D, W, RunFolder, AlarmLog], Training],
+) -> dict[str, Any]:
+    """Run a recipe from its data to its summary, and return that.
+
+    `read` reads and checks the data before anything starts, `start` brings the processes up, and
+    `training` is made of all of them. `config_yaml` is the recipe as it is saved with the run, when
+    it has comments to keep.
+    """
+    clock = time.perf_counter()
+    RunFolder.check(recipe.run, resume)
+    data = read(recipe)
+    with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
+        workers = start(recipe, data, placement)
+        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
+            alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
+            made = training(recipe, data, workers, folder, alarms)
+            nodes = {name: group.nodes for name, group in made.groups.items()}
+            (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
+            try:
+                summary = Loop(recipe, made, folder, alarms, clock).run(resume)
+            except DisagreementError:
+                if not resume:
+                    folder.discard()  # nothing was begun: the name is free for another try
+                raise
+            folder.finish(summary)
+    return summary
+
+
+class Loop:
+    """Conducts one run; `clock` is when it began, as time.perf_counter tells."""
+
+    def __init__(
+        self, recipe: Recipe, training: Training, folder: RunFolder, alarms: AlarmLog, clock: float
+    ) -> None:
+        self.recipe = recipe
+        self.training = training
+        self.folder = folder
+        self.alarms = alarms
+        self.clock = clock
+
+    def run(self, resume: bool) -> dict[str, Any]:
+        """Do all steps, evaluations and checkpoints; return the run's summary."""
+        training = self.training
+        total = training.total_steps
+        first = self.restore() + 1 if resume else 1
+        summary = training.begin(first)
+        started = {"seconds/start": time.perf_counter() - self.clock}
+        self.folder.log(first - 1, started, phase="start")
+        for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
+            metrics = self.step(step)
+            stopping = stop_requested()
+            every = self.recipe.run.checkpoint_every_steps
+            due = every and step % every == 0
+            self.record(step, metrics, checkpoint=bool(due or stopping or self.alarms.full))
+            if self.alarms.full:
+                raise self.alarms.stop(step)
+            if stopping:
+                raise Interrupted(step)
+        summary |= training.end()
+        return {**summary, **started, "seconds/wall": time.perf_counter() - self.clock}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Train one step, evaluate if that is due, and return the metrics of both."""
+        began = time.perf_counter()
+        metrics, tokens = self.training.step(step)
+        seconds = time.perf_counter() - began
+        metrics |= {"seconds/step": seconds, "throughput/tokens_per_second": tokens / seconds}
+        if self.training.evaluation_due(step):
+            with self.folder.phase("evaluate", step):
+                metrics |= self.training.evaluate(step)
+        return metrics
+
+    def record(self, step: int, metrics: dict[str, float], checkpoint: bool) -> None:
+        """Log the step, with a checkpoint if asked: the log is part of it, so it is written
+        first.
+        """
+        with self.folder.checkpoint(step) if checkpoint else nullcontext() as path:
+            try:
+                if path is not None:
+                    with self.folder.phase("checkpoint", step):
+                        self.training.save(path, step)
+            finally:
+                self.folder.log(step, metrics | self.folder.seconds(step))
+
+    def restore(self) -> int:
+        """Load the newest checkpoint and return its step."""
+        found = self.folder.latest_checkpoint()
+        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
+        step, path = found
+        self.training.load(path)
+        return step

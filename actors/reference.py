@@ -1,0 +1,57 @@
+"""Frozen models: what never changes and can prove it, and the Reference that is one of them."""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from learners.experience import Experience, map_rows
+from learners.models import load_causal_lm, response_logprobs
+from learners.settings import ModelSettings
+
+
+class FrozenModel:
+    """A model that never changes, and can prove it."""
+
+    def __init__(self, model: nn.Module, micro_batch_tokens: int, device: str) -> None:
+        self.device = device
+        self.micro_batch_tokens = micro_batch_tokens
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def offload(self) -> None:
+        """Leave the GPU: the weights wait in CPU memory."""
+        self.model.to("cpu")
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Take the GPU again."""
+        self.model.to(self.device)
+
+    def fingerprint(self) -> str:
+        """Digest of every parameter and buffer, bit by bit."""
+        digest = xxhash.xxh3_128()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class ReferenceWorker(FrozenModel):
+    """The SFT model, frozen."""
+
+    def __init__(
+        self, model: ModelSettings, temperature: float, micro_batch_tokens: int, device: str
+    ) -> None:
+        super().__init__(load_causal_lm(model), micro_batch_tokens, device)
+        self.temperature = temperature
+
+    def logprobs(self, shard: Experience) -> Tensor:
+        """`ref_logprobs` [b,T] at the sampling temperature."""
+        return map_rows(
+            shard,
+            self.micro_batch_tokens,
+            lambda batch: response_logprobs(self.model, batch, self.temperature),
+            self.device,
+        )

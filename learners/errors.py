@@ -1,0 +1,30 @@
+"""Errors that are answered, not traced: what is wrong with what somebody gave us."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """Bad input, answered in one line per problem: what is wrong, where, and what would be
+    right.
+    """
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a recipe.
+
+    `keys` are those it comes from, the first is the one to name; `message` says what would be
+    right.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}"
