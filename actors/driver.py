@@ -27,10 +27,10 @@ from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
 from actors.weights.agreement import DisagreementError, check_engine_agrees
-from learners.advantages import kl_estimate
-from learners.data import Prompt
+from learners.checkpoints import sampling_defaults
 from learners.experience import Experience, Rollout, mini_batches
-from learners.models import sampling_defaults
+from learners.kl import kl_estimate
+from learners.rows import Prompt
 from learners.settings import GRPOSettings, PPOSettings
 
 

@@ -12,8 +12,8 @@ from actors.rewards.sources import Sample
 from actors.rollouts.generator import Engines
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings, GRPORecipe, PPORecipe
-from learners.data import Prompt
 from learners.experience import PromptRequest, Rollout
+from learners.rows import Prompt
 
 
 def requests_for(

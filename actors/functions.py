@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from learners.settings import UserError
+from learners.errors import UserError
 
 
 def load_function(name: str) -> Callable[..., Sequence[float | None]]:

@@ -21,15 +21,17 @@ from actors.settings import GRPORecipe, PPORecipe, model_sampling_problem
 from actors.weights.transfer import transfer_backend
 from learners.algorithms.grpo import GRPO
 from learners.algorithms.ppo import PPO
-from learners.data import Prompt, Rows, load_prompts, tokenizer_digest
-from learners.models import (
+from learners.checkpoints import (
     length_problems,
     load_config,
     load_tokenizer,
     sampling_defaults,
     vocabulary_problems,
 )
-from learners.settings import UserError, located
+from learners.errors import UserError
+from learners.rows import Prompt, Rows, load_prompts
+from learners.settings import located
+from learners.tokenise import tokenizer_digest
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ from actors.run.folder import RunFolder
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.seeds import derive_seed, rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
-from learners.data import Example, Pair, Rows, load_pairs, load_sft, tokenizer_digest
-from learners.experience import Experience
-from learners.models import (
+from learners.checkpoints import (
     check_exportable_reward_model,
     is_encoder,
     length_problems,
@@ -31,7 +29,10 @@ from learners.models import (
     load_tokenizer,
     vocabulary_problems,
 )
-from learners.settings import UserError
+from learners.errors import UserError
+from learners.experience import Experience
+from learners.rows import Example, Pair, Rows, load_pairs, load_sft
+from learners.tokenise import tokenizer_digest
 
 
 def run(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from learners.algorithms.grpo import GRPO
 from learners.algorithms.ppo import PPO
+from learners.checkpoints import load_causal_lm
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.models import load_causal_lm, response_logprobs
+from learners.forward import response_logprobs
+from learners.learner import Learner
+from learners.losses import Stats
 from learners.settings import LearnerSettings, Rank
 
 

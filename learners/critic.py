@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from learners.checkpoints import load_critic
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.losses import aggregate, value_loss
-from learners.models import load_critic, response_values
+from learners.forward import response_values
+from learners.learner import Learner
+from learners.losses import Stats, aggregate, value_loss
 from learners.settings import LearnerSettings, Rank
 
 

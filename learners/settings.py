@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from learners.errors import UserError as UserError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
@@ -20,16 +22,6 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # ~ is the home folder
 DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-
-
-class UserError(ValueError):
-    """Bad input, answered in one line per problem: what is wrong, where, and what would be
-    right.
-    """
-
-    def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
 
 
 class Settings(BaseModel):

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
 from actors.settings import ClusterSettings
-from learners.settings import UserError
+from learners.errors import UserError
 
 REACH_S = 5.0  # for a connection to a cluster
 HTTP2_SETTINGS = b"\x04"  # the type of a frame, after three bytes of length

@@ -11,18 +11,17 @@ import xxhash
 from torch import Tensor, nn
 
 from actors.rewards.sources import Sample
-from learners.data import encode_texts
-from learners.experience import Experience, map_rows
-from learners.models import (
+from learners.checkpoints import (
     is_encoder,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     read_calibration,
-    response_logprobs,
-    sequence_scores,
 )
+from learners.experience import Experience, map_rows
+from learners.forward import response_logprobs, sequence_scores
 from learners.settings import ModelSettings
+from learners.tokenise import encode_texts
 
 
 class Frozen:

@@ -28,7 +28,7 @@ from launch.recipe.combinations import Problem, Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
 from launch.recipe.read import RecipeError, located, read_recipe
-from learners.settings import UserError
+from learners.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "submitted"  # where a job finds its recipe

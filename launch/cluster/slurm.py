@@ -22,7 +22,7 @@ from pathlib import Path
 
 from actors.cluster.layout import demands, layout
 from launch.recipe.combinations import Recipe, lacking_gpus
-from learners.settings import UserError
+from learners.errors import UserError
 
 MARK = "# Written by quatuor slurm"
 BODY = Path(__file__).with_name("slurm.sh")

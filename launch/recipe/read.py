@@ -16,7 +16,7 @@ from launch.recipe.combinations import Problem, Recipe, combination_problems
 from launch.recipe.document import Document, in_words
 from launch.recipe.machine import file_problems
 from launch.recipe.schema import lookup, recipe_keys, renamed, required, suggest
-from learners.settings import UserError
+from learners.errors import UserError
 
 KINDS: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,

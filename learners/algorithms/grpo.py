@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from learners.advantages import group_advantages, kl_estimate
+from learners.advantages import group_advantages
 from learners.experience import Experience
+from learners.kl import kl_estimate
 from learners.losses import aggregate, policy_loss, rollout_correction
 from learners.settings import GRPOSettings
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from learners.advantages import AdaptiveKL, gae, kl_estimate, token_rewards, value_targets, whiten
+from learners.advantages import gae, token_rewards, value_targets, whiten
 from learners.experience import Experience
+from learners.kl import AdaptiveKL, kl_estimate
 from learners.losses import aggregate, policy_loss, rollout_correction
 from learners.settings import PPOSettings
 

@@ -13,8 +13,9 @@ from actors.cluster.layout import Demand
 from actors.cluster.placement import Placement, environment
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.settings import ClusterSettings
+from learners.errors import UserError
 from learners.experience import Experience
-from learners.settings import Rank, UserError
+from learners.settings import Rank
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 

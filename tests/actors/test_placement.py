@@ -16,7 +16,8 @@ import pytest
 
 from actors.cluster.layout import Demand, layout, misfit, sharing_problems
 from actors.settings import ClusterSettings, PPORecipe
-from learners.settings import LearnerSettings, ModelSettings, Rank, UserError, located
+from learners.errors import UserError
+from learners.settings import LearnerSettings, ModelSettings, Rank, located
 
 engines = pytest.mark.engines
 SEPARATE, COLOCATED = (

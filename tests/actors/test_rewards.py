@@ -9,7 +9,7 @@ import pytest
 from actors.functions import load_function
 from actors.rewards.sources import FunctionReward, Rewards, Sample, Score
 from actors.settings import RewardSettings
-from learners.settings import UserError
+from learners.errors import UserError
 
 
 def sample(response: str, finish_reason: str = "stop", **columns: object) -> Sample:

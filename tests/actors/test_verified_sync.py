@@ -22,8 +22,8 @@ from actors.settings import GenerationSettings, GRPORecipe
 from actors.weights.agreement import DisagreementError, check_engine_agrees
 from actors.weights.transfer import SyncError
 from learners.algorithms.grpo import GRPO
-from learners.data import Prompt
 from learners.experience import Experience, PromptRequest, Rollout
+from learners.rows import Prompt
 from learners.settings import GRPOSettings, LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]

@@ -21,8 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from learners.experience import Experience
-from learners.models import (
+from learners.checkpoints import (
     Calibration,
     check_exportable_reward_model,
     is_encoder,
@@ -32,12 +31,12 @@ from learners.models import (
     load_reward_model,
     load_tokenizer,
     read_calibration,
-    response_logprobs,
-    response_values,
-    sequence_scores,
     write_calibration,
 )
-from learners.settings import ModelSettings, UserError
+from learners.errors import UserError
+from learners.experience import Experience
+from learners.forward import response_logprobs, response_values, sequence_scores
+from learners.settings import ModelSettings
 
 VOCABULARY = 40
 PAD = 39

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from learners.checkpoints import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.experience import Experience
-from learners.models import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.settings import (
     GRPOSettings,
     LearnerSettings,
@@ -244,7 +244,7 @@ def train_and_export(rank, role, settings, batch, folder):
 
 
 def factors(rank, settings, steps, total_steps):
-    from learners.learner import schedule
+    from learners.deepspeed_setup import schedule
 
     factor = schedule(settings, total_steps)
     return [factor(i) for i in range(steps)]
