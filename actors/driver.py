@@ -260,8 +260,7 @@ def with_scores(
     clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
     truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
     final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated
-    valid = ~raw.isnan()[:, None].expand_as(batch.mask)
-    return replace(batch, scores=final, valid=valid)
+    return replace(batch, scores=final, loss_mask=batch.loss_mask & ~raw.isnan()[:, None])
 
 
 def rollout_metrics(
@@ -305,7 +304,7 @@ def mismatch(batch: Experience) -> dict[str, float]:
     """
     old = batch.old_logprobs
     engine = batch.rollout_logprobs
-    mask = batch.mask
+    mask = batch.loss_mask
     assert old is not None and engine is not None
     if old is engine or not mask.any():
         return {}

@@ -43,7 +43,7 @@ class ActorLearner(Learner):
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         loss, stats = self.algorithm.actor_loss(outputs, batch, denominator)
-        mask = batch.mask
+        mask = batch.loss_mask
         # The bound on log-ratios would make an infinite log-prob look like a large one.
         loss = loss * torch.where(outputs.detach()[mask].isfinite().all(), 1.0, torch.nan)
         old = batch.old_logprobs

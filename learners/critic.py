@@ -32,9 +32,9 @@ class CriticLearner(Learner):
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         assert batch.values is not None and batch.returns is not None
         per_token, stats = value_loss(
-            outputs, batch.values, batch.returns, batch.mask, clip=self.value_clip
+            outputs, batch.values, batch.returns, batch.loss_mask, clip=self.value_clip
         )
-        loss = aggregate(per_token, batch.mask, how="token_mean", denominator=denominator)
+        loss = aggregate(per_token, batch.loss_mask, how="token_mean", denominator=denominator)
         return loss, {
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),

@@ -24,7 +24,7 @@ class SFTLearner(Learner):
         return response_logprobs(model, batch, 1.0)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
-        mask = batch.mask
+        mask = batch.loss_mask
         loss = aggregate(-outputs, mask, how="token_mean", denominator=denominator)
         return loss, {"loss": (-outputs.detach()[mask].sum(), mask.sum())}
 

@@ -30,7 +30,7 @@ class PPO:
         metrics beside them.
         """
         s = self.settings
-        mask = batch.mask
+        mask = batch.loss_mask
         assert batch.scores is not None and batch.old_logprobs is not None
         assert batch.ref_logprobs is not None and batch.values is not None
         rewards = token_rewards(
@@ -58,7 +58,7 @@ class PPO:
     def after_step(self, batch: Experience) -> None:
         """The step was learned from: with a target for the KL, beta follows it."""
         s = self.settings
-        sequences = int(batch.mask.any(1).sum())
+        sequences = int(batch.loss_mask.any(1).sum())
         if s.kl_target is not None and sequences:
             controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
             controller.update(_sequence_kl(batch), sequences)
@@ -71,7 +71,7 @@ class PPO:
         statistics.
         """
         s = self.settings
-        mask = batch.mask
+        mask = batch.loss_mask
         per_token, stats = policy_loss(
             logprobs,
             batch.old_logprobs,
@@ -101,8 +101,8 @@ class PPO:
 def _sequence_kl(batch: Experience) -> float:
     """The mean over sequences of the KL summed over a sequence."""
     assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
-    return _mean(kl.sum(1), batch.mask.any(1))
+    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.loss_mask)
+    return _mean(kl.sum(1), batch.loss_mask.any(1))
 
 
 def _mean(x: Tensor, mask: Tensor) -> float:

@@ -38,7 +38,9 @@ class Worker:
 
     def ids(self, shard: Experience) -> torch.Tensor:
         """[b,T]: the response's ids."""
-        return shard.response_part(shard.input_ids[:, 1:]).float() * shard.mask
+        from learners.forward import response_part
+
+        return response_part(shard, shard.input_ids[:, 1:]).float() * shard.loss_mask
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

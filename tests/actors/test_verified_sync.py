@@ -81,7 +81,7 @@ class Stage:
         batch = Experience.from_rollouts(rollouts)
         ours = gather_rows(scatter_rows(self.actor, "infer", batch), batch, "score", DEADLINE)
         assert batch.rollout_logprobs is not None
-        return float((ours - batch.rollout_logprobs)[batch.mask].abs().max())
+        return float((ours - batch.rollout_logprobs)[batch.loss_mask].abs().max())
 
 
 def generate(engines: Engines, seed: int = 0) -> list[Rollout]:
