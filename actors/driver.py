@@ -27,10 +27,10 @@ from actors.settings import RLRecipe
 from actors.start import Workers
 from actors.weights.agreement import check_engine_agrees
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
-from learners.data import Prompt
+from learners.checkpoints import sampling_defaults
 from learners.experience import Experience, Rollout, mini_batches
 from learners.kl import kl_estimate
-from learners.models import sampling_defaults
+from learners.rows import Prompt
 
 
 def run(recipe: RLRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
@@ -229,8 +229,7 @@ def with_scores(
     clip = math.inf if algorithm.score_clip is None else algorithm.score_clip
     truncated = torch.tensor([reason != "stop" for reason in finish_reasons])
     final = raw.clamp(-clip, clip) - algorithm.missing_eos_penalty * truncated
-    valid = ~raw.isnan()[:, None].expand_as(batch.mask)
-    return replace(batch, scores=final, valid=valid)
+    return replace(batch, scores=final, loss_mask=batch.loss_mask & ~raw.isnan()[:, None])
 
 
 def rollout_metrics(
@@ -274,7 +273,7 @@ def mismatch(batch: Experience) -> dict[str, float]:
     """
     old = batch.old_logprobs
     engine = batch.rollout_logprobs
-    mask = batch.mask
+    mask = batch.loss_mask
     assert old is not None and engine is not None
     if old is engine or not mask.any():
         return {}

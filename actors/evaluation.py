@@ -11,7 +11,7 @@ from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, samples_of
 from actors.settings import RLRecipe
-from learners.data import Prompt
+from learners.rows import Prompt
 
 
 def mean(scores: Sequence[float]) -> float:

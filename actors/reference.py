@@ -6,8 +6,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from learners.checkpoints import load_causal_lm
 from learners.experience import Experience, map_rows
-from learners.models import load_causal_lm, response_logprobs
+from learners.forward import response_logprobs
 from learners.settings import ModelSettings
 
 

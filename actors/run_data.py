@@ -11,16 +11,17 @@ from actors.functions import load_function
 from actors.roles import Role, roles_of
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problem
-from learners.data import Prompt, Rows, load_prompts, tokenizer_digest
-from learners.errors import UserError
-from learners.models import (
+from learners.checkpoints import (
     length_problems,
     load_config,
     load_tokenizer,
     sampling_defaults,
     vocabulary_problems,
 )
+from learners.errors import UserError
+from learners.rows import Prompt, Rows, load_prompts
 from learners.settings import PromptData
+from learners.tokenise import tokenizer_digest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from actors.rollouts.generator import Engines
 from actors.run_data import RunData
 from actors.settings import RLRecipe
 from actors.weights.transfer import transfer_backend
-from learners.data import Prompt
+from learners.rows import Prompt
 
 
 def start_groups(

@@ -22,10 +22,7 @@ from actors.run.folder import RunFolder
 from actors.seeds import rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
-from learners.data import Example, Pair, Rows, load_pairs, load_sft, tokenizer_digest
-from learners.errors import UserError
-from learners.experience import Experience
-from learners.models import (
+from learners.checkpoints import (
     check_exportable_reward_model,
     is_encoder,
     length_problems,
@@ -33,6 +30,10 @@ from learners.models import (
     load_tokenizer,
     vocabulary_problems,
 )
+from learners.errors import UserError
+from learners.experience import Experience
+from learners.rows import Example, Pair, Rows, load_pairs, load_sft
+from learners.tokenise import tokenizer_digest
 
 
 def run(

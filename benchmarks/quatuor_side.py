@@ -64,9 +64,8 @@ def train_actor(
     )
     report = []
     for start in range(0, len(inputs["groups"]), inputs["groups_per_batch"]):
-        batch = to_batch(inputs["groups"][start : start + inputs["groups_per_batch"]])
-        if not case["gaps"]:
-            batch = replace(batch, valid=None)
+        groups = inputs["groups"][start : start + inputs["groups_per_batch"]]
+        batch = to_batch(groups, case["gaps"])
         batch = replace(
             batch, old_logprobs=actor.infer(batch), ref_logprobs=reference.logprobs(batch)
         )
@@ -76,14 +75,15 @@ def train_actor(
     return report
 
 
-def to_batch(groups: list[dict[str, Any]]) -> Experience:
+def to_batch(groups: list[dict[str, Any]], gaps: bool) -> Experience:
     prompts = [group["prompt"] for group in groups for _ in group["responses"]]
     batch = Experience.from_ids(prompts, [ids for group in groups for ids in group["responses"]])
     valid = [torch.tensor(row) for group in groups for row in group["valid"]]
+    with_gaps = pad_sequence(valid, batch_first=True).bool()
     return replace(
         batch,
         scores=torch.tensor([score for group in groups for score in group["scores"]]),
-        valid=pad_sequence(valid, batch_first=True),
+        loss_mask=with_gaps if gaps else batch.loss_mask,
     )
 
 
@@ -96,7 +96,7 @@ def with_advantages(algorithm: GRPO, batch: Experience, eps: float) -> Experienc
         return batch
     assert batch.scores is not None
     per_sequence = group_advantages(batch.scores, algorithm.group_size, eps=eps)
-    return replace(batch, advantages=per_sequence[:, None] * batch.mask)
+    return replace(batch, advantages=per_sequence[:, None] * batch.loss_mask)
 
 
 def train_reward_model(

@@ -2,8 +2,8 @@
 
 `check_install.py packages` leaves our own modules out, which an image's first layer does not have.
 
-Nothing is compiled: `learners/learner.py` switches off the one operation that DeepSpeed would build
-at first use.
+Nothing is compiled: `learners/deepspeed_setup.py` switches off the one operation that DeepSpeed
+would build at first use.
 """
 
 import importlib

@@ -23,7 +23,7 @@ from launch.recipe.machine import function_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
-from learners.settings import UserError
+from learners.errors import UserError
 
 BAD_INPUT = 2
 FAILED = 1

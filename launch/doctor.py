@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from learners.settings import UserError
+from learners.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30

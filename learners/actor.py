@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from learners.algorithms.grpo import GRPO
 from learners.algorithms.ppo import PPO
+from learners.checkpoints import load_causal_lm
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.models import load_causal_lm, response_logprobs
+from learners.forward import response_logprobs
+from learners.learner import Learner
+from learners.losses import Stats
 from learners.settings import LearnerSettings, Rank
 
 
@@ -41,7 +43,7 @@ class ActorLearner(Learner):
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         loss, stats = self.algorithm.actor_loss(outputs, batch, denominator)
-        mask = batch.mask
+        mask = batch.loss_mask
         # The bound on log-ratios would make an infinite log-prob look like a large one.
         loss = loss * torch.where(outputs.detach()[mask].isfinite().all(), 1.0, torch.nan)
         old = batch.old_logprobs

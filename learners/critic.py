@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from learners.checkpoints import load_critic
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.losses import aggregate, value_loss
-from learners.models import load_critic, response_values
+from learners.forward import response_values
+from learners.learner import Learner
+from learners.losses import Stats, aggregate, value_loss
 from learners.settings import LearnerSettings, Rank
 
 
@@ -31,9 +32,9 @@ class CriticLearner(Learner):
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
         assert batch.values is not None and batch.returns is not None
         per_token, stats = value_loss(
-            outputs, batch.values, batch.returns, batch.mask, clip=self.value_clip
+            outputs, batch.values, batch.returns, batch.loss_mask, clip=self.value_clip
         )
-        loss = aggregate(per_token, batch.mask, how="token_mean", denominator=denominator)
+        loss = aggregate(per_token, batch.loss_mask, how="token_mean", denominator=denominator)
         return loss, {
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),

@@ -15,6 +15,12 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class DataError(UserError):
+    """Data that cannot be used. Rows are counted from 1, so in a JSON-lines file they are line
+    numbers.
+    """
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something wrong with a recipe.

@@ -2,7 +2,7 @@
 learners.
 
 Shapes: `B` sequences, `L` = longest prompt + response, `T` = longest response. Everything is
-right-padded; masks come from lengths, never from comparing ids with PAD.
+right-padded; masks come from lengths and from who wrote a token, never from comparing ids with PAD.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ PER_TOKEN = (
     "values",
     "advantages",
     "returns",
-    "valid",
 )
 
 
@@ -50,7 +49,9 @@ class Rollout:
     after temperature.
 
     `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length".
-    `weight_versions` are those the first and the last token were sampled with.
+    `weight_versions` are those the first and the last token were sampled with. `loss_mask` is False
+    on response ids that the policy did not write (what a tool answered): read by every model, but
+    learned by none. None: it wrote them all. Raises ValueError unless there is one for every id.
     """
 
     prompt_index: int
@@ -61,28 +62,37 @@ class Rollout:
     logprobs: list[float]
     finish_reason: str
     weight_versions: tuple[int, int]
+    loss_mask: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_mask is not None and len(self.loss_mask) != len(self.response_ids):
+            raise ValueError(
+                f"the loss mask of a response of {len(self.response_ids)} tokens has "
+                f"{len(self.loss_mask)} entries"
+            )
 
 
 @dataclass(frozen=True)
 class Experience:
     """A batch of sequences (prompt + response) and what is known about them.
 
-    `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; per-token tensors [B,T], row t of
-    `values` being the critic's reading before response token t; `scores` [B]; `margins` [B]
-    (preference pairs: the chosen sequence of pair i is row 2i, the rejected one row 2i+1). `valid`
-    [B,T] takes single tokens out of `mask`.
+    `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; `loss_mask` [B,T] bool: True on
+    response tokens (the EOS counts) that are learned from, with gaps where the policy did not write
+    the text; per-token tensors [B,T], row t of `values` being the critic's reading before response
+    token t; `scores` [B]; `margins` [B] (preference pairs: the chosen sequence of pair i is row 2i,
+    the rejected one row 2i+1).
     """
 
     input_ids: Tensor
     prompt_lengths: Tensor
     response_lengths: Tensor
+    loss_mask: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
-    valid: Tensor | None = None
     scores: Tensor | None = None
     margins: Tensor | None = None
 
@@ -90,25 +100,30 @@ class Experience:
     def from_ids(
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> Experience:
-        """Right-pad token ids (with 0: the value never matters) into one batch."""
+        """Right-pad token ids (with 0: the value never matters) into one batch; every response
+        token counts.
+        """
         rows = [
             torch.tensor([*p, *r], dtype=torch.long)
             for p, r in zip(prompts, responses, strict=True)
         ]
+        lengths = torch.tensor([len(r) for r in responses], dtype=torch.long)
         return cls(
             input_ids=_pad(rows, dtype=torch.long),
             prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.long),
-            response_lengths=torch.tensor([len(r) for r in responses], dtype=torch.long),
+            response_lengths=lengths,
+            loss_mask=torch.arange(_longest(lengths)) < lengths[:, None],
         )
 
     @classmethod
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> Experience:
+        """The batch with the engines' `rollout_logprobs`, 0 where the loss mask is False."""
         batch = cls.from_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+        masks = [torch.tensor(r.loss_mask or [True] * len(r.response_ids)) for r in rollouts]
+        loss_mask = _pad(masks, dtype=torch.bool)
+        logprobs = _pad([torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32)
         return replace(
-            batch,
-            rollout_logprobs=_pad(
-                [torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32
-            ),
+            batch, loss_mask=loss_mask, rollout_logprobs=torch.where(loss_mask, logprobs, 0.0)
         )
 
     @classmethod
@@ -124,6 +139,7 @@ class Experience:
             input_ids=torch.zeros(rows, 2, dtype=torch.long),
             prompt_lengths=torch.full((rows,), 2, dtype=torch.long),
             response_lengths=torch.zeros(rows, dtype=torch.long),
+            loss_mask=zeros.bool(),
             **{name: zeros for name in PER_TOKEN},
             scores=torch.zeros(rows),
             margins=torch.zeros(rows),
@@ -137,52 +153,26 @@ class Experience:
         """[B]: tokens of prompt + response."""
         return self.prompt_lengths + self.response_lengths
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """[B,L]: 1 on real tokens."""
-        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        return (positions < self.lengths[:, None]).long()
-
-    @property
-    def mask(self) -> Tensor:
-        """[B,T] bool: True on response tokens (the EOS counts) that are not excluded by `valid`."""
-        width = _longest(self.response_lengths)
-        mask = torch.arange(width, device=self.input_ids.device) < self.response_lengths[:, None]
-        return mask if self.valid is None else mask & self.valid[:, :width].bool()
-
     def loss_denominator(self, how: str, longest_response: int = 0) -> float:
         """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences ×
         `longest_response`.
         """
         if how == "token_mean":
-            return float(self.mask.sum())
-        sequences = float(self.mask.any(1).sum()) if len(self) else 0.0
+            return float(self.loss_mask.sum())
+        sequences = float(self.loss_mask.any(1).sum()) if len(self) else 0.0
         return sequences if how == "sequence_mean" else sequences * longest_response
-
-    def response_part(self, per_position: Tensor) -> Tensor:
-        """Pick the T entries that speak about response tokens out of [B,L] or [B,L-1]: entry p-1+t
-        for token t.
-
-        Position p-1+t has read everything before response token t, so this serves log-probs (entry
-        i is about token i+1) and values (the critic's reading before the token) alike. Entries past
-        a response are arbitrary: mask them.
-        """
-        steps = torch.arange(_longest(self.response_lengths), device=per_position.device)
-        index = self.prompt_lengths[:, None] - 1 + steps
-        return per_position.gather(1, index.clamp(0, per_position.shape[1] - 1))
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The given rows, trimmed to their own longest sequence and response."""
         index = torch.as_tensor(rows, dtype=torch.long)
         width = _longest(self.response_lengths[index])
-        longest = _longest(self.lengths[index])
         picked = {
             f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None
         }
-        for name in PER_TOKEN:
+        for name in ("loss_mask", *PER_TOKEN):
             if name in picked:
                 picked[name] = picked[name][:, :width]
-        picked["input_ids"] = picked["input_ids"][:, :longest]
+        picked["input_ids"] = picked["input_ids"][:, : _longest(self.lengths[index])]
         return Experience(**picked)
 
     def to(self, device: str | torch.device) -> Experience:
@@ -246,7 +236,7 @@ def map_rows(
         return torch.zeros(0)
     if done[0].ndim == 0:
         return torch.stack(done)
-    return _pad(done, dtype=done[0].dtype, width=_longest(batch.response_lengths))
+    return _pad(done, dtype=done[0].dtype, width=batch.loss_mask.shape[1])
 
 
 def mini_batches(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:

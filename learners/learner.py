@@ -3,40 +3,37 @@ mini-batch.
 
 Every trained role (Actor, Critic, reward model, SFT) is a subclass that says what it computes on a
 batch and what its loss is. Cutting the mini-batch into micro-batches and ranks, accumulation,
-stepping, saving and exporting live here.
+stepping, and leaving a shared GPU live here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from learners.deepspeed_setup import (
+    RoleForward,
+    deepspeed_config,
+    load_sharded,
+    make_optimizer,
+    schedule,
+    start_process_group,
+)
 from learners.experience import Experience, map_rows
-from learners.settings import LearnerSettings, OptimizerSettings, Rank
-
-Stats = dict[str, tuple[Tensor, Tensor]]
-"""Statistics as (sum, count) pairs, reduced over micro-batches and ranks; names that start with
-"max_" by maximum.
-"""
+from learners.losses import Stats
+from learners.settings import LearnerSettings, Rank
+from learners.weights import TrainedWeights
 
 
-class Learner(ABC):
+class Learner(TrainedWeights, ABC):
     """One rank of a trained role.
 
     Subclasses implement `forward` (a forward pass), `loss` and `loss_denominator`; the denominator
@@ -66,7 +63,7 @@ class Learner(ABC):
         self.optimizer = optimizer = make_optimizer(model, settings.optimizer)
         scale = schedule(settings.optimizer, total_steps)
         self.engine, *_ = deepspeed.initialize(
-            model=_RoleForward(model, self.forward),
+            model=RoleForward(model, self.forward),
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, scale),
             config=deepspeed_config(settings),
@@ -80,7 +77,9 @@ class Learner(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
-        """The micro-batch's contribution to the mini-batch's loss."""
+        """The micro-batch's contribution to the mini-batch's loss, and its statistics; those whose
+        names start with "max_" are reduced by maximum.
+        """
 
     @abstractmethod
     def loss_denominator(self, shard: Experience) -> float:
@@ -228,214 +227,6 @@ class Learner(ABC):
             tensors += self.engine.optimizer.fp32_partitioned_groups_flat
         for tensor in tensors:
             tensor.data = tensor.data.to(device)
-
-    # --- weights ----------------------------------------------------------------------------------
-
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every parameter, in the order `iter_groups` yields them."""
-        named = dict(self.model.named_parameters())
-        return [
-            (name, named[name].dtype, tuple(getattr(named[name], "ds_shape", named[name].shape)))
-            for names in self._layer_groups()
-            for name in names
-        ]
-
-    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks
-        in lockstep.
-        """
-        named = dict(self.model.named_parameters())
-        for names in self._layer_groups():
-            parameters = [named[name] for name in names]
-            sharded = self.settings.zero_stage == 3
-            with (
-                deepspeed.zero.GatheredParameters(parameters)
-                if sharded
-                else contextlib.nullcontext()
-            ):
-                clones = [p.detach().clone() for p in parameters]
-            yield names, clones
-
-    def _layer_groups(self) -> list[list[str]]:
-        """Parameter names, grouped by the first number in them (the layer), embeddings and heads by
-        themselves.
-        """
-        groups: dict[str, list[str]] = {}
-        for name, _ in self.model.named_parameters():
-            parts = name.split(".")
-            layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            groups.setdefault(
-                ".".join(parts[: layer + 1] if layer is not None else parts[:-1]), []
-            ).append(name)
-        return list(groups.values())
-
-    def export(self, folder: str) -> None:
-        """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0
-        writes.
-        """
-        state: dict[str, Tensor] = {}
-        for names, tensors in self.iter_groups():
-            if self.rank.index == 0:
-                state.update(zip(names, (t.cpu() for t in tensors), strict=True))
-        if self.rank.index == 0:
-            state.update(
-                {n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()}
-            )
-            self.model.save_pretrained(folder, state_dict=state)
-
-    def save(self, folder: str) -> None:
-        """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every
-        rank.
-        """
-        self.engine.save_checkpoint(
-            folder, tag="state", client_state={"rng": torch.get_rng_state()}
-        )
-        if self.rank.index == 0:
-            Path(folder, "layout.json").write_text(json.dumps(self._layout()))
-
-    def load(self, folder: str) -> None:
-        """Continue from `save`. Raises ValueError when the world size or ZeRO stage is another."""
-        saved = json.loads(Path(folder, "layout.json").read_text())
-        if saved != self._layout():
-            raise ValueError(
-                f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
-                "same layout"
-            )
-        path, client = self.engine.load_checkpoint(folder, tag="state")
-        if path is None:
-            raise ValueError(f"{folder}: no checkpoint that DeepSpeed can read")
-        torch.set_rng_state(client["rng"])
-
-    def _layout(self) -> dict[str, int]:
-        return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
-
-
-class _RoleForward(nn.Module):
-    """What DeepSpeed wraps: a module whose forward is the role's computation, so that ZeRO's hooks
-    see all of it.
-    """
-
-    def __init__(self, model: nn.Module, role_forward: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.role_forward = role_forward
-
-    def forward(self, batch: Experience) -> Tensor:
-        return self.role_forward(self.model, batch)
-
-
-def start_process_group(rank: Rank) -> None:
-    """Join the ranks of this role (nccl on GPU, gloo on CPU) and hand the group to DeepSpeed."""
-    if dist.is_initialized():
-        return
-    # DeepSpeed names its shared-memory segments after these two, and roles on one host must not
-    # share them.
-    os.environ.update(MASTER_ADDR=rank.address, MASTER_PORT=str(rank.port))
-    os.environ.update(RANK=str(rank.index), WORLD_SIZE=str(rank.world_size), LOCAL_RANK="0")
-    backend = "nccl" if rank.device == "cuda" else "gloo"
-    if rank.device == "cuda":
-        torch.cuda.set_device(0)  # the only one this process sees
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{rank.address}:{rank.port}",
-        rank=rank.index,
-        world_size=rank.world_size,
-        timeout=timedelta(seconds=rank.timeout_s),
-    )
-    # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at
-    # first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-
-
-def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn.Module:
-    """The model that `load` has Transformers load, of every weight this rank's ZeRO-3 shard alone.
-
-    The process group must exist: without it nothing would be sharded, with no more than a warning.
-    """
-    assert dist.is_initialized()
-    # Transformers holds it weakly: it must live to the end
-    config = HfDeepSpeedConfig(deepspeed_config(settings))
-    try:
-        model = load()
-    finally:
-        del config
-        unset_hf_deepspeed_config()
-    _restore_buffers(model, getattr(torch, settings.model.dtype))
-    return model
-
-
-def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype,
-    and frequencies of rotary embeddings rounded to bfloat16 would turn late positions by whole
-    radians.
-    """
-    with init_empty_weights(include_buffers=False):
-        whole = type(model)._from_config(model.config, dtype=dtype)
-    saved = model.state_dict().keys()
-    for name, buffer in whole.named_buffers():
-        if name not in saved:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, buffer.to(model.get_buffer(name).device))
-
-
-def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every default that has changed between versions written
-    out.
-    """
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    return {
-        # unused: micro-batches are cut by tokens, in Learner
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on
-        # NaN.
-        "bf16": {"enabled": settings.model.dtype == "bfloat16", "check_grad_overflow": True},
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.zero_stage > 0 else {}),
-        "wall_clock_breakdown": False,
-    }
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Torch's optimizer; weight decay on matrices only, as usual for Transformers."""
-    # a ZeRO-3 shard is flat
-    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
-    matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
-    vectors = [p for p, shape in shapes.items() if len(shape) < 2]
-    groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
-        if params
-    ]
-    if settings.kind == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate)
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
-    )
-
-
-def schedule(settings: OptimizerSettings, total_steps: int) -> Any:
-    """Factor of the peak learning rate at optimizer step i: linear warm-up, then constant, linear
-    or cosine decay.
-    """
-
-    def factor(i: int) -> float:
-        warm = min(1.0, (i + 1) / (settings.warmup_steps + 1))
-        if settings.schedule == "constant" or i < settings.warmup_steps:
-            return warm
-        done = min(1.0, (i - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
-        left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return settings.final_fraction + (1 - settings.final_fraction) * left
-
-    return factor
 
 
 def _accumulate(totals: dict[str, list[float]], stats: Stats) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learners.advantages import kl_estimate
+from learners.kl import kl_estimate
 from learners.logprobs import LOG_RATIO_LIMIT, clean
 
 Stats = dict[str, tuple[Tensor, Tensor]]

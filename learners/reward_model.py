@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from learners.checkpoints import Calibration, load_reward_model, write_calibration
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.losses import pairwise_loss
-from learners.models import Calibration, load_reward_model, sequence_scores, write_calibration
+from learners.forward import sequence_scores
+from learners.learner import Learner
+from learners.losses import Stats, pairwise_loss
 from learners.settings import LearnerSettings, Rank, RewardModelSettings
 
 

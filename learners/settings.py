@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from learners.errors import UserError as UserError
-
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine

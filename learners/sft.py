@@ -6,10 +6,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from learners.checkpoints import load_causal_lm
 from learners.experience import Experience
-from learners.learner import Learner, Stats
-from learners.losses import aggregate
-from learners.models import load_causal_lm, response_logprobs
+from learners.forward import response_logprobs
+from learners.learner import Learner
+from learners.losses import Stats, aggregate
 from learners.settings import LearnerSettings, Rank
 
 
@@ -23,7 +24,7 @@ class SFTLearner(Learner):
         return response_logprobs(model, batch, 1.0)
 
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
-        mask = batch.mask
+        mask = batch.loss_mask
         loss = aggregate(-outputs, mask, how="token_mean", denominator=denominator)
         return loss, {"loss": (-outputs.detach()[mask].sum(), mask.sum())}
 

@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from learners.settings import DeviceType, Rank, Settings, UserError, located
+from learners.errors import UserError
+from learners.settings import DeviceType, Rank, Settings, located
 
 
 class WorkerError(RuntimeError):

@@ -17,7 +17,7 @@ from actors.cluster.connection import connect
 from actors.cluster.groups import WorkerError
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
 from actors.settings import ClusterSettings
-from learners.settings import UserError
+from learners.errors import UserError
 
 # for resources that are there, but in use: a run that has just ended gives them back in a moment
 PATIENCE_S = 30.0

@@ -39,7 +39,7 @@ def gather_rows(
 ) -> torch.Tensor:
     """The workers' rows put back in the batch's order: [B] or [B,T]."""
     results = pending.group.gather(pending.refs, phase, deadline_s)
-    shape = (len(batch),) if results[0].ndim == 1 else batch.mask.shape
+    shape = (len(batch),) if results[0].ndim == 1 else batch.loss_mask.shape
     out = torch.zeros(shape)
     for rows, result in zip(pending.rows, results, strict=True):
         if rows and result.ndim == 1:

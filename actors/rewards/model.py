@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from actors.reference import FrozenModel
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample
-from learners.data import encode_texts
+from learners.checkpoints import is_encoder, load_reward_model, load_tokenizer, read_calibration
 from learners.experience import Experience, map_rows
-from learners.models import (
-    is_encoder,
-    load_reward_model,
-    load_tokenizer,
-    read_calibration,
-    sequence_scores,
-)
+from learners.forward import sequence_scores
 from learners.settings import ModelSettings
+from learners.tokenise import encode_texts
 
 
 class RewardWorker(FrozenModel):

@@ -10,9 +10,10 @@ from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for
 from actors.settings import ClusterSettings, GenerationSettings
 from actors.start import start_groups
-from learners.data import Prompt, encode_prompt
-from learners.models import load_tokenizer
+from learners.checkpoints import load_tokenizer
+from learners.rows import Prompt
 from learners.settings import ModelSettings
+from learners.tokenise import encode_prompt
 
 
 def sample_responses(

@@ -107,10 +107,10 @@ def of_experience(
         "advantages",
         "returns",
     ):
-        if bad := _not_finite(getattr(batch, name), batch.mask):
-            message = f"{bad} of {int(batch.mask.sum())} tokens are NaN or infinite"
+        if bad := _not_finite(getattr(batch, name), batch.loss_mask):
+            message = f"{bad} of {int(batch.loss_mask.sum())} tokens are NaN or infinite"
             yield Alarm(f"{name}_not_finite", message, skip_step=True)
-    if not batch.mask.any():
+    if not batch.loss_mask.any():
         yield Alarm("nothing_to_learn", "no response has both a token and a score", skip_step=True)
         return
     scores = batch.scores[~batch.scores.isnan()]

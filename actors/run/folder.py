@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from actors.run.progress import show_progress
 from actors.settings import RunSettings
-from learners.settings import UserError
+from learners.errors import UserError
 
 
 class RunFolder:

@@ -28,8 +28,7 @@ from actors.settings import Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
 from launch.recipe.read import RecipeError, located, read_recipe
-from learners.errors import Problem
-from learners.settings import UserError
+from learners.errors import Problem, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "submitted"  # where a job finds its recipe

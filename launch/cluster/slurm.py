@@ -24,7 +24,7 @@ from actors.cluster.layout import layout
 from actors.roles import roles_of
 from actors.settings import Recipe
 from launch.recipe.combinations import lacking_gpus
-from learners.settings import UserError
+from learners.errors import UserError
 
 MARK = "# Written by quatuor slurm"
 BODY = Path(__file__).with_name("slurm.sh")

@@ -24,8 +24,8 @@ from launch.plan.timing import step_seconds
 from launch.recipe.combinations import lacking_gpus
 from launch.recipe.document import Document
 from launch.recipe.read import located
-from learners.errors import Problem
-from learners.settings import LearnerSettings, ModelSettings, UserError
+from learners.errors import Problem, UserError
+from learners.settings import LearnerSettings, ModelSettings
 
 RL = RLRecipe
 NEVER = 10**6  # nodes that are missing where no number of nodes is enough

@@ -20,7 +20,7 @@ import yaml
 
 from launch.recipe.document import in_words
 from launch.recipe.machine import read_json
-from learners.settings import UserError
+from learners.errors import UserError
 
 Head = Literal["lm", "score", "value"]
 

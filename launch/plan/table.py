@@ -16,7 +16,7 @@ from launch.plan.hints import enough
 from launch.plan.memory import GIB, Use, sum_of, total
 from launch.plan.plan import RL, Change, Memory, Plan, as_json, kv_room, make_plan, where_are
 from launch.recipe.document import Document
-from learners.settings import UserError
+from learners.errors import UserError
 
 WIDTH = 116  # at least: a narrow terminal wraps lines itself
 COLUMNS = {

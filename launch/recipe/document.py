@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from learners.settings import UserError
+from learners.errors import UserError
 
 COMMAND_LINE = "command line"
 _DEEPEST = 50  # recipes are 5 deep; parsers of YAML and JSON give up at some hundreds

@@ -19,9 +19,9 @@ from typing import Any
 from actors.settings import Recipe, RLRecipe, RMRecipe, model_sampling_problem
 from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
-from learners.data import check_path
-from learners.errors import Problem
-from learners.settings import PairData, PromptData, SFTData, UserError
+from learners.errors import Problem, UserError
+from learners.rows import check_path
+from learners.settings import PairData, PromptData, SFTData
 
 Data = PromptData | SFTData | PairData
 
@@ -380,7 +380,7 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         yield Problem(named, f"{files[0]}: has no rows")
         return
     if line.lstrip().startswith("[") or (files[0].suffix == ".json" and line.strip() == "{"):
-        return  # one JSON value over many lines: learners.data reads and checks it
+        return  # one JSON value over many lines: learners.rows reads and checks it
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

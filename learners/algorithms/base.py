@@ -130,7 +130,7 @@ class Algorithm(Generic[S]):
             logprobs,
             batch.old_logprobs,
             batch.advantages,
-            batch.mask,
+            batch.loss_mask,
             clip_low=s.clip_low,
             clip_high=s.clip_high,
             dual_clip=s.dual_clip,
@@ -142,7 +142,7 @@ class Algorithm(Generic[S]):
         weights, more = rollout_correction(
             batch.old_logprobs,
             batch.rollout_logprobs,
-            batch.mask,
+            batch.loss_mask,
             kind=s.rollout_correction.kind,
             cap=s.rollout_correction.cap,
         )
@@ -158,7 +158,7 @@ class Algorithm(Generic[S]):
 
         per_token, stats = self.policy_objective(logprobs, batch)
         how = self.settings.loss_aggregation
-        return aggregate(per_token, batch.mask, how=how, denominator=denominator), stats
+        return aggregate(per_token, batch.loss_mask, how=how, denominator=denominator), stats
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint must keep."""

@@ -56,15 +56,15 @@ class GRPO(Algorithm[GRPOSettings]):
 
         assert batch.scores is not None
         per_sequence = group_advantages(batch.scores, self.group_size, kind=self.settings.advantage)
-        advantages = per_sequence[:, None] * batch.mask.float()
+        advantages = per_sequence[:, None] * batch.loss_mask.float()
         spread = per_sequence.reshape(-1, self.group_size).any(1)
         metrics = {
             "group/with_spread": float(spread.float().mean()),
             "advantage/std": float(per_sequence.std()),
         }
         if batch.ref_logprobs is not None and batch.old_logprobs is not None:
-            kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
-            metrics["kl/sequence"] = float(kl.sum() / batch.mask.any(1).sum().clamp(min=1))
+            kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.loss_mask)
+            metrics["kl/sequence"] = float(kl.sum() / batch.loss_mask.any(1).sum().clamp(min=1))
         return replace(batch, advantages=advantages), metrics
 
     def policy_objective(
@@ -76,7 +76,7 @@ class GRPO(Algorithm[GRPOSettings]):
         per_token, stats = super().policy_objective(logprobs, batch, self.settings.ratio)
         if self.settings.kl_beta > 0:
             assert batch.ref_logprobs is not None
-            kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", batch.mask)
+            kl = kl_estimate(logprobs, batch.ref_logprobs, "k3", batch.loss_mask)
             per_token = per_token + self.settings.kl_beta * kl
-            stats["kl"] = (kl.detach().sum(), batch.mask.sum())
+            stats["kl"] = (kl.detach().sum(), batch.loss_mask.sum())
         return per_token, stats

@@ -77,7 +77,7 @@ class PPO(Algorithm[PPOSettings]):
         from learners.advantages import gae, token_rewards, value_targets, whiten
 
         s = self.settings
-        mask = batch.mask
+        mask = batch.loss_mask
         assert batch.scores is not None and batch.old_logprobs is not None
         assert batch.ref_logprobs is not None and batch.values is not None
         rewards = token_rewards(
@@ -107,7 +107,7 @@ class PPO(Algorithm[PPOSettings]):
         from learners.kl import AdaptiveKL
 
         s = self.settings
-        sequences = int(batch.mask.any(1).sum())
+        sequences = int(batch.loss_mask.any(1).sum())
         if s.kl_target is not None and sequences:
             controller = AdaptiveKL(self.beta, s.kl_target, s.kl_horizon)
             controller.update(sequence_kl(batch), sequences)
@@ -125,8 +125,8 @@ def sequence_kl(batch: Experience) -> float:
     from learners.kl import kl_estimate
 
     assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.mask)
-    return mean(kl.sum(1), batch.mask.any(1))
+    kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.loss_mask)
+    return mean(kl.sum(1), batch.loss_mask.any(1))
 
 
 def mean(x: Tensor, mask: Tensor) -> float:

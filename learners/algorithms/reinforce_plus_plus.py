@@ -45,7 +45,7 @@ class ReinforcePlusPlus(Algorithm[ReinforcePlusPlusSettings]):
         from learners.advantages import token_rewards, value_targets, whiten
 
         s = self.settings
-        mask = batch.mask
+        mask = batch.loss_mask
         assert batch.scores is not None and batch.old_logprobs is not None
         reference = batch.old_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
         rewards = token_rewards(

@@ -45,9 +45,7 @@ def batch() -> Experience:
     """Two responses, of one and of two tokens; behind the shorter one there is garbage."""
     known = torch.tensor([[0.5, NAN], [0.5, 0.25]])
     batch = Experience.from_rollouts(rollouts("stop", "length"))
-    scored = replace(
-        batch, scores=torch.tensor([1.0, 0.0]), valid=torch.ones(2, 2, dtype=torch.bool)
-    )
+    scored = replace(batch, scores=torch.tensor([1.0, 0.0]))
     return replace(scored, **dict.fromkeys(PER_TOKEN, known))
 
 
@@ -146,7 +144,7 @@ def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
     batch: Experience, recipe: RLRecipe
 ) -> None:
     twenty = batch.select([0, 1] * 10)
-    assert twenty.scores is not None and twenty.valid is not None
+    assert twenty.scores is not None
     for lost, expected in ((2, []), (3, ["unscorable"])):
         values = twenty.scores.clone()
         values[:lost] = NAN
@@ -164,11 +162,10 @@ def test_a_few_unscorable_responses_are_no_alarm_and_many_are(
 @pytest.mark.parametrize("why", ["unscorable", "empty"])
 def test_a_step_with_nothing_to_learn_is_skipped(batch: Experience, names: Names, why: str) -> None:
     if why == "unscorable":
-        batch = replace(
-            batch, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 2, dtype=torch.bool)
-        )
+        batch = replace(batch, scores=torch.tensor([NAN, NAN]))
     else:
         batch = replace(batch, response_lengths=torch.zeros(2, dtype=torch.long))
+    batch = replace(batch, loss_mask=torch.zeros(2, 2, dtype=torch.bool))
     assert names(batch, skip_step=True) == ["nothing_to_learn"]
 
 

@@ -32,12 +32,19 @@ def test_scores_are_clipped_before_the_penalty_for_a_missing_eos(batch: Experien
     scored = with_scores(batch, scores_of([3.0, -3.0, 0.25]), ["stop", "length", "stop"], settings)
     assert scored.scores is not None
     assert scored.scores.tolist() == [1.0, -1.5, 0.25]
-    assert torch.equal(scored.mask, batch.mask)
+    assert torch.equal(scored.loss_mask, batch.loss_mask)
 
 
 def test_an_unscorable_response_loses_its_whole_row(batch: Experience) -> None:
     scored = with_scores(batch, scores_of([1.0, math.nan, 0.0]), ["stop"] * 3, GRPOSettings())
-    assert scored.mask.any(1).tolist() == [True, False, True]
+    assert scored.loss_mask.any(1).tolist() == [True, False, True]
+
+
+def test_a_response_with_a_gap_keeps_it_when_it_is_scored() -> None:
+    told = replace(rollout([7, 8, 2]), loss_mask=(True, False, True))
+    batch = Experience.from_rollouts([told, told])
+    scored = with_scores(batch, scores_of([1.0, math.nan]), ["stop"] * 2, GRPOSettings())
+    assert scored.loss_mask.tolist() == [[True, False, True], [False, False, False]]
 
 
 def test_metrics_of_a_step(batch: Experience) -> None:
@@ -83,7 +90,7 @@ def test_an_empty_response_and_infinite_scores_are_counted_and_break_nothing() -
         {"broken": scores_of([math.inf, -math.inf, 1.0])},
     )
     assert metrics["response/length"] == 1.0 and math.isnan(metrics["score/broken"])
-    assert batch.mask.any(1).tolist() == [False, True, True]
+    assert batch.loss_mask.any(1).tolist() == [False, True, True]
 
 
 def test_metrics_of_mini_batches() -> None:

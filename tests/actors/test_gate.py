@@ -22,7 +22,7 @@ def actor(*differences: tuple[int, int, float]) -> torch.Tensor:
     """
     batch = Experience.from_rollouts(ROLLOUTS)
     assert batch.rollout_logprobs is not None
-    logprobs = batch.rollout_logprobs.masked_fill(~batch.mask, 17.0)
+    logprobs = batch.rollout_logprobs.masked_fill(~batch.loss_mask, 17.0)
     for row, token, difference in differences:
         logprobs[row, token] += difference
     return logprobs

@@ -17,8 +17,9 @@ import torch
 from actors.cluster.groups import WorkerGroup
 from actors.cluster.sharing import GpuSharing
 from actors.settings import GenerationSettings
+from learners.errors import UserError
 from learners.experience import Experience, PromptRequest
-from learners.settings import LearnerSettings, ModelSettings, Rank, UserError
+from learners.settings import LearnerSettings, ModelSettings, Rank
 
 engines = pytest.mark.engines
 pytestmark = pytest.mark.timeout(400)
@@ -331,7 +332,7 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
     import deepspeed
     import torch.distributed as dist
 
-    from learners.learner import start_process_group
+    from learners.deepspeed_setup import start_process_group
 
     calls: list[Any] = []
     for owner, name in (
@@ -369,7 +370,7 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
 
 
 def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:
-    from learners.models import load_causal_lm
+    from learners.checkpoints import load_causal_lm
 
     with pytest.raises(UserError) as error:  # the lock files leave the package out
         load_causal_lm(ModelSettings(path=str(folder), attention="flash_attention_2"))
@@ -494,12 +495,12 @@ def load_both_ways(rank: Rank, loader: str, settings: LearnerSettings) -> tuple[
     """
     import deepspeed
 
-    from learners import models
-    from learners.learner import load_sharded, start_process_group
+    from learners import checkpoints
+    from learners.deepspeed_setup import load_sharded, start_process_group
 
     def load() -> Any:
         torch.manual_seed(7)  # a new head is drawn
-        return getattr(models, loader)(
+        return getattr(checkpoints, loader)(
             settings.model, *([0] if loader == "load_reward_model" else [])
         )
 
@@ -576,8 +577,8 @@ def test_weights_missing_in_a_checkpoint_are_found_when_it_is_loaded_into_shards
 
 
 def load_sharded_alone(rank: Rank, settings: LearnerSettings) -> None:
-    from learners.learner import load_sharded, start_process_group
-    from learners.models import load_causal_lm
+    from learners.checkpoints import load_causal_lm
+    from learners.deepspeed_setup import load_sharded, start_process_group
 
     start_process_group(rank)
     load_sharded(lambda: load_causal_lm(settings.model), settings)

@@ -13,8 +13,9 @@ from actors.cluster.layout import Demand
 from actors.cluster.placement import Placement, environment
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.settings import ClusterSettings
+from learners.errors import UserError
 from learners.experience import Experience
-from learners.settings import Rank, UserError
+from learners.settings import Rank
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(180)]
 
@@ -37,7 +38,9 @@ class Worker:
 
     def ids(self, shard: Experience) -> torch.Tensor:
         """[b,T]: the response's ids."""
-        return shard.response_part(shard.input_ids[:, 1:]).float() * shard.mask
+        from learners.forward import response_part
+
+        return response_part(shard, shard.input_ids[:, 1:]).float() * shard.loss_mask
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

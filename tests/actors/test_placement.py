@@ -17,8 +17,8 @@ import pytest
 from actors.cluster.layout import Demand, layout, misfit
 from actors.settings import ClusterSettings, RLRecipe, rl_recipe
 from launch.recipe.combinations import combination_problems
-from learners.errors import Problem
-from learners.settings import LearnerSettings, ModelSettings, Rank, UserError, located
+from learners.errors import Problem, UserError
+from learners.settings import LearnerSettings, ModelSettings, Rank, located
 
 engines = pytest.mark.engines
 SEPARATE, COLOCATED = (

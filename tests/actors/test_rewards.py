@@ -11,7 +11,7 @@ from actors.rewards.function import FunctionReward
 from actors.rewards.score import Rewards, Score
 from actors.rollouts.requests import Sample
 from actors.settings import RewardSettings
-from learners.settings import UserError
+from learners.errors import UserError
 from tests.actors.scored import scores as scores_of
 
 

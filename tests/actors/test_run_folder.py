@@ -14,7 +14,7 @@ import pytest
 from actors.run.folder import RunFolder
 from actors.run.progress import _bar
 from actors.settings import RunSettings
-from learners.settings import UserError
+from learners.errors import UserError
 
 
 def settings(path: Path, **changes: Any) -> RunSettings:

@@ -22,8 +22,8 @@ from actors.settings import GenerationSettings, rl_recipe
 from actors.weights.agreement import DisagreementError, check_engine_agrees
 from actors.weights.transfer import SyncError
 from learners.algorithms.grpo import GRPO, GRPOSettings
-from learners.data import Prompt
 from learners.experience import Experience, PromptRequest, Rollout
+from learners.rows import Prompt
 from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
@@ -81,7 +81,7 @@ class Stage:
         batch = Experience.from_rollouts(rollouts)
         ours = gather_rows(scatter_rows(self.actor, "infer", batch), batch, "score", DEADLINE)
         assert batch.rollout_logprobs is not None
-        return float((ours - batch.rollout_logprobs)[batch.mask].abs().max())
+        return float((ours - batch.rollout_logprobs)[batch.loss_mask].abs().max())
 
 
 def generate(engines: Engines, seed: int = 0) -> list[Rollout]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from actors.cluster.groups import WorkerError
-from learners.settings import UserError
+from learners.errors import UserError
 from tests.actors.test_alarms import SOUND
 from tests.e2e.conftest import Run, Workshop
 

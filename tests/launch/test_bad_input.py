@@ -261,8 +261,8 @@ def test_a_critic_that_reads_other_ids_than_the_actor_writes(real: Path, told: T
 def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_with(
     real: Path, told: Told
 ) -> None:
-    from learners.data import tokenizer_digest
-    from learners.models import load_tokenizer
+    from learners.checkpoints import load_tokenizer
+    from learners.tokenise import tokenizer_digest
 
     config = json.loads((real / "reward_model/config.json").read_text())
     trained_with = tokenizer_digest(load_tokenizer(str(real / "reward_model")))

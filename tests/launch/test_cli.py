@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli, doctor
-from learners.settings import UserError
+from learners.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "deepspeed", "ray", "transformers", "datasets")

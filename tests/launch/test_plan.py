@@ -23,7 +23,8 @@ from launch.plan.table import print_plan, show_plan
 from launch.recipe.combinations import Recipe
 from launch.recipe.document import Document
 from launch.recipe.read import load_recipe, read_recipe
-from learners.settings import LearnerSettings, UserError
+from learners.errors import UserError
+from learners.settings import LearnerSettings
 from tests.launch.test_cli import quatuor
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"

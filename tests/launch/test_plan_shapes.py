@@ -20,9 +20,10 @@ from transformers import (
 from launch.plan.memory import Load, layer_activations, training_activations
 from launch.plan.shapes import find_shape, model_table, read_shape
 from launch.tasks.unique_digits import make_model
+from learners.errors import UserError
 from learners.experience import Experience
-from learners.models import response_logprobs
-from learners.settings import ModelSettings, UserError
+from learners.forward import response_logprobs
+from learners.settings import ModelSettings
 
 SMALL = {
     "vocab_size": 96,

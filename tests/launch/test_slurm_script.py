@@ -21,7 +21,7 @@ import pytest
 from launch.cluster.slurm import BODY, least_cpus, seconds, write_job
 from launch.demo.demo import RECIPES
 from launch.recipe.read import load_recipe
-from learners.settings import UserError
+from learners.errors import UserError
 
 STAND_INS = {
     # Runs its command here. Options come first.

@@ -5,15 +5,8 @@ import math
 import pytest
 import torch
 
-from learners.advantages import (
-    AdaptiveKL,
-    gae,
-    group_advantages,
-    kl_estimate,
-    token_rewards,
-    value_targets,
-    whiten,
-)
+from learners.advantages import gae, group_advantages, token_rewards, value_targets, whiten
+from learners.kl import AdaptiveKL, kl_estimate
 
 NAN = math.nan
 INF = math.inf

@@ -114,13 +114,13 @@ def test_ppo_whitens_once_after_the_returns_are_taken(samples):
     plain, before = ppo().advantages(samples)
     batch, metrics = ppo(whiten_advantages=True).advantages(samples)
     assert torch.equal(batch.returns, plain.returns) and metrics == before
-    valid = batch.advantages[batch.mask]
+    valid = batch.advantages[batch.loss_mask]
     assert valid.mean().item() == pytest.approx(0, abs=1e-6)
     assert valid.std(correction=0).item() == pytest.approx(1, abs=1e-6)
     assert batch.advantages[0, 0].item() == pytest.approx(
         (0.75 - 1.25 / 4) / before["advantage/std"], rel=1e-5
     )
-    assert not batch.advantages[~batch.mask].any()
+    assert not batch.advantages[~batch.loss_mask].any()
 
 
 def with_unscorable(samples):
@@ -136,7 +136,52 @@ def with_unscorable(samples):
             if (x := getattr(samples, name).tolist())
         },
     )
-    return replace(three, valid=~three.scores.isnan()[:, None].expand(3, 3))
+    return replace(three, loss_mask=three.loss_mask & ~three.scores.isnan()[:, None])
+
+
+def with_gap(samples):
+    """The same, with two tokens inside the first response that the policy did not write."""
+    known = {}
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "values"):
+        known[name] = torch.full((2, 5), NAN)
+        known[name][:, [0, 3, 4]] = getattr(samples, name)
+    mask = torch.tensor([[1, 0, 0, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    return replace(batch_of(5, 1), scores=samples.scores, loss_mask=mask, **known)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        ppo(gamma=0.5, lam=0.5, whiten_advantages=True),
+        ppo(loss_aggregation="sequence_mean", critic_target="td"),
+        grpo(ratio="sequence", kl_beta=0.1),
+        grpo(
+            loss_aggregation="constant",
+            rollout_correction={"kind": "sequence_truncate", "cap": 1.2},
+        ),
+    ],
+)
+def test_a_gap_trains_as_if_its_tokens_were_not_there(samples, algorithm):
+    samples = replace(samples, rollout_logprobs=samples.ref_logprobs)
+    losses = []
+    gradients = []
+    for given in (samples, with_gap(samples)):
+        batch, metrics = algorithm.advantages(given)
+        mask = batch.loss_mask
+        logprobs = torch.where(mask, batch.old_logprobs + 0.1 * batch.values, NAN).requires_grad_()
+        denominator = batch.loss_denominator(algorithm.settings.loss_aggregation, 3)
+        loss, stats = algorithm.actor_loss(logprobs, batch, denominator)
+        loss.backward()
+        for x in (logprobs.grad, batch.advantages, batch.returns):
+            assert x is None or not x[~mask].any()
+        learned = [x[mask] for x in (batch.advantages, batch.returns) if x is not None]
+        losses.append((metrics, {n: (float(x), float(k)) for n, (x, k) in stats.items()}))
+        gradients.append(torch.stack([logprobs.grad[mask], *learned, loss.detach().expand(4)]))
+    assert losses[1][0] == pytest.approx(losses[0][0])
+    for name, pair in losses[0][1].items():
+        assert losses[1][1][name] == pytest.approx(pair)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -152,7 +197,7 @@ def test_an_unscorable_sample_changes_nothing_in_ppo(samples, whiten):
 
 def test_a_batch_that_could_not_be_scored_at_all_is_zero_and_finite(samples):
     nothing = replace(
-        samples, scores=torch.tensor([NAN, NAN]), valid=torch.zeros(2, 3, dtype=torch.bool)
+        samples, scores=torch.tensor([NAN, NAN]), loss_mask=torch.zeros(2, 3, dtype=torch.bool)
     )
     algorithm = ppo(kl_target=1.0)
     batch, metrics = algorithm.advantages(nothing)
@@ -274,7 +319,7 @@ def test_groups_with_spread(scores, expected):
 def test_an_unscorable_sample_is_left_out_of_its_group():
     scores = [1.0, NAN, 3.0]
     batch = batch_of(2, 2, 1, scores=scores)
-    batch = replace(batch, valid=~batch.scores.isnan()[:, None].expand(3, 2))
+    batch = replace(batch, loss_mask=batch.loss_mask & ~batch.scores.isnan()[:, None])
     result, metrics = grpo(3, advantage="dr_grpo").advantages(batch)
     close(result.advantages, [[-1.0, -1.0], [0.0, 0.0], [1.0, 0.0]])
     assert metrics["group/with_spread"] == 1 and result.loss_denominator("sequence_mean") == 2

@@ -5,17 +5,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from learners.data import (
-    DataError,
-    encode_prompt,
-    encode_response,
-    encode_texts,
-    load_pairs,
-    load_prompts,
-    load_sft,
-    read_rows,
-)
+from learners.errors import DataError
+from learners.rows import load_pairs, load_prompts, load_sft, read_rows
 from learners.settings import PairData, PromptData, SFTData
+from learners.tokenise import encode_prompt, encode_response, encode_texts
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "[CLS]", "[SEP]"]
 PAD, EOS, BOS, CLS, SEP = range(5)

@@ -1,10 +1,13 @@
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 
 from learners.experience import PER_TOKEN, Experience, Rollout, map_rows, mini_batches
+from learners.forward import attention_mask, response_part
 
+NAN = float("nan")
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
 RESPONSES = [[20, 1], [21, 22, 23, 1], [], [24]]
 
@@ -31,18 +34,28 @@ def test_masks_come_from_lengths(batch):
         [11, 12, 13, 14, 24],
     ]
     assert batch.lengths.tolist() == [5, 5, 2, 5]
-    assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1] * 5]
-    assert batch.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert attention_mask(batch).tolist() == [[1] * 5, [1] * 5, [1, 1, 0, 0, 0], [1] * 5]
+    assert batch.loss_mask.int().tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [0, 0, 0, 0],
+        [1, 0, 0, 0],
+    ]
     # ids that look like padding are tokens all the same
     zeros = Experience.from_ids([[0, 0]], [[0, 0, 0]])
-    assert zeros.attention_mask.all() and zeros.mask.all()
+    assert attention_mask(zeros).all() and zeros.loss_mask.all()
 
 
-def test_valid_takes_single_tokens_out(batch):
-    valid = torch.ones(4, 4)
-    valid[1, 2] = valid[3, 0] = 0
-    masked = Experience(batch.input_ids, batch.prompt_lengths, batch.response_lengths, valid=valid)
-    assert masked.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+def test_the_loss_mask_takes_single_tokens_out(batch):
+    mask = batch.loss_mask.clone()
+    mask[1, 2] = mask[3, 0] = False
+    masked = replace(batch, loss_mask=mask)
+    assert masked.loss_mask.int().tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 1],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
     assert masked.loss_denominator("token_mean") == 5
     assert masked.loss_denominator("sequence_mean") == 2
     assert masked.loss_denominator("constant", 7) == 14
@@ -50,12 +63,12 @@ def test_valid_takes_single_tokens_out(batch):
 
 def test_the_response_part_is_what_was_read_before_each_token(batch):
     values = torch.arange(5).expand(4, 5)  # entry i of [B,L] was read at position i
-    assert batch.response_part(values)[0, :2].tolist() == [2, 3]
-    assert batch.response_part(values)[1].tolist() == [0, 1, 2, 3]
-    assert batch.response_part(values)[3, :1].tolist() == [3]
+    assert response_part(batch, values)[0, :2].tolist() == [2, 3]
+    assert response_part(batch, values)[1].tolist() == [0, 1, 2, 3]
+    assert response_part(batch, values)[3, :1].tolist() == [3]
     of_next = batch.input_ids[:, 1:]  # entry i of [B,L-1] is about token i + 1
     for row, response in enumerate(RESPONSES):
-        assert batch.response_part(of_next)[row, : len(response)].tolist() == response
+        assert response_part(batch, of_next)[row, : len(response)].tolist() == response
 
 
 def test_rollouts_keep_their_logprobs_beside_their_tokens():
@@ -63,7 +76,21 @@ def test_rollouts_keep_their_logprobs_beside_their_tokens():
         [rollout([5, 6], [7], [-0.5]), rollout([5], [8, 9, 1], [-1.0, -2.0, -3.0])]
     )
     assert batch.rollout_logprobs.tolist() == [[-0.5, 0, 0], [-1, -2, -3]]
-    assert batch.rollout_logprobs.shape == batch.mask.shape
+    assert batch.rollout_logprobs.shape == batch.loss_mask.shape
+
+
+def test_a_rollout_may_hold_tokens_that_the_policy_did_not_write():
+    ids = [8, 9, 10, 1]
+    written = (True, False, False, True)
+    told = Rollout(0, 0, 0, [5], ids, [-1.0, NAN, NAN, -2.0], "stop", (0, 0), written)
+    batch = Experience.from_rollouts([rollout([5, 6], [7], [-0.5]), told])
+    assert batch.loss_mask.int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 1]]
+    assert batch.rollout_logprobs.tolist() == [[-0.5, 0, 0, 0], [-1, 0, 0, -2]]
+    assert batch.input_ids[1].tolist() == [5, *ids] and attention_mask(batch)[1].all()
+    assert batch.loss_denominator("token_mean") == 3
+    assert batch.select([1]).loss_mask.tolist() == [list(written)]
+    with pytest.raises(ValueError, match="4 tokens has 3 entries"):
+        replace(told, loss_mask=written[1:])
 
 
 def test_a_selection_is_trimmed_to_its_own_rows(batch):
@@ -71,12 +98,13 @@ def test_a_selection_is_trimmed_to_its_own_rows(batch):
         batch.input_ids,
         batch.prompt_lengths,
         batch.response_lengths,
+        batch.loss_mask,
         **{name: torch.arange(16.0).reshape(4, 4) + 1 for name in PER_TOKEN},
         scores=torch.arange(4.0),
     )
     some = full.select([2, 0])
     assert some.input_ids.tolist() == [[9, 10, 0, 0, 0], [5, 6, 7, 20, 1]]
-    assert some.mask.shape == (2, 2)
+    assert some.loss_mask.shape == (2, 2)
     assert all(getattr(some, name).tolist() == [[9, 10], [1, 2]] for name in PER_TOKEN)
     assert some.scores.tolist() == [2, 0] and some.margins is None
     assert full.select([2]).input_ids.tolist() == [[9, 10]]
@@ -85,8 +113,8 @@ def test_a_selection_is_trimmed_to_its_own_rows(batch):
 
 def test_a_placeholder_has_an_empty_mask():
     batch = Experience.placeholder(2)
-    assert len(batch) == 2 and batch.attention_mask.any(1).all()
-    assert not batch.mask.any() and batch.mask.shape == batch.values.shape
+    assert len(batch) == 2 and attention_mask(batch).any(1).all()
+    assert not batch.loss_mask.any() and batch.loss_mask.shape == batch.values.shape
     assert [
         batch.loss_denominator(how, 9) for how in ("token_mean", "sequence_mean", "constant")
     ] == [0, 0, 0]
@@ -134,9 +162,9 @@ def test_mapped_rows_come_back_in_order_and_padded():
     batch = of_lengths(4, 9, 2, 6, 9)
     lengths = map_rows(batch, 12, lambda b: b.lengths.float())
     assert lengths.tolist() == [4, 9, 2, 6, 9]
-    per_token = map_rows(batch, 12, lambda b: b.mask.float() * b.lengths[:, None])
+    per_token = map_rows(batch, 12, lambda b: b.loss_mask.float() * b.lengths[:, None])
     assert per_token.shape == (5, 8)
-    assert torch.equal(per_token, batch.mask * batch.lengths[:, None].float())
+    assert torch.equal(per_token, batch.loss_mask * batch.lengths[:, None].float())
 
 
 def test_mapping_has_no_gradient():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ from transformers import (
     T5Config,
 )
 
-from learners.experience import Experience
-from learners.models import (
+from learners.checkpoints import (
     Calibration,
     check_exportable_reward_model,
     is_encoder,
@@ -32,12 +32,12 @@ from learners.models import (
     load_reward_model,
     load_tokenizer,
     read_calibration,
-    response_logprobs,
-    response_values,
-    sequence_scores,
     write_calibration,
 )
-from learners.settings import ModelSettings, UserError
+from learners.errors import UserError
+from learners.experience import Experience
+from learners.forward import attention_mask, response_logprobs, response_values, sequence_scores
+from learners.settings import ModelSettings
 
 VOCABULARY = 40
 PAD = 39
@@ -138,14 +138,14 @@ def reward_model(settings, pad=PAD):
 
 def filled(batch, token):
     """The batch with other ids in its padding."""
-    ids = torch.where(batch.attention_mask.bool(), batch.input_ids, token)
-    return Experience(ids, batch.prompt_lengths, batch.response_lengths)
+    ids = torch.where(attention_mask(batch).bool(), batch.input_ids, token)
+    return replace(batch, input_ids=ids)
 
 
 def with_token(batch, row, column, token):
     ids = batch.input_ids.clone()
     ids[row, column] = token
-    return Experience(ids, batch.prompt_lengths, batch.response_lengths)
+    return replace(batch, input_ids=ids)
 
 
 def same_weights(a, b):
@@ -208,7 +208,7 @@ def test_a_decoder_reads_its_score_at_the_last_real_token(checkpoint, batch):
     model = reward_model(checkpoint("qwen3"))
     scores = sequence_scores(model, batch)
     every = model.score(
-        model.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        model.base_model(batch.input_ids, attention_mask=attention_mask(batch)).last_hidden_state
     )
     for row, length in enumerate(batch.lengths.tolist()):
         close(scores[row], every[row, length - 1, 0])
@@ -221,7 +221,7 @@ def test_pad_equal_to_eos_keeps_our_scores_and_moves_those_of_plain_transformers
     model = reward_model(checkpoint("qwen3"))
     same = reward_model(checkpoint("qwen3"), pad=EOS)
     close(sequence_scores(same, batch), sequence_scores(model, batch))
-    plain = same(filled(batch, EOS).input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+    plain = same(filled(batch, EOS).input_ids, attention_mask=attention_mask(batch)).logits[:, 0]
     assert (plain - sequence_scores(same, batch)).abs().min() > 1e-3
 
 
@@ -237,7 +237,7 @@ def test_a_saved_reward_model_scores_alike_in_plain_transformers(checkpoint, bat
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     ids = filled(batch, pad).input_ids
-    close(plain(ids, attention_mask=batch.attention_mask).logits[:, 0], ours)
+    close(plain(ids, attention_mask=attention_mask(batch)).logits[:, 0], ours)
     again = load_reward_model(checkpoint(name).model_copy(update={"path": str(tmp_path)}), None)
     same_weights(again, model)
     close(sequence_scores(again, batch), ours)
@@ -278,10 +278,10 @@ def test_the_eos_is_trained_where_it_is_also_the_pad(checkpoint):
     batch = filled(Experience.from_ids([[5, 6], [7]], answers), EOS)
     logprobs = response_logprobs(model, batch, 1.0)
     assert (
-        batch.mask.sum() == 5
-        and batch.mask[0, 3]
-        and batch.mask[1, 0]
-        and not batch.mask[1, 1:].any()
+        batch.loss_mask.sum() == 5
+        and batch.loss_mask[0, 3]
+        and batch.loss_mask[1, 0]
+        and not batch.loss_mask[1, 1:].any()
     )
     for ids, prompt, row in (([5, 6, *answers[0]], 2, 0), ([7, *answers[1]], 1, 1)):
         expected = model(torch.tensor([ids])).logits[0, -2].log_softmax(-1)[EOS]
@@ -294,9 +294,9 @@ def test_the_eos_is_trained_where_it_is_also_the_pad(checkpoint):
 
 def test_masked_tokens_have_neither_logprob_nor_gradient(checkpoint, batch):
     model = load_causal_lm(checkpoint("qwen3"))
-    valid = batch.mask.clone()
+    valid = batch.loss_mask.clone()
     valid[2, 3] = False
-    masked = Experience(batch.input_ids, batch.prompt_lengths, batch.response_lengths, valid=valid)
+    masked = replace(batch, loss_mask=valid)
     result = response_logprobs(model, masked, 1.0)
     assert result[2, 3] == 0
     close(result[valid], response_logprobs(model, batch, 1.0)[valid])
@@ -350,7 +350,7 @@ def test_a_critic_from_a_reward_model_values_a_text_as_its_calibrated_score(
             score = sequence_scores(model, Experience.from_ids([prompt], [response[:t]]))
             close(values[row, t], (score[0] - 0.5) / 2.0)
         assert not values[row, len(response) :].any()
-    whole = critic(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :, 0]
+    whole = critic(batch.input_ids, attention_mask=attention_mask(batch)).logits[:, :, 0]
     close(
         whole[range(3), (batch.lengths - 1).tolist()], (sequence_scores(model, batch) - 0.5) / 2.0
     )

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from learners.checkpoints import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.experience import Experience
-from learners.models import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.settings import (
     LearnerSettings,
     ModelSettings,
@@ -242,7 +242,7 @@ def train_and_export(rank, role, settings, batch, folder):
 
 
 def factors(rank, settings, steps, total_steps):
-    from learners.learner import schedule
+    from learners.deepspeed_setup import schedule
 
     factor = schedule(settings, total_steps)
     return [factor(i) for i in range(steps)]
@@ -308,7 +308,7 @@ def plain_loss(model, role, batch):
 
     per_sequence = []
     for i, output in enumerate(outputs):
-        valid = batch.mask[i].nonzero()[:, 0]
+        valid = batch.loss_mask[i].nonzero()[:, 0]
         new = output[valid]
         if role == "sft":
             loss = -new
@@ -441,10 +441,10 @@ def batches(model_of):
         return [torch.randint(3, PAD, (n,), generator=draw).tolist() for n in lengths]
 
     samples = Experience.from_ids(ids(prompt_lengths), ids(response_lengths))
-    behind = ~samples.mask
+    behind = ~samples.loss_mask
 
     def noise(scale):
-        return torch.randn(samples.mask.shape, generator=draw) * scale
+        return torch.randn(samples.loss_mask.shape, generator=draw) * scale
 
     filled = {}
     for role in ("ppo", "grpo", "critic", "sft"):
@@ -458,10 +458,11 @@ def batches(model_of):
             "advantages": noise(1.0),
             "returns": noise(1.0),
         }
-        valid = (torch.arange(7) != 2)[:, None].expand_as(behind)
+        mask = ~behind & (torch.arange(7) != 2)[:, None]
+        mask[1, 4:9] = mask[5, 20:] = False  # text the policy did not write
         # garbage that nobody may read
-        known = {name: x.masked_fill(behind, NAN) for name, x in known.items()}
-        filled[role] = replace(samples, **known, valid=valid)
+        known = {name: x.masked_fill(~mask, NAN) for name, x in known.items()}
+        filled[role] = replace(samples, **known, loss_mask=mask)
 
     prompts = ids((2, 9, 1, 5, 4))
     answers = ids((1, 14, 20, 2, 3, 3, 11, 30, 6, 8))
@@ -737,7 +738,7 @@ def test_rows_come_back_in_order(ranks, settings_of, batches, model_of, role, n,
         expected = plain_outputs(model, role, batch)
         if role != "reward":
             expected = [
-                torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)
+                torch.where(batch.loss_mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)
             ]
     results = ranks[n].run(infer, role, settings_of(role, stage, budget), batch)
     outputs = [output for output, _ in results]
@@ -809,7 +810,9 @@ def test_an_export_loads_in_plain_transformers(
     if role == "reward":
         assert read_calibration(model.config) == (0.5, 2.0) and model.config.pad_token_id == PAD
     else:
-        expected = [torch.where(batch.mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)]
+        expected = [
+            torch.where(batch.loss_mask[i, : len(x)], x, 0.0) for i, x in enumerate(expected)
+        ]
     outputs = [output for output, _ in results]
     assert_outputs(in_order(outputs, batch, 2 if role == "reward" else 1), expected)
 

@@ -1,15 +1,9 @@
 """Prompts, SFT examples and preference pairs: read through Hugging Face datasets, checked,
 tokenised once.
-
-Tokenising rules: a text prompt gets the special tokens its tokenizer puts in front (BOS, [CLS]),
-never those it puts behind; a chat prompt is what the tokenizer's template renders, ready for the
-answer; a response gets no special tokens but the closing EOS ([SEP] on an encoder).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -19,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from learners.settings import DataSettings, PairData, PromptData, SFTData, UserError
+from learners.errors import DataError
+from learners.settings import DataSettings, PairData, PromptData, SFTData
+from learners.tokenise import encode_chat, encode_prompt, encode_response
 
 T = TypeVar("T")
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-class DataError(UserError):
-    """Data that cannot be used. Rows are counted from 1, so in a JSON-lines file they are line
-    numbers.
-    """
 
 
 @dataclass(frozen=True)
@@ -149,61 +139,6 @@ def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
     return _not_empty(data, rows)
 
 
-# --- tokenising -----------------------------------------------------------------------------------
-
-
-def encode_texts(
-    tokenizer: Any, prompt: str, response: str, encoder: bool
-) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote
-    them.
-    """
-    return encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, encoder)
-
-
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids with the tokenizer's leading special tokens (once, even if the text has them), no
-    trailing ones.
-    """
-    encoded = tokenizer(text, return_special_tokens_mask=True)
-    ids = encoded["input_ids"]
-    added = encoded["special_tokens_mask"]
-    end = len(ids)
-    while end and added[end - 1]:
-        end -= 1
-    start = 1 if end > 1 and added[0] and ids[0] == ids[1] else 0
-    return ids[start:end]
-
-
-def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
-    """Ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer has
-    none.
-    """
-    end = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
-    if end is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has no {'SEP' if encoder else 'EOS'} token"
-        )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if ids[-1:] == [end] else [*ids, end]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes when a text would become other ids: by another vocabulary, other special tokens or
-    other splitting.
-    """
-    seen: list[Any] = [
-        sorted(tokenizer.get_vocab().items()),
-        sorted(tokenizer.special_tokens_map.items()),
-    ]
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        rules = json.loads(backend.to_str())
-        seen += [rules[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "model")]
-    return hashlib.blake2b(
-        json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8
-    ).hexdigest()
-
-
 def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[str, list[int]]:
     """Text and ids of a prompt, given as text or as chat messages."""
     if isinstance(value, str):
@@ -216,9 +151,7 @@ def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[s
             )
         # Columns are typed, so a key that any message has comes back as None in all the others.
         messages = [{k: v for k, v in message.items() if v is not None} for message in value]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # the template has put in what it wants
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, ids = encode_chat(tokenizer, messages)
     else:
         raise _row_error(
             data, row, "a prompt must be text, or a list of messages with role and content"
@@ -244,6 +177,33 @@ def _is_message(value: Any) -> bool:
         and isinstance(value.get("role"), str)
         and value.get("content") is not None
     )
+
+
+def _text(data: DataSettings, row: int, column: str, values: dict[str, Any]) -> str:
+    value = values[column]
+    if not isinstance(value, str):
+        raise _row_error(data, row, f"{column} must be text, not {type(value).__name__}")
+    return value
+
+
+def _margin(data: PairData, row: int, values: dict[str, Any]) -> float:
+    if data.margin_column is None:
+        return 0.0
+    value = values[data.margin_column]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _row_error(data, row, f"{data.margin_column} must be a number, not {value!r}")
+    return float(value)
+
+
+def _not_empty(data: DataSettings, rows: Rows[T]) -> Rows[T]:
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
+        raise DataError(f"{data.path}: no row can be used: {reasons}")
+    return rows
+
+
+def _row_error(data: DataSettings, row: int, problem: str) -> DataError:
+    return DataError(f"{data.path}: row {row + 1}: {problem}")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -315,30 +275,3 @@ def _load(datasets: Any, source: str, **where: Any) -> Any:
         return rows
     features = rows.features | {name: datasets.Json() for name in dates}
     return datasets.load_dataset(source, features=datasets.Features(features), **where)
-
-
-def _text(data: DataSettings, row: int, column: str, values: dict[str, Any]) -> str:
-    value = values[column]
-    if not isinstance(value, str):
-        raise _row_error(data, row, f"{column} must be text, not {type(value).__name__}")
-    return value
-
-
-def _margin(data: PairData, row: int, values: dict[str, Any]) -> float:
-    if data.margin_column is None:
-        return 0.0
-    value = values[data.margin_column]
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _row_error(data, row, f"{data.margin_column} must be a number, not {value!r}")
-    return float(value)
-
-
-def _not_empty(data: DataSettings, rows: Rows[T]) -> Rows[T]:
-    if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
-        raise DataError(f"{data.path}: no row can be used: {reasons}")
-    return rows
-
-
-def _row_error(data: DataSettings, row: int, problem: str) -> DataError:
-    return DataError(f"{data.path}: row {row + 1}: {problem}")

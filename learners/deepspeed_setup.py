@@ -1,0 +1,148 @@
+"""DeepSpeed as we use it: process group, sharded loading, configuration, optimizer and schedule."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from learners.experience import Experience
+from learners.settings import LearnerSettings, OptimizerSettings, Rank
+
+
+class RoleForward(nn.Module):
+    """What DeepSpeed wraps: a module whose forward is the role's computation, so that ZeRO's hooks
+    see all of it.
+    """
+
+    def __init__(self, model: nn.Module, role_forward: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.role_forward = role_forward
+
+    def forward(self, batch: Experience) -> Tensor:
+        return self.role_forward(self.model, batch)
+
+
+def start_process_group(rank: Rank) -> None:
+    """Join the ranks of this role (nccl on GPU, gloo on CPU) and hand the group to DeepSpeed."""
+    if dist.is_initialized():
+        return
+    # DeepSpeed names its shared-memory segments after these two, and roles on one host must not
+    # share them.
+    os.environ.update(MASTER_ADDR=rank.address, MASTER_PORT=str(rank.port))
+    os.environ.update(RANK=str(rank.index), WORLD_SIZE=str(rank.world_size), LOCAL_RANK="0")
+    backend = "nccl" if rank.device == "cuda" else "gloo"
+    if rank.device == "cuda":
+        torch.cuda.set_device(0)  # the only one this process sees
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{rank.address}:{rank.port}",
+        rank=rank.index,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=rank.timeout_s),
+    )
+    # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at
+    # first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn.Module:
+    """The model that `load` has Transformers load, of every weight this rank's ZeRO-3 shard alone.
+
+    The process group must exist: without it nothing would be sharded, with no more than a warning.
+    """
+    assert dist.is_initialized()
+    # Transformers holds it weakly: it must live to the end
+    config = HfDeepSpeedConfig(deepspeed_config(settings))
+    try:
+        model = load()
+    finally:
+        del config
+        unset_hf_deepspeed_config()
+    _restore_buffers(model, getattr(torch, settings.model.dtype))
+    return model
+
+
+def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype,
+    and frequencies of rotary embeddings rounded to bfloat16 would turn late positions by whole
+    radians.
+    """
+    with init_empty_weights(include_buffers=False):
+        whole = type(model)._from_config(model.config, dtype=dtype)
+    saved = model.state_dict().keys()
+    for name, buffer in whole.named_buffers():
+        if name not in saved:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(model.get_buffer(name).device))
+
+
+def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration, with every default that has changed between versions written
+    out.
+    """
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        # unused: micro-batches are cut by tokens, in Learner
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on
+        # NaN.
+        "bf16": {"enabled": settings.model.dtype == "bfloat16", "check_grad_overflow": True},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if settings.zero_stage > 0 else {}),
+        "wall_clock_breakdown": False,
+    }
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Torch's optimizer; weight decay on matrices only, as usual for Transformers."""
+    # a ZeRO-3 shard is flat
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
+    matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
+    vectors = [p for p, shape in shapes.items() if len(shape) < 2]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
+    )
+
+
+def schedule(settings: OptimizerSettings, total_steps: int) -> Any:
+    """Factor of the peak learning rate at optimizer step i: linear warm-up, then constant, linear
+    or cosine decay.
+    """
+
+    def factor(i: int) -> float:
+        warm = min(1.0, (i + 1) / (settings.warmup_steps + 1))
+        if settings.schedule == "constant" or i < settings.warmup_steps:
+            return warm
+        done = min(1.0, (i - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
+        left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return settings.final_fraction + (1 - settings.final_fraction) * left
+
+    return factor

@@ -1,0 +1,73 @@
+"""From texts to token ids.
+
+A text prompt gets the special tokens its tokenizer puts in front (BOS, [CLS]), never those it puts
+behind; a chat prompt is what the tokenizer's template renders, ready for the answer; a response
+gets no special tokens but the closing EOS ([SEP] on an encoder).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from learners.errors import DataError
+
+
+def encode_texts(
+    tokenizer: Any, prompt: str, response: str, encoder: bool
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote
+    them.
+    """
+    return encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, encoder)
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Ids with the tokenizer's leading special tokens (once, even if the text has them), no
+    trailing ones.
+    """
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids = encoded["input_ids"]
+    added = encoded["special_tokens_mask"]
+    end = len(ids)
+    while end and added[end - 1]:
+        end -= 1
+    start = 1 if end > 1 and added[0] and ids[0] == ids[1] else 0
+    return ids[start:end]
+
+
+def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    """Text and ids of a conversation that the assistant is to go on with."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # the template has put in what it wants
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
+    """Ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer has
+    none.
+    """
+    end = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
+    if end is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path} has no {'SEP' if encoder else 'EOS'} token"
+        )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Changes when a text would become other ids: by another vocabulary, other special tokens or
+    other splitting.
+    """
+    seen: list[Any] = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.special_tokens_map.items()),
+    ]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(backend.to_str())
+        seen += [rules[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "model")]
+    return hashlib.blake2b(
+        json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8
+    ).hexdigest()

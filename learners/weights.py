@@ -1,0 +1,102 @@
+"""What becomes of trained weights: gathered group by group, exported, saved, loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from learners.settings import LearnerSettings, Rank
+
+
+class TrainedWeights:
+    """What a Learner can do with its weights besides training them: a base of it, no more."""
+
+    model: Any
+    engine: Any
+    settings: LearnerSettings
+    rank: Rank
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, full shape) of every parameter, in the order `iter_groups` yields them."""
+        named = dict(self.model.named_parameters())
+        return [
+            (name, named[name].dtype, tuple(getattr(named[name], "ds_shape", named[name].shape)))
+            for names in self._layer_groups()
+            for name in names
+        ]
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks
+        in lockstep.
+        """
+        named = dict(self.model.named_parameters())
+        for names in self._layer_groups():
+            parameters = [named[name] for name in names]
+            sharded = self.settings.zero_stage == 3
+            with (
+                deepspeed.zero.GatheredParameters(parameters)
+                if sharded
+                else contextlib.nullcontext()
+            ):
+                clones = [p.detach().clone() for p in parameters]
+            yield names, clones
+
+    def _layer_groups(self) -> list[list[str]]:
+        """Parameter names, grouped by the first number in them (the layer), embeddings and heads by
+        themselves.
+        """
+        groups: dict[str, list[str]] = {}
+        for name, _ in self.model.named_parameters():
+            parts = name.split(".")
+            layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+            groups.setdefault(
+                ".".join(parts[: layer + 1] if layer is not None else parts[:-1]), []
+            ).append(name)
+        return list(groups.values())
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0
+        writes.
+        """
+        state: dict[str, Tensor] = {}
+        for names, tensors in self.iter_groups():
+            if self.rank.index == 0:
+                state.update(zip(names, (t.cpu() for t in tensors), strict=True))
+        if self.rank.index == 0:
+            state.update(
+                {n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()}
+            )
+            self.model.save_pretrained(folder, state_dict=state)
+
+    def save(self, folder: str) -> None:
+        """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every
+        rank.
+        """
+        self.engine.save_checkpoint(
+            folder, tag="state", client_state={"rng": torch.get_rng_state()}
+        )
+        if self.rank.index == 0:
+            Path(folder, "layout.json").write_text(json.dumps(self._layout()))
+
+    def load(self, folder: str) -> None:
+        """Continue from `save`. Raises ValueError when the world size or ZeRO stage is another."""
+        saved = json.loads(Path(folder, "layout.json").read_text())
+        if saved != self._layout():
+            raise ValueError(
+                f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
+                "same layout"
+            )
+        path, client = self.engine.load_checkpoint(folder, tag="state")
+        if path is None:
+            raise ValueError(f"{folder}: no checkpoint that DeepSpeed can read")
+        torch.set_rng_state(client["rng"])
+
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
