@@ -23,6 +23,7 @@ from actors.rewards.sources import Sample, Score
 from actors.roles import Roles, RunData, start_roles
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.run.folder import RunFolder
+from actors.run.metrics import reduce
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.seeds import derive_seed
 from actors.settings import GRPORecipe, PPORecipe
@@ -207,7 +208,7 @@ class Driver:
         if self.recipe.algorithm.old_logprobs == "engine":
             shown = {"mean": "log_ratio", "max": "max_log_ratio", "kl": "approx_kl"}
             first |= {f"mismatch/{name}": history[0][f"actor/{key}"] for name, key in shown.items()}
-        return {k: summary_of(k, [m[k] for m in history]) for k in history[0]} | first
+        return {k: reduce(k, [m[k] for m in history]) for k in history[0]} | first
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts and, only before and after a run, the test prompts."""
@@ -282,18 +283,6 @@ def rollout_metrics(
     for name, scores in by_source.items():
         metrics[f"score/{name}"] = mean([s for s in scores if isinstance(s, float)])
     return metrics | mismatch(batch)
-
-
-def summary_of(name: str, values: Sequence[float]) -> float:
-    """A metric of all mini-batches: maxima stay maxima, counts of skipped updates add up, all
-    others are means.
-    """
-    kind = name.split("/")[1]
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    if kind.startswith("max_"):
-        return max(values)
-    return sum(values) if kind == "skipped_updates" else fmean(values)
 
 
 def mismatch(batch: Experience) -> dict[str, float]:

@@ -81,6 +81,12 @@ class Workshop:
         module = supervised if kind in ("sft", "rm") else driver
         return Run(folder, module.run(recipe, resume=resume))
 
+    def logged(self) -> set[str]:
+        """Names of the metrics of all runs so far, also of those that were stopped."""
+        files = self.folder.glob("*/metrics.jsonl")
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return {name for row in rows for name in row} - {"step", "phase", "time"}
+
     def quick(self, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
         """Two steps of GRPO with as few processes as there can be: no Reference, no evaluation."""
         few = ["algorithm.kl_beta=0", "evaluation.prompts=null", "evaluation.test_prompts=null"]
