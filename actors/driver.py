@@ -21,6 +21,7 @@ from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.run.folder import RunFolder
+from actors.run.metrics import reduce
 from actors.run_data import RunData
 from actors.seeds import derive_seed
 from actors.settings import RLRecipe
@@ -71,10 +72,11 @@ class Driver:
         self.workers.connect_engines(self.version)
         engines = self.workers.engines
         gap = check_engine_agrees(engines, self.workers.actor, self.data.prompts, recipe)
-        self.folder.log(first - 1, {"mismatch/gate": gap}, phase="gate")
+        known = of_recipe(recipe, sampling_defaults(recipe.actor.model.path))
+        alarms = self.alarms.report(0, known) if first == 1 else {}
+        self.folder.log(first - 1, {"mismatch/gate": gap} | alarms, phase="gate")
         if first > 1:
             return {}
-        self.alarms.report(0, of_recipe(recipe, sampling_defaults(recipe.actor.model.path)))
         return {"before": self.evaluate_all(0)}
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
@@ -163,7 +165,7 @@ class Driver:
         if self.recipe.algorithm.old_logprobs == "engine":
             shown = {"mean": "log_ratio", "max": "max_log_ratio", "kl": "approx_kl"}
             first |= {f"mismatch/{name}": history[0][f"actor/{key}"] for name, key in shown.items()}
-        return {k: summary_of(k, [m[k] for m in history]) for k in history[0]} | first
+        return {k: reduce(k, [m[k] for m in history]) for k in history[0]} | first
 
     def evaluation_due(self, step: int) -> bool:
         """The last step's evaluation is the one after the run."""
@@ -250,18 +252,6 @@ def rollout_metrics(
     for name, scores in by_source.items():
         metrics[f"score/{name}"] = mean([s.value for s in scores if s.value is not None])
     return metrics | mismatch(batch)
-
-
-def summary_of(name: str, values: Sequence[float]) -> float:
-    """A metric of all mini-batches: maxima stay maxima, counts of skipped updates add up, all
-    others are means.
-    """
-    kind = name.split("/")[1]
-    if not all(map(math.isfinite, values)):
-        return math.nan
-    if kind.startswith("max_"):
-        return max(values)
-    return sum(values) if kind == "skipped_updates" else fmean(values)
 
 
 def mismatch(batch: Experience) -> dict[str, float]:

@@ -104,9 +104,9 @@ class Loop:
         training = self.training
         total = training.total_steps
         first = self.restore() + 1 if resume else 1
-        summary = training.begin(first)
         started = {"seconds/start": time.perf_counter() - self.clock}
         self.folder.log(first - 1, started, phase="start")
+        summary = training.begin(first)
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
             stopping = stop_requested()

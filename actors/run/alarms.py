@@ -1,5 +1,5 @@
-"""Alarms: what a step's numbers say is wrong, by name. A value that is not finite also skip_step
-the step.
+"""Alarms: what a step's numbers say is wrong, by name. A value that is not finite also skips the
+step.
 
 Nothing here stops a step that is merely odd: an alarm is printed, counted in the metrics as
 `alarm/{name}`, and kept in `alarms.jsonl` of the run folder.
@@ -26,7 +26,7 @@ LARGEST_SCORE = 1e15  # squares of larger ones overflow in the statistics
 
 @dataclass(frozen=True)
 class Alarm:
-    """`name` is fixed and short, `message` says what was seen and what to look at.
+    """`name` is one of `metrics.ALARMS`, `message` says what was seen and what to look at.
 
     `skip_step`: something could not be learned from, all of the step or single updates; such steps
     are counted.

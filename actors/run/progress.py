@@ -9,16 +9,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 
-HEADLINES = (
-    "score/mean",
-    "kl/sequence",
-    "response/length",
-    "evaluation/accuracy_sampled",
-    "loss",
-    "accuracy",
-    "held_out/loss",
-    "held_out/accuracy",
-)
+from actors.run.metrics import headlines
+
 LINE_EVERY_S = 15.0
 
 
@@ -60,4 +52,4 @@ def _lines(
 
 
 def _figures(latest: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {latest[name]:.3g}" for name in HEADLINES if name in latest)
+    return "  ".join(f"{name} {latest[name]:.3g}" for name in headlines() if name in latest)

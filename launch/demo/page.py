@@ -10,14 +10,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from actors.run.metrics import charts
+
 Curve = list[tuple[int, float]]  # (step, value)
-CHARTS = {  # title: metric
-    "True accuracy, sampled (validation prompts)": "evaluation/accuracy_sampled",
-    "True accuracy, greedy (validation prompts)": "evaluation/accuracy_greedy",
-    "Mean score of a step (PPO: reward model, GRPO: exact match)": "score/mean",
-    "KL to the reference, nats per sequence": "kl/sequence",
-    "Response length, tokens": "response/length",
-}
 WIDTH = 460
 HEIGHT = 250
 LEFT = 44
@@ -51,19 +46,18 @@ def write_page(
     path: str | Path,
     table: Sequence[Sequence[str]],
     runs: Mapping[str, str | Path],
-    metrics: Mapping[str, str] = CHARTS,
     title: str = "Quatuor demo",
     note: str = "True accuracy: exact match, on prompts that no model was trained on.",
 ) -> None:
     """Write the page. `table` is rows of cells, the header first; `runs` maps labels to
     metrics.jsonl files.
 
-    Each metric of `metrics` (chart title to metric name) becomes a chart, with a curve for every
-    run that has it.
+    Each metric that the registry wants as a chart becomes one, with a curve for every run that has
+    it.
     """
     curves = {
         name: {label: read_curve(run, metric) for label, run in runs.items()}
-        for name, metric in metrics.items()
+        for name, metric in charts().items()
     }
     figures = "\n".join(
         _figure(name, of_run) for name, of_run in curves.items() if any(of_run.values())

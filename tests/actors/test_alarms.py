@@ -22,6 +22,7 @@ from actors.run.alarms import (
     of_training,
 )
 from actors.run.folder import RunFolder
+from actors.run.metrics import find
 from actors.settings import GenerationSettings, RLRecipe, RunSettings, rl_recipe
 from learners.algorithms.grpo import GRPOSettings
 from learners.experience import Experience, Rollout
@@ -82,9 +83,10 @@ def names(recipe: RLRecipe) -> Callable[..., list[str]]:
             "judge": scores([1.0, 0.0] if source is None else source),
             "logged": scores([0.0, 0.0]),
         }
-        alarms = of_experience(
-            batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe
+        alarms = list(
+            of_experience(batch, rollouts(*(finish_reasons or ("stop", "length"))), given, recipe)
         )
+        assert all(find(f"alarm/{alarm.name}") for alarm in alarms)
         return [alarm.name for alarm in alarms if skip_step is None or alarm.skip_step == skip_step]
 
     return found
@@ -211,6 +213,7 @@ def test_metrics_out_of_their_band(
 ) -> None:
     found = list(of_metrics(SOUND | changed, recipe))
     assert [alarm.name for alarm in found] == expected
+    assert all(find(f"alarm/{alarm.name}") for alarm in found)
     assert all(alarm.skip_step == alarm.name.endswith("not_finite") for alarm in found)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actors.driver import rollout_metrics, summary_of, with_scores
+from actors.driver import rollout_metrics, with_scores
 from actors.seeds import derive_seed, rows_of_step
 from learners.algorithms.grpo import GRPO, GRPOSettings
 from learners.algorithms.ppo import PPOSettings
@@ -91,13 +91,6 @@ def test_an_empty_response_and_infinite_scores_are_counted_and_break_nothing() -
     )
     assert metrics["response/length"] == 1.0 and math.isnan(metrics["score/broken"])
     assert batch.loss_mask.any(1).tolist() == [False, True, True]
-
-
-def test_metrics_of_mini_batches() -> None:
-    assert summary_of("actor/loss", [1.0, 3.0]) == 2.0
-    assert summary_of("actor/max_log_ratio", [1.0, 3.0]) == 3.0
-    assert summary_of("actor/skipped_updates", [1.0, 1.0, 0.0]) == 2.0
-    assert math.isnan(summary_of("actor/loss", [math.inf, -math.inf]))
 
 
 def test_every_pass_over_the_data_takes_each_row_once_in_an_order_of_its_own() -> None:

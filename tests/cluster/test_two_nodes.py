@@ -120,7 +120,7 @@ def run(folder: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
         {
             k: v
             for k, v in row.items()
-            if k not in ("phase", "time") and not k.startswith("seconds/")
+            if k not in ("phase", "time") and not k.startswith(("seconds/", "throughput/"))
         }
         for row in rows
         if row["phase"] == "train"

@@ -46,7 +46,7 @@ class Run:
             {
                 k: v
                 for k, v in row.items()
-                if k not in ("phase", "time") and not k.startswith("seconds/")
+                if k not in ("phase", "time") and not k.startswith(("seconds/", "throughput/"))
             }
             for row in self.steps
         ]
@@ -80,6 +80,12 @@ class Workshop:
         recipe = load_recipe(RECIPES / f"demo_{kind}.yaml", [*fixed, *overrides], kind)
         module = supervised if kind in ("sft", "rm") else driver
         return Run(folder, module.run(recipe, resume=resume))
+
+    def logged(self) -> set[str]:
+        """Names of the metrics of all runs so far, also of those that were stopped."""
+        files = self.folder.glob("*/metrics.jsonl")
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return {name for row in rows for name in row} - {"step", "phase", "time"}
 
     def quick(self, name: str, sft: Run, *overrides: str, resume: bool = False) -> Run:
         """Two steps of GRPO with as few processes as there can be: no Reference, no evaluation."""

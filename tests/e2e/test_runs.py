@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from actors.cluster.groups import WorkerError
+from actors.run import metrics
 from learners.errors import UserError
 from tests.actors.test_alarms import SOUND
 from tests.e2e.conftest import Run, Workshop
@@ -337,3 +338,12 @@ def test_a_run_of_broken_scores_stops_with_everything_saved(workshop: Workshop, 
     assert [step["step"] for step in sound.steps] == [1, 2, 3] and sound.steps[2][
         "actor/grad_norm"
     ] > 0
+
+
+def test_every_metric_is_registered(
+    workshop: Workshop, ppo_zero2: Run, ppo_zero3: Run, grpo_zero2: Run, grpo_zero3: Run
+) -> None:
+    """Last in this file: of every run above, also of those that went wrong."""
+    logged = workshop.logged()
+    assert {"critic/loss", "actor/kl", "group/with_spread", "mismatch/gate"} <= logged
+    assert not {name for name in logged if metrics.find(name) is None}

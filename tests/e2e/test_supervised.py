@@ -10,6 +10,7 @@ import torch
 from actors.cluster.groups import WorkerError
 from actors.rewards.model import RewardWorker
 from actors.rollouts.requests import Sample
+from actors.run import metrics
 from learners.settings import ModelSettings
 from tests.e2e.conftest import Run, Workshop
 
@@ -101,3 +102,11 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
         ).logits[:, 0]
     assert torch.allclose(ours, plain, atol=1e-4)
+
+
+def test_every_metric_is_registered(
+    workshop: Workshop, sft: Run, reward_model: Run, encoder_reward_model: Run
+) -> None:
+    logged = workshop.logged()
+    assert {"loss", "held_out/loss", "calibration/std"} <= logged
+    assert not {name for name in logged if metrics.find(name) is None}
