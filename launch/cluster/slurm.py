@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.cluster.layout import demands, layout
+from actors.run.folder import finished_checkpoints
 from launch.recipe.combinations import Recipe, lacking_gpus
 from learners.settings import UserError
 
@@ -49,7 +50,7 @@ def write_job(
     if lacking := lacking_gpus(recipe):
         raise UserError(f"--nodes: {lacking}")
     folder = Path(recipe.run.folder).absolute()
-    if os.path.exists(folder) and not any(folder.glob("checkpoints/step-*[0-9]")):
+    if os.path.exists(folder) and not finished_checkpoints(folder):
         raise UserError(
             f"run.folder: {folder} exists and holds no checkpoint to go on from; choose "
             "another folder"

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.run.folder import finished_checkpoints
 from actors.settings import RLRecipe, RMRecipe, model_sampling_problem
 from launch.recipe.combinations import Problem, Recipe, lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
@@ -87,9 +88,8 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
     if not recipe.cluster.address and (lacking := lacking_gpus(recipe)):
         keys = ("cluster.nodes", "cluster.gpus_per_node", "cluster.device", "cluster.placement")
         yield Problem(keys, f"{lacking}, or join a cluster that has them with cluster.address")
-    yield from _run_folder(recipe.run.folder, resume)
-    if resume:
-        yield from _changed(recipe)
+    unfit = list(_run_folder(recipe.run.folder, resume))
+    yield from unfit or (_changed(recipe) if resume else ())
     for key, model in models_of(recipe):
         if is_local(model.path):
             yield from _model_folder(key, model.path, recipe)
@@ -118,7 +118,7 @@ def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
     if resume:
         if not os.path.isdir(path):
             yield Problem(("run.folder",), f"{folder} does not exist: nothing to resume")
-        elif all(checkpoint.suffix == ".tmp" for checkpoint in path.glob("checkpoints/step-*")):
+        elif not finished_checkpoints(path):
             yield Problem(
                 ("run.folder",),
                 f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)",
@@ -149,6 +149,11 @@ def _changed(recipe: Recipe) -> Iterator[Problem]:
     """
     before = Path(recipe.run.folder) / "config.yaml"
     if not os.path.isfile(before):
+        message = (
+            f"{before} is missing, so nobody can tell whether the recipe is still the run's: put "
+            "it back, or choose another folder"
+        )
+        yield Problem(("run.folder",), message)
         return
     try:
         old = flat(Document.read(before).values)

@@ -607,8 +607,19 @@ def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
     ]
     (place / "runs/new/checkpoints/step-000002.tmp").mkdir(parents=True)
     assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
+    (place / "runs/new/checkpoints/step-000002.bak").mkdir()
+    assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
     (place / "runs/new/checkpoints/step-000001").mkdir()
+    (place / "runs/new/config.yaml").write_text(load_recipe("sft.yaml").to_yaml())
     assert problems("sft.yaml", resume=True) == []
+
+
+def test_resume_needs_the_recipe_of_the_run(place: Path) -> None:
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    assert problems("sft.yaml", resume=True) == [
+        "sft.yaml:3: run.folder: runs/new/config.yaml is missing, so nobody can tell whether the "
+        "recipe is still the run's: put it back, or choose another folder"
+    ]
 
 
 @pytest.mark.parametrize("before", [b"a: [", b"\xff", b"", b"- 1\n"])
