@@ -194,7 +194,9 @@ class Roles:
             self.evaluator,
             *self.rewards.groups,
         ]
-        return {group.name: group.nodes for group in groups if group is not None}
+        return {
+            group.name: [node.id for node in group.nodes] for group in groups if group is not None
+        }
 
     def check_frozen(self, before: list[str]) -> None:
         """Raise WorkerError unless Reference and Reward models are bit by bit what they were."""
