@@ -29,7 +29,7 @@ from learners.models import (
     sampling_defaults,
     vocabulary_problems,
 )
-from learners.settings import UserError, located
+from learners.settings import ModelSettings, UserError, located
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RunData:
         for name in [r.function for r in recipe.rewards] + [recipe.evaluation.function]:
             if name is not None:
                 load_function(name)
-        tokenizer = load_tokenizer(recipe.actor.model.path)
+        tokenizer = load_tokenizer(recipe.actor.model)
         held_out = recipe.evaluation.prompts
         test = recipe.evaluation.test_prompts
         data = cls(
@@ -79,10 +79,7 @@ class RunData:
         if isinstance(recipe, PPORecipe):
             models["critic.model"] = recipe.critic.model
         problems = [
-            p
-            for key, model in models.items()
-            if model
-            for p in length_problems(key, model.path, needed)
+            p for key, model in models.items() if model for p in length_problems(key, model, needed)
         ]
         vocabulary = self.tokenizer.get_vocab()
         eos = self.tokenizer.eos_token_id
@@ -95,15 +92,15 @@ class RunData:
                 continue
             if (
                 model.path != recipe.actor.model.path
-                and load_tokenizer(model.path).get_vocab() != vocabulary
+                and load_tokenizer(model).get_vocab() != vocabulary
             ):
                 problems.append(
                     f"{key}: {model.path} has another vocabulary than the Actor, whose ids it reads"
                 )
             else:
-                problems += vocabulary_problems(key, model.path, ids)
+                problems += vocabulary_problems(key, model, ids)
         for i, reward in enumerate(recipe.rewards):
-            if reward.model and not problems and not judges_as_trained(reward.model.path):
+            if reward.model and not problems and not judges_as_trained(reward.model):
                 message = (
                     "was trained with another tokenizer than lies beside it, so its scores "
                     "would mean nothing"
@@ -122,12 +119,12 @@ class RunData:
         return max(len(p.ids) for p in [*self.prompts, *self.held_out, *self.test])
 
 
-def judges_as_trained(path: str) -> bool:
+def judges_as_trained(model: ModelSettings) -> bool:
     """Whether a reward model's tokenizer is the one it was trained with, as far as its config
     remembers.
     """
-    digest = getattr(load_config(path), "tokenizer_digest", None)
-    return digest is None or digest == tokenizer_digest(load_tokenizer(path))
+    digest = getattr(load_config(model), "tokenizer_digest", None)
+    return digest is None or digest == tokenizer_digest(load_tokenizer(model))
 
 
 @dataclass
@@ -288,7 +285,7 @@ def start_roles(recipe: PPORecipe | GRPORecipe, data: RunData, placement: Placem
             begin(
                 f"reward {reward.name}",
                 model=reward.model,
-                actor_model=model.path,
+                actor_model=model,
                 micro_batch_tokens=reward.micro_batch_tokens,
                 device=device,
             )

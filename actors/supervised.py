@@ -54,8 +54,8 @@ class Supervised:
     def __init__(self, recipe: SFTRecipe | RMRecipe) -> None:
         """Reads and checks all data; raises UserError before any model loads."""
         self.recipe = recipe
-        path = recipe.learner.model.path
-        self.tokenizer = load_tokenizer(path)
+        model = recipe.learner.model
+        self.tokenizer = load_tokenizer(model)
         self.rows: Rows[Any]
         self.held_out: Sequence[Example | Pair]
         if isinstance(recipe, SFTRecipe):
@@ -68,7 +68,7 @@ class Supervised:
             self.target = "learners.reward_model:RewardModelLearner"
             self.rows_per_unit = 2
             self.batch_of = pairs_batch
-            config = load_config(path)
+            config = load_config(model)
             check_exportable_reward_model(config, self.tokenizer)
             encoder = is_encoder(config)
             self.rows = load_pairs(recipe.data, self.tokenizer, encoder)
@@ -79,9 +79,9 @@ class Supervised:
                 else []
             )
         longest = max(row.tokens for row in [*self.rows, *self.held_out])
-        problems = length_problems("learner.model", path, longest)
+        problems = length_problems("learner.model", model, longest)
         ids = (part for row in [*self.rows, *self.held_out] for part in row.parts)
-        if problems := problems or vocabulary_problems("learner.model", path, ids):
+        if problems := problems or vocabulary_problems("learner.model", model, ids):
             raise UserError(problems)
         train = recipe.train
         self.steps = train.steps or max(

@@ -22,15 +22,16 @@ def sample_responses(
     cluster: ClusterSettings | None = None,
 ) -> list[str]:
     """One response per prompt, as text without special tokens."""
+    settings = ModelSettings(path=model)
     cluster = cluster or ClusterSettings()
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(settings)
     rows = [Prompt(i, encode_prompt(tokenizer, text), text, {}) for i, text in enumerate(prompts)]
     demand = Demand(generation.engines, generation.threads, generation.tensor_parallel)
     with Placement(cluster, {"engine": demand}) as placement:
         engines = Engines(placement.options("engine"))
         longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
         arguments = {
-            "model": ModelSettings(path=model),
+            "model": settings,
             "generation": generation,
             "device": cluster.device,
             "max_model_tokens": longest,

@@ -414,6 +414,28 @@ def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
 # --- functions ------------------------------------------------------------------------------------
 
 
+def code_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with code that is not ours: the recipe's functions, and models that bring some
+    unasked.
+    """
+    for key, model in models_of(recipe):
+        if not model.trust_remote_code and brings_code(Path(model.path)):
+            from learners.models import OWN_CODE, needs_own_code
+
+            if needs_own_code(model):
+                message = f"{model.path} {OWN_CODE}; set {key}.trust_remote_code: true to run it"
+                yield Problem((f"{key}.path", f"{key}.trust_remote_code"), message)
+    yield from function_problems(recipe)
+
+
+def brings_code(folder: Path) -> bool:
+    """Whether a model's or its tokenizer's JSON files name classes that lie beside them. It may
+    still do without, where Transformers has classes for it too.
+    """
+    names = ("config.json", "tokenizer_config.json")
+    return any("auto_map" in (read_json(folder / name) or {}) for name in names)
+
+
 def function_problems(recipe: Recipe) -> Iterator[Problem]:
     """Import the recipe's Python functions, as the workers will. User code may import anything, so
     this comes last.
