@@ -1,7 +1,7 @@
 """A recipe against this machine: GPUs, the run folder, models' JSON files, data columns, reward
 functions.
 
-Small files alone are read, and nothing heavy is imported, except by `function_problems`.
+Small files alone are read, and nothing heavy is imported, except by `code_problems`.
 """
 
 from __future__ import annotations
