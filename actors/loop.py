@@ -75,7 +75,7 @@ def conduct(
         with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
             alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
             made = training(recipe, data, workers, folder, alarms)
-            nodes = {name: group.nodes for name, group in made.groups.items()}
+            nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
             (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
             try:
                 summary = Loop(recipe, made, folder, alarms, clock).run(resume)

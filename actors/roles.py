@@ -22,7 +22,7 @@ from actors.settings import (
     SFTRecipe,
 )
 from learners.algorithms.base import find_algorithm
-from learners.settings import LearnerSettings, ModelSettings, located
+from learners.settings import LearnerSettings, ModelSettings
 
 Head = Literal["lm", "score", "value"]
 """What a model gives: log-probs of tokens, one score a sequence, or one value a token."""
@@ -224,7 +224,7 @@ def _reward(section: str, reward: RewardSettings, recipe: RLRecipe) -> Role:
         micro_batch_tokens=reward.micro_batch_tokens,
         arguments={
             "model": reward.model,
-            "actor_model": located(recipe.actor.model).path,
+            "actor_model": recipe.actor.model,
             "micro_batch_tokens": reward.micro_batch_tokens,
             "device": recipe.cluster.device,
         },

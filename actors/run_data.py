@@ -20,7 +20,7 @@ from learners.checkpoints import (
 )
 from learners.errors import UserError
 from learners.rows import Prompt, Rows, load_prompts
-from learners.settings import PromptData
+from learners.settings import ModelSettings, PromptData
 from learners.tokenise import tokenizer_digest
 
 
@@ -39,7 +39,7 @@ class RunData:
         for name in [r.function for r in recipe.rewards] + [recipe.evaluation.function]:
             if name is not None:
                 load_function(name)
-        tokenizer = load_tokenizer(recipe.actor.model.path)
+        tokenizer = load_tokenizer(recipe.actor.model)
 
         def read(data: PromptData | None) -> list[Prompt]:
             return load_prompts(data, tokenizer) if data else []
@@ -66,7 +66,7 @@ class RunData:
         problems = []
         for key, role in roles.items():
             assert role.model is not None
-            problems += length_problems(key, role.model.path, needed)
+            problems += length_problems(key, role.model, needed)
         if problems:
             return problems
         return [p for key, role in roles.items() for p in self._id_problems(key, role, path)]
@@ -76,16 +76,16 @@ class RunData:
         assert role.model is not None
         path = role.model.path
         if role.head == "score":
-            if scores_as_trained(path):
+            if scores_as_trained(role.model):
                 return []
             message = "was trained with another tokenizer than lies beside it"
             return [f"{key}.path: {path} {message}, so its scores would mean nothing"]
         vocabulary = self.tokenizer.get_vocab()
-        if path != actor and load_tokenizer(path).get_vocab() != vocabulary:
+        if path != actor and load_tokenizer(role.model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         eos = self.tokenizer.eos_token_id
         prompts = (p.ids for p in [*self.prompts, *self.held_out, *self.test])
-        return vocabulary_problems(key, path, [[] if eos is None else [eos], *prompts])
+        return vocabulary_problems(key, role.model, [[] if eos is None else [eos], *prompts])
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
         """Return what constructors of workers need to know of the data (`Role.from_data`)."""
@@ -106,9 +106,9 @@ class RunData:
         return max(len(p.ids) for p in [*self.prompts, *self.held_out, *self.test])
 
 
-def scores_as_trained(path: str) -> bool:
+def scores_as_trained(model: ModelSettings) -> bool:
     """Tell whether a reward model's tokenizer is the one it was trained with, as far as its config
     remembers.
     """
-    digest = getattr(load_config(path), "tokenizer_digest", None)
-    return digest is None or digest == tokenizer_digest(load_tokenizer(path))
+    digest = getattr(load_config(model), "tokenizer_digest", None)
+    return digest is None or digest == tokenizer_digest(load_tokenizer(model))

@@ -63,13 +63,13 @@ class SupervisedData:
     @classmethod
     def load(cls, recipe: SFTRecipe | RMRecipe) -> SupervisedData:
         """Read and check all data; raise UserError before any model loads."""
-        path = recipe.learner.model.path
-        tokenizer = load_tokenizer(path)
+        model = recipe.learner.model
+        tokenizer = load_tokenizer(model)
         if isinstance(recipe, SFTRecipe):
             held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else []
             data = cls(tokenizer, examples_batch, load_sft(recipe.data, tokenizer), held_out)
         else:
-            config = load_config(path)
+            config = load_config(model)
             check_exportable_reward_model(config, tokenizer)
             encoder = is_encoder(config)
             rows = load_pairs(recipe.data, tokenizer, encoder)
@@ -78,9 +78,9 @@ class SupervisedData:
             calibration = load_sft(wanted, tokenizer) if wanted else []
             data = cls(tokenizer, pairs_batch, rows, held_out_pairs, calibration)
         every = [*data.rows, *data.held_out]
-        problems = length_problems("learner.model", path, max(row.tokens for row in every))
+        problems = length_problems("learner.model", model, max(row.tokens for row in every))
         ids = (part for row in every for part in row.parts)
-        if problems := problems or vocabulary_problems("learner.model", path, ids):
+        if problems := problems or vocabulary_problems("learner.model", model, ids):
             raise UserError(problems)
         return data
 

@@ -19,7 +19,8 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from actors.settings import Recipe, RLRecipe
-from launch.recipe.machine import function_problems
+from launch.recipe.combinations import models_of
+from launch.recipe.machine import code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
@@ -204,8 +205,11 @@ def train(
     summary.
     """
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
-    if problems := list(function_problems(recipe)):
+    if problems := list(code_problems(recipe)):
         raise RecipeError([located(p, document) for p in problems])
+    for key, model in models_of(recipe).items():
+        if model.trust_remote_code:
+            print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)
     resolved = annotated(recipe, document)
     if check:
         print(resolved)

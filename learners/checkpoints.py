@@ -31,6 +31,7 @@ from learners.settings import ModelSettings
 
 REWARD_MODEL = "ForSequenceClassification"
 CRITIC = "ForTokenClassification"
+OWN_CODE = "comes with code of its own (auto_map)"
 
 
 class Calibration(NamedTuple):
@@ -59,18 +60,28 @@ def write_calibration(config: Any, calibration: Calibration) -> None:
     config.score_std = float(calibration.std)
 
 
-def load_tokenizer(path: str) -> Any:
-    """Raises UserError when there is none at `path`."""
-    with _one_line(path):
-        return AutoTokenizer.from_pretrained(path)
+def load_tokenizer(model: ModelSettings) -> Any:
+    """Raises UserError when there is none."""
+    with _one_line(model.path):
+        return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
-def load_config(path: str) -> Any:
-    """The checkpoint's config with dropout off. Raises UserError when there is none at `path`."""
-    with _one_line(path):
-        config = AutoConfig.from_pretrained(path)
+def load_config(model: ModelSettings) -> Any:
+    """The checkpoint's config with dropout off. Raises UserError when there is none."""
+    with _one_line(model.path):
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     _without_dropout(config)
     return config
+
+
+def needs_own_code(model: ModelSettings) -> bool:
+    """Whether config or tokenizer cannot be read without running code that came with the model."""
+    try:
+        load_config(model)
+        load_tokenizer(model)
+    except UserError as error:
+        return OWN_CODE in str(error)
+    return False
 
 
 def sampling_defaults(path: str) -> dict[str, Any]:
@@ -84,32 +95,34 @@ def sampling_defaults(path: str) -> dict[str, Any]:
             return {}
 
 
-def vocabulary_problems(key: str, path: str, ids: Iterable[Sequence[int]]) -> list[str]:
-    """What speaks against giving the model at `path` these ids: it has no row for some of them.
+def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[int]]) -> list[str]:
+    """What speaks against giving the model these ids: it has no row for some of them.
 
     Some tokenizers know more tokens than their model; what counts is what the data use.
     """
-    size = load_config(path).get_text_config().vocab_size
+    size = load_config(model).get_text_config().vocab_size
     last = max(map(max, filter(None, ids)))
     return (
-        [f"{key}: {path} knows {size} ids, the data hold ids up to {last}"] if size <= last else []
+        [f"{key}: {model.path} knows {size} ids, the data hold ids up to {last}"]
+        if size <= last
+        else []
     )
 
 
-def length_problems(key: str, path: str, tokens: int) -> list[str]:
-    """What speaks against giving the model at `path` sequences of `tokens`: it is not there, or has
+def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
+    """What speaks against giving the model sequences of `tokens`: it is not there, or has
     fewer positions.
     """
     try:
-        config = load_config(path)
+        config = load_config(model)
     except UserError as error:
         return [f"{key}: {problem}" for problem in error.problems]
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return []
     return [
-        f"{key}: {path} has {limit} positions, prompt + response need up to {tokens}: shorten "
-        "one of them"
+        f"{key}: {model.path} has {limit} positions, prompt + response need up to {tokens}: "
+        "shorten one of them"
     ]
 
 
@@ -118,9 +131,9 @@ def is_encoder(config: Any) -> bool:
     decoders.
     """
     kind = config.model_type
-    return (
-        kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
+    own = getattr(config, "auto_map", None) or {}  # classes that came with the model
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
+    return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or not causal
 
 
 def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
@@ -151,7 +164,7 @@ def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
 
 def load_causal_lm(settings: ModelSettings) -> Any:
     """Actor or Reference. Raises UserError when the checkpoint lacks weights or is an encoder."""
-    config = load_config(settings.path)
+    config = load_config(settings)
     if is_encoder(config):
         raise UserError(f"{settings.path}: {config.model_type} is not a causal language model")
     model, missing = _load(AutoModelForCausalLM, settings, config)
@@ -167,7 +180,7 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
     there. Raises UserError when weights are missing beside the new head, or the model has no head
     we know how to read.
     """
-    config = load_config(settings.path)
+    config = load_config(settings)
     _refuse_encoder_decoder(config, settings.path)
     finished = _is_a(config, REWARD_MODEL)
     if finished and config.num_labels != 1:
@@ -195,7 +208,7 @@ def load_critic(settings: ModelSettings) -> Any:
     calibrated scores of the text so far. From any other checkpoint the head is zero, and so are the
     values. Raises UserError for an encoder, which would see the future, and for missing weights.
     """
-    config = load_config(settings.path)
+    config = load_config(settings)
     _refuse_encoder_decoder(config, settings.path)
     if is_encoder(config):
         raise UserError(
@@ -240,6 +253,7 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
             config=config,
             dtype=getattr(torch, settings.dtype),
             attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
     # An embedding's padding_idx keeps that token from learning: wrong when PAD means something
@@ -276,6 +290,10 @@ def _one_line(path: str) -> Iterator[None]:
     ):
         raise  # not the files' fault
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{path}: {OWN_CODE}; set the model's trust_remote_code: true to run it"
+            ) from error
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
     except Exception as error:
         what = " ".join([type(error).__name__, *str(error).split()])

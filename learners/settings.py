@@ -79,6 +79,9 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model (auto_map)"
+    )
 
 
 S = TypeVar("S", bound=Settings)

@@ -7,12 +7,19 @@ conducts a run never loads vLLM, DeepSpeed or Transformers.
 from __future__ import annotations
 
 import importlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from learners.errors import UserError
 from learners.settings import DeviceType, Rank, Settings, located
@@ -20,6 +27,16 @@ from learners.settings import DeviceType, Rank, Settings, located
 
 class WorkerError(RuntimeError):
     """A worker failed, died or did not answer in time; the message names phase, worker and node."""
+
+
+class Node(NamedTuple):
+    """A machine as Ray knows it, and as its owner calls it. Two nodes may share a host."""
+
+    id: str
+    host: str
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.id[:8]})"
 
 
 class Host:
@@ -31,15 +48,13 @@ class Host:
         self.target = target
         self.worker: Any = None
 
-    def node(self) -> str:
-        return ray.get_runtime_context().get_node_id()
+    def node(self) -> Node:
+        return Node(ray.get_runtime_context().get_node_id(), socket.gethostname())
 
     def free_address(self) -> tuple[str, int]:
         """This node's address and a port that was free a moment ago, for a process-group
         rendezvous.
         """
-        import socket
-
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -67,11 +82,11 @@ class WorkerGroup:
         self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1
     ) -> None:
         self.name = name
-        remote = ray.remote(Host)
         self.handles = [
-            remote.options(max_concurrency=concurrency, **one).remote(target) for one in options
+            _named(f"{name}[{i}]").options(max_concurrency=concurrency, **one).remote(target)
+            for i, one in enumerate(options)
         ]
-        self.nodes: list[str] = ["?"] * len(self.handles)
+        self.nodes = [Node("?", "?")] * len(self.handles)
         self.acquire_gpus: Callable[[], None] = _no_need
         # What each process was built with, so that it can be built again.
         self.started_with: list[dict[str, Any]] = []
@@ -172,6 +187,14 @@ class WorkerGroup:
             raise WorkerError(
                 f"{phase}: the answer of {who} could not be fetched within 60 s"
             ) from error
+        except OutOfMemoryError as error:
+            raise WorkerError(
+                f"{phase}: {who} was ended, its node ran out of memory: use fewer processes per "
+                f"node, smaller micro_batch_tokens, or nodes with more memory\n{error}"
+            ) from error
+        except RayError as error:
+            what = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            raise WorkerError(f"{phase}: the answer of {who} is lost: {what}\n{error}") from error
 
     def names(self) -> list[str]:
         """What errors call the workers."""
@@ -179,6 +202,13 @@ class WorkerGroup:
 
     def _who(self, index: int) -> str:
         return f"{self.name}[{index}] on node {self.nodes[index]}"
+
+
+def _named(name: str) -> Any:
+    """The remote class of one process. Ray calls a process after its class, in `ps` and in its own
+    reports.
+    """
+    return ray.remote(type(name, (Host,), {}))
 
 
 def _no_need() -> None:

@@ -447,6 +447,7 @@ def engine_arguments(
     return {
         "model": model.path,
         "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
         "skip_tokenizer_init": True,
         # keeps the checkpoint's own sampling defaults out (repetition penalty!)
         "generation_config": "vllm",

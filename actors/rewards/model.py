@@ -22,10 +22,10 @@ class RewardWorker(FrozenModel):
     """
 
     def __init__(
-        self, model: ModelSettings, actor_model: str, micro_batch_tokens: int, device: str
+        self, model: ModelSettings, actor_model: ModelSettings, micro_batch_tokens: int, device: str
     ) -> None:
         super().__init__(load_reward_model(model, pad_token_id=None), micro_batch_tokens, device)
-        self.tokenizer = load_tokenizer(model.path)
+        self.tokenizer = load_tokenizer(model)
         self.encoder = is_encoder(self.model.config)
         self.same_ids = (
             not self.encoder

@@ -25,13 +25,14 @@ def sample_responses(
 ) -> list[str]:
     """Return one response per prompt, as text without special tokens."""
     cluster = cluster or ClusterSettings()
-    tokenizer = load_tokenizer(model)
+    settings = ModelSettings(path=model)
+    tokenizer = load_tokenizer(settings)
     rows = [Prompt(i, encode_prompt(tokenizer, text), text, {}) for i, text in enumerate(prompts)]
     facts = {
         "max_model_tokens": max(len(r.ids) for r in rows) + generation.max_new_tokens,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    roles = {"engine": engine_role(ModelSettings(path=model), generation, cluster, seed)}
+    roles = {"engine": engine_role(settings, generation, cluster, seed)}
     with Placement(cluster, roles) as placement:
         engines = start_groups(roles, facts, placement)["engine"]
         assert isinstance(engines, Engines)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,17 +25,17 @@ from learners.errors import UserError
 class RunFolder:
     """One run on disk. Get it from `open`, `create` or `resume`; end it with `close` or `finish`.
 
-    `config.yaml`, `metrics.jsonl` (one object per line: step, phase, time in Unix seconds, and the
-    metrics by name), `alarms.jsonl` (one object per line: step, name, message),
-    `samples/step-*.jsonl`, `timeline.json` (Chrome trace events), `tensorboard/`,
-    `checkpoints/step-*/`.
+    `config.yaml`, `config-until-step-*.yaml` (what a resume replaced in it), `metrics.jsonl` (one
+    object per line: step, phase, time in Unix seconds, and the metrics by name), `alarms.jsonl`
+    (one object per line: step, name, message), `samples/step-*.jsonl`, `timeline.json` (Chrome
+    trace events), `tensorboard/`, `checkpoints/step-*/`.
     """
 
     def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
         """Open an existing folder, to log from `first_step` on."""
         self.settings = settings  # workers may stand elsewhere
         self.path = Path(settings.folder).resolve()
-        (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        self._keep_config(config_yaml, first_step - 1)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
         self._timeline = Timeline(self.path / "timeline.json")
@@ -49,7 +50,7 @@ class RunFolder:
         """Raise UserError if `open` could not succeed, before anything has been started for it."""
         _check_wandb(settings)
         path = Path(settings.folder)
-        if resume and not _checkpoints(path):
+        if resume and not finished_checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
         if not resume and path.exists():
             raise UserError(
@@ -77,7 +78,7 @@ class RunFolder:
         """Open the folder as it was at its newest checkpoint. Raises UserError if it has none."""
         cls.check(settings, resume=True)
         path = Path(settings.folder)
-        step, checkpoint = _checkpoints(path)[-1]
+        step, checkpoint = finished_checkpoints(path)[-1]
         state = json.loads((checkpoint / "run_folder.json").read_text())
         for name, size in state["bytes"].items():
             os.truncate(path / name, size)
@@ -139,12 +140,12 @@ class RunFolder:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         _fsync(final.parent)
-        for _, old in _checkpoints(self.path)[: -self.settings.keep_checkpoints]:
+        for _, old in finished_checkpoints(self.path)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old)
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Step and folder of the newest finished checkpoint."""
-        return next(reversed(_checkpoints(self.path)), None)
+        return next(reversed(finished_checkpoints(self.path)), None)
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -171,9 +172,7 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and close."""
-        draft = self.path / "summary.json.tmp"
-        draft.write_text(_json(summary, indent=2) + "\n")
-        draft.rename(self.path / "summary.json")
+        _replace(self.path / "summary.json", _json(summary, indent=2) + "\n")
         self.close()
 
     def discard(self) -> None:
@@ -190,6 +189,17 @@ class RunFolder:
         if self._wandb is not None:
             self._wandb.finish()
         self._tensorboard = self._wandb = None
+
+    def _keep_config(self, text: str, done: int) -> None:
+        """Write config.yaml. Another text that led to step `done` is kept beside it, under the name
+        of that step; what was tried in vain since then is not.
+        """
+        path = self.path / "config.yaml"
+        before = path.read_text(encoding="utf-8") if path.exists() else text
+        kept = path.with_name(f"config-until-{_name(done)}.yaml")
+        if before != text and not kept.exists():
+            _replace(kept, before)
+        _replace(path, text)
 
     def _open_tensorboard(self, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -235,10 +245,16 @@ class Timeline:
             file.write(b",\n" + json.dumps(event).encode() + self.END)
 
 
-def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints, oldest first."""
-    found = (p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".tmp")
-    return sorted((int(p.name.removeprefix("step-")), p) for p in found)
+def finished_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Steps and folders, oldest first: those named exactly step-<digits>, which a checkpoint is
+    called once it is complete. A copy that somebody put beside them has another name.
+    """
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(
+        (int(p.name.removeprefix("step-")), p)
+        for p in found
+        if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()
+    )
 
 
 def _name(step: int) -> str:
@@ -263,6 +279,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file through a draft: whenever the process dies, there is the old text or the new
+    one, never a part.
+    """
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    _fsync(draft)
+    draft.rename(path)
 
 
 def _fsync(path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from actors.cluster.layout import layout
 from actors.roles import roles_of
+from actors.run.folder import finished_checkpoints
 from actors.settings import Recipe
 from launch.recipe.combinations import lacking_gpus
 from learners.errors import UserError
@@ -51,7 +52,7 @@ def write_job(
     if lacking := lacking_gpus(recipe):
         raise UserError(f"--nodes: {lacking}")
     folder = Path(recipe.run.folder).absolute()
-    if os.path.exists(folder) and not any(folder.glob("checkpoints/step-*[0-9]")):
+    if os.path.exists(folder) and not finished_checkpoints(folder):
         raise UserError(
             f"run.folder: {folder} exists and holds no checkpoint to go on from; choose "
             "another folder"

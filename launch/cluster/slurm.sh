@@ -126,7 +126,7 @@ for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
 done
 wait_for_nodes "$SLURM_JOB_NUM_NODES"
 
-if [ -n "$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*[0-9]' -print -quit 2>/dev/null)" ]; then
+if [ -n "$(find "$folder/checkpoints" -maxdepth 1 -type d -regex '.*/step-[0-9]+' -print -quit 2>/dev/null)" ]; then
     command+=(--resume)
 elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$folder" ]; then
     say "the try before this one left no checkpoint; its folder is now $folder.before-$name"

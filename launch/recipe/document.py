@@ -58,13 +58,14 @@ class RecipeLoader(yaml.SafeLoader):
 
 @dataclass
 class Document:
-    """`values` as written, `origins` of every written key ("file:line" or "command line"), and what
-    was wrong.
+    """`values` as written, `origins` of every written key ("file:line" or "command line"), the keys
+    `given` on the command line, and what was wrong.
     """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -98,7 +99,9 @@ class Document:
     def override(self, text: str) -> None:
         """Apply one `key.sub=value`; the value is YAML, a number among the keys indexes a list."""
         key, equals, written = text.partition("=")
-        parts = key.split(".")
+        # as problems name a place in a list, however it is written
+        parts = [str(int(part)) if part.isdecimal() else part for part in key.split(".")]
+        key = ".".join(parts)
         if not equals or not all(parts):
             self.problems.append(f"{COMMAND_LINE}: {text}: an override reads key.sub=value")
             return
@@ -113,12 +116,19 @@ class Document:
         kept = {k: v for k, v in origins.items() if k != key and not k.startswith(f"{key}.")}
         made = {".".join(parts[:depth]): COMMAND_LINE for depth in range(1, len(parts))}
         self.origins = {**made, **kept, key: COMMAND_LINE, **self.origins}
+        self.given.append(key)
         problem = _put(self.values, parts, value)
         if problem:
             self.problems.append(f"{COMMAND_LINE}: {key}: {problem}")
 
-    def where(self, key: str) -> str:
-        """Where the key, or else the section that should hold it, was written."""
+    def where(self, key: str, *others: str) -> str:
+        """Where a problem of these keys comes from: the command line, if it gave any of them, for
+        what the file says is fine without. Else where the first, or the section that should hold
+        it, was written.
+        """
+        for one in (key, *others):
+            if any(f"{one}.".startswith(f"{given}.") for given in self.given):
+                return COMMAND_LINE if one == key else f"{COMMAND_LINE} ({one})"
         while key and key not in self.origins:
             key = key.rpartition(".")[0]
         return self.origins.get(key, self.name)

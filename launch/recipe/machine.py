@@ -1,7 +1,7 @@
 """A recipe against this machine: GPUs, the run folder, models' JSON files, data columns, reward
 functions.
 
-Small files alone are read, and nothing heavy is imported, except by `function_problems`.
+Small files alone are read, and nothing heavy is imported, except by `code_problems`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.run.folder import finished_checkpoints
 from actors.settings import Recipe, RLRecipe, RMRecipe, model_sampling_problem
 from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
@@ -88,9 +89,8 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
     if not recipe.cluster.address and (lacking := lacking_gpus(recipe)):
         keys = ("cluster.nodes", "cluster.gpus_per_node", "cluster.device", "cluster.placement")
         yield Problem(keys, f"{lacking}, or join a cluster that has them with cluster.address")
-    yield from _run_folder(recipe.run.folder, resume)
-    if resume:
-        yield from _changed(recipe)
+    unfit = list(_run_folder(recipe.run.folder, resume))
+    yield from unfit or (_changed(recipe) if resume else ())
     for key, model in models_of(recipe).items():
         if is_local(model.path):
             yield from _model_folder(key, model.path, recipe)
@@ -119,7 +119,7 @@ def _run_folder(folder: str, resume: bool) -> Iterator[Problem]:
     if resume:
         if not os.path.isdir(path):
             yield Problem(("run.folder",), f"{folder} does not exist: nothing to resume")
-        elif all(checkpoint.suffix == ".tmp" for checkpoint in path.glob("checkpoints/step-*")):
+        elif not finished_checkpoints(path):
             yield Problem(
                 ("run.folder",),
                 f"{folder} holds no checkpoint to resume from (run.checkpoint_every_steps)",
@@ -150,6 +150,11 @@ def _changed(recipe: Recipe) -> Iterator[Problem]:
     """
     before = Path(recipe.run.folder) / "config.yaml"
     if not os.path.isfile(before):
+        message = (
+            f"{before} is missing, so nobody can tell whether the recipe is still the run's: put "
+            "it back, or choose another folder"
+        )
+        yield Problem(("run.folder",), message)
         return
     try:
         old = flat(Document.read(before).values)
@@ -408,6 +413,28 @@ def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
 
 
 # --- functions ------------------------------------------------------------------------------------
+
+
+def code_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with code that is not ours: the recipe's functions, and models that bring some
+    unasked.
+    """
+    for key, model in models_of(recipe).items():
+        if not model.trust_remote_code and brings_code(Path(model.path)):
+            from learners.checkpoints import OWN_CODE, needs_own_code
+
+            if needs_own_code(model):
+                message = f"{model.path} {OWN_CODE}; set {key}.trust_remote_code: true to run it"
+                yield Problem((f"{key}.path", f"{key}.trust_remote_code"), message)
+    yield from function_problems(recipe)
+
+
+def brings_code(folder: Path) -> bool:
+    """Whether a model's or its tokenizer's JSON files name classes that lie beside them. It may
+    still do without, where Transformers has classes for it too.
+    """
+    names = ("config.json", "tokenizer_config.json")
+    return any("auto_map" in (read_json(folder / name) or {}) for name in names)
 
 
 def function_problems(recipe: Recipe) -> Iterator[Problem]:

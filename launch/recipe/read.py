@@ -80,7 +80,7 @@ def read_recipe(
 
 def located(problem: Problem, document: Document) -> str:
     """A problem in one line: place, key, what is wrong and what would be right."""
-    return f"{document.where(problem.keys[0])}: {problem.keys[0]}: {problem.message}"
+    return f"{document.where(*problem.keys)}: {problem.keys[0]}: {problem.message}"
 
 
 def annotated(recipe: Recipe, document: Document) -> str:
@@ -240,6 +240,6 @@ def _left_empty(key: str, keys: dict[str, Any]) -> str:
         return ""
     return (
         f": {required(key, keys)}"
-        if entry.default == "required"
+        if entry.default.startswith("required")
         else "; leave the key out for its defaults"
     )

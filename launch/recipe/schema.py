@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Key:
-    """One key. In `name`, N stands for a place in a list. `stand_in` is a harmless value of the
-    right type.
+    """One key. In `name`, N stands for a place in a list. `default` begins with "required" where
+    there is none. `stand_in` is a harmless value of the right type.
     """
 
     name: str
@@ -71,7 +71,9 @@ def required(key: str, keys: dict[str, Key]) -> str:
     if name not in keys:
         return "a required key"
     inside = [
-        k.name for k in keys.values() if k.name.startswith(f"{name}.") and k.default == "required"
+        k.name
+        for k in keys.values()
+        if k.name.startswith(f"{name}.") and k.default == keys[name].default
     ]
     leaves = [k for k in inside if not any(other.startswith(f"{k}.") for other in inside)]
     if keys[name].kind == "section":
@@ -97,7 +99,12 @@ def _numberless(key: str) -> str:
     return ".".join("N" if part.isdecimal() else part for part in key.split("."))
 
 
-def _walk(section: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Key]:
+def _walk(
+    section: dict[str, Any], definitions: dict[str, Any], prefix: str, needed: str = "required"
+) -> Iterator[Key]:
+    """The keys of a section. `needed` is what stands for the default of those that have none: it
+    names the section that may be left out whole, if they are in one.
+    """
     for name, written in section["properties"].items():
         full = f"{prefix}{name}"
         required = name in section.get("required", ())
@@ -105,15 +112,16 @@ def _walk(section: dict[str, Any], definitions: dict[str, Any], prefix: str) -> 
         shape = next((o for o in options if o.get("type") != "null"), None)
         if shape is None:  # a section that this kind of recipe has no use for
             continue
-        default = "required" if required else _default(written)
+        default = needed if required else _default(written)
         kind = " or ".join(_type_in_words(o, definitions) for o in options)
         item = _resolve(shape.get("items") or {}, definitions)
         described = (d.get("description") for d in (written, shape, item))
         yield Key(full, kind, default, next(filter(None, described), ""), _stand_in(shape))
         if "properties" in shape:
-            yield from _walk(shape, definitions, f"{full}.")
+            inside = f"required in {full}" if len(options) > 1 else needed  # null is the other
+            yield from _walk(shape, definitions, f"{full}.", inside)
         elif isinstance(item, dict) and "properties" in item:
-            yield from _walk(item, definitions, f"{full}.N.")
+            yield from _walk(item, definitions, f"{full}.N.", needed)
 
 
 def _resolve(shape: Any, definitions: dict[str, Any]) -> Any:

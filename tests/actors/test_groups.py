@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import torch
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayError
 
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.layout import Demand
@@ -51,6 +56,10 @@ class Worker:
     def fail(self) -> None:
         raise ValueError("seven is not prime enough")
 
+    def title(self) -> str:
+        """What `ps` shows of this process."""
+        return Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode()
+
     def die(self) -> None:
         os._exit(1)
 
@@ -88,7 +97,7 @@ def test_fewer_rows_than_workers(group: WorkerGroup) -> None:
 def test_a_late_worker_is_named_with_its_phase(group: WorkerGroup) -> None:
     began = time.monotonic()
     with pytest.raises(
-        WorkerError, match=r"nap: tester\[1\] on node \w+ did not answer within 1 s"
+        WorkerError, match=r"nap: tester\[1\] on node \S+ \(\w{8}\) did not answer within 1 s"
     ):
         group.gather(group.scatter("sleep", [0, 4]), "nap", 1)
     assert time.monotonic() - began < 10
@@ -96,7 +105,7 @@ def test_a_late_worker_is_named_with_its_phase(group: WorkerGroup) -> None:
 
 def test_a_failure_says_who_and_what(group: WorkerGroup) -> None:
     with pytest.raises(
-        WorkerError, match=r"learn: tester\[\d\] on node \w+ failed: .*seven is not prime"
+        WorkerError, match=r"learn: tester\[\d\] on node \S+ \(\w{8}\) failed: .*seven is not prime"
     ):
         group.call("fail", phase="learn", deadline_s=30)
 
@@ -108,8 +117,45 @@ def test_bad_input_found_by_a_worker_stays_bad_input(group: WorkerGroup) -> None
 
 
 def test_a_dead_worker_is_named(cluster: None) -> None:
-    with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \w+ died"):
+    with pytest.raises(WorkerError, match=r"learn: tester\[\d\] on node \S+ \(\w{8}\) died"):
         new_group().call("die", phase="learn", deadline_s=30)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OutOfMemoryError("Memory on the node was 62.1GB / 64GB."), "use fewer processes per node"),
+        (
+            ObjectLostError("ab" * 28, None, ""),
+            "is lost: ObjectLostError Failed to retrieve object",
+        ),
+        (RayError("no such kind\nof error"), "is lost: RayError no such kind\n"),
+    ],
+)
+def test_whatever_ray_raises_says_who(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch, error: RayError, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    pending = group.submit("times", 2)
+    with monkeypatch.context() as patch, pytest.raises(WorkerError) as caught:
+        patch.setattr(ray, "get", fail)
+        group.gather(pending, "score", 30)
+    assert said in str(caught.value) and str(error) in str(caught.value)
+    assert any(name in str(caught.value).splitlines()[0] for name in group.names())
+    assert caught.value.__cause__ is error
+
+
+def test_processes_and_nodes_go_by_their_names(group: WorkerGroup) -> None:
+    assert group.call("title", phase="test", deadline_s=30) == [
+        "ray::tester[0].call",
+        "ray::tester[1].call",
+    ]
+    alive = [a for a in ray._private.state.actors().values() if a["State"] == "ALIVE"]
+    assert {"tester[0]", "tester[1]"} <= {a["ActorClassName"] for a in alive}
+    (node,) = ray.nodes()
+    assert group.names()[1] == f"tester[1] on node {socket.gethostname()} ({node['NodeID'][:8]})"
 
 
 def test_ranks_get_their_places(cluster: None) -> None:
@@ -117,7 +163,7 @@ def test_ranks_get_their_places(cluster: None) -> None:
     group = WorkerGroup("ranks", f"{__name__}:Worker", [options, options])
     group.gather(group.start({"factor": 1}, 60, distributed=("cpu", 12.0)), "start", 60)
     first, second = group.call("where", phase="test", deadline_s=30)
-    assert (first.rank, second.rank, first.world_size, first.timeout_s) == (0, 1, 2, 12.0)
+    assert (first.index, second.index, first.world_size, first.timeout_s) == (0, 1, 2, 12.0)
     assert (first.address, first.port) == (second.address, second.port)
 
 

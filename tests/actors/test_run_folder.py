@@ -122,6 +122,57 @@ def test_a_resumed_run_holds_what_an_unbroken_run_would_hold(tmp_path: Path) -> 
     assert (resumed.path / "config.yaml").read_text() == "steps: 4"
 
 
+def test_only_what_is_named_like_a_checkpoint_is_one(tmp_path: Path) -> None:
+    folder = RunFolder.create(settings(tmp_path, keep_checkpoints=1), "")
+    with folder.checkpoint(2):
+        pass
+    checkpoints = folder.path / "checkpoints"
+    beside = {"step-000002.bak", "step-000001-good", "step-", "step-3x"}
+    for name in beside:
+        (checkpoints / name).mkdir()
+    (checkpoints / "step-000009").write_text("a file")
+    assert folder.latest_checkpoint() == (2, checkpoints / "step-000002")
+    resumed = RunFolder.resume(settings(tmp_path, keep_checkpoints=1), "")
+    with resumed.checkpoint(4):
+        pass
+    left = {p.name for p in checkpoints.iterdir()}
+    assert left == beside | {"step-000004", "step-000009"}
+
+
+def test_a_resume_keeps_the_recipe_it_replaces(tmp_path: Path) -> None:
+    def resume(text: str) -> RunFolder:
+        return RunFolder.resume(settings(tmp_path), text)
+
+    folder = RunFolder.create(settings(tmp_path), "steps: 3")
+    with folder.checkpoint(2):
+        pass
+    resume("steps: 3")
+    assert not list(folder.path.glob("config-*"))
+    resume("steps: 4")
+    resume("steps: 5")  # the one before had no step of its own: step 2 is the work of the first
+    assert (folder.path / "config.yaml").read_text() == "steps: 5"
+    (kept,) = folder.path.glob("config-*")
+    assert (kept.name, kept.read_text()) == ("config-until-step-000002.yaml", "steps: 3")
+
+
+def test_a_resume_cut_off_while_it_writes_leaves_the_old_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(settings(tmp_path), "steps: 3")
+    with folder.checkpoint(2):
+        pass
+
+    def halfway(path: Path, text: str, **_: Any) -> None:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", halfway)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder.resume(settings(tmp_path), "steps: 4")
+    assert (folder.path / "config.yaml").read_text() == "steps: 3"
+
+
 def test_resume_needs_a_finished_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished checkpoint"):
         RunFolder.resume(settings(tmp_path), "")

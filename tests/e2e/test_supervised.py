@@ -73,7 +73,9 @@ def test_our_worker_and_plain_transformers_give_the_same_score(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     run: Run = request.getfixturevalue(which)
-    worker = RewardWorker(ModelSettings(path=str(run.model)), str(sft.model), 1000, "cpu")
+    worker = RewardWorker(
+        ModelSettings(path=str(run.model)), ModelSettings(path=str(sft.model)), 1000, "cpu"
+    )
     actor = AutoTokenizer.from_pretrained(sft.model)
     texts = [("uniq:800299=", "0289"), ("uniq:5111=", "15"), ("uniq:1234567890=", "0123456789")]
     samples = [

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from launch import cli
+from learners.settings import ModelSettings
 
 Told = Callable[..., list[str]]
 
@@ -258,6 +259,26 @@ def test_a_critic_that_reads_other_ids_than_the_actor_writes(real: Path, told: T
     assert "critic.model" in lines[0] and "has another vocabulary than the Actor" in lines[0]
 
 
+def test_a_model_with_code_of_its_own(
+    place: Path, told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "decoder/config.json"
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "own.OwnConfig"}}
+    file.write_text(json.dumps(config))
+    assert cli.main(["sft", "sft.yaml", "--check"]) == 0  # Transformers has code for that one too
+    capsys.readouterr()
+    file.write_text(json.dumps(config | {"model_type": "own"}))
+    (line,) = told("sft", "sft.yaml")
+    assert line.startswith("error: sft.yaml:") and line.endswith(
+        ": learner.model.path: ./decoder comes with code of its own (auto_map); set "
+        "learner.model.trust_remote_code: true to run it"
+    )
+    assert cli.main(["sft", "sft.yaml", "--check", "learner.model.trust_remote_code=true"]) == 0
+    assert capsys.readouterr().err == (
+        "learner.model: Python code that comes with ./decoder will run\n"
+    )
+
+
 def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_with(
     real: Path, told: Told
 ) -> None:
@@ -265,7 +286,7 @@ def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_w
     from learners.tokenise import tokenizer_digest
 
     config = json.loads((real / "reward_model/config.json").read_text())
-    trained_with = tokenizer_digest(load_tokenizer(str(real / "reward_model")))
+    trained_with = tokenizer_digest(load_tokenizer(ModelSettings(path=str(real / "reward_model"))))
     (real / "reward_model/config.json").write_text(
         json.dumps(config | {"tokenizer_digest": trained_with})
     )

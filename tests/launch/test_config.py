@@ -331,6 +331,51 @@ def test_a_group_of_one_does_not_hide_the_mini_batch(place: Path) -> None:
     assert "step.mini_batch_size: 7 does not divide prompts_per_step 8 * group_size 8 = 64" in batch
 
 
+def test_only_what_every_recipe_must_say_is_required() -> None:
+    keys = {kind: recipe_keys(model()) for kind, model in KINDS.items()}
+    needed = {name for name, key in keys["sft"].items() if key.default == "required"}
+    assert needed == {
+        *("run", "run.folder", "learner", "learner.model", "learner.model.path"),
+        *("data", "data.path"),
+    }
+    for kind, name, section in (
+        ("sft", "held_out.path", "held_out"),
+        ("rm", "reward_model.calibration.path", "reward_model.calibration"),
+        ("grpo", "reference.model.path", "reference.model"),
+        ("ppo", "rewards.N.model.path", "rewards.N.model"),
+        ("ppo", "evaluation.test_prompts.path", "evaluation.test_prompts"),
+    ):
+        assert keys[kind][name].default == f"required in {section}"
+    assert (
+        keys["rm"]["held_out.path"].default == keys["ppo"]["rewards.N.name"].default == "required"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "given", "key"),
+    [
+        ("grpo", ["step.prompts_per_step=9"], "(step.prompts_per_step)", "step.mini_batch_size"),
+        ("grpo", ["step={mini_batch_size: 7}"], "", "step.group_size"),
+        ("grpo", ["rewards.00.weight=0"], "", "rewards.0.weight"),
+        ("ppo", ["rewards.0.kind=function"], "(rewards.0.kind)", "rewards.0.model"),
+        ("sft", ["train.evaluate_every=2", "learner.zero_stage=2"], "", "train.evaluate_every"),
+    ],
+)
+def test_a_problem_the_command_line_brought_is_located_there(
+    place: Path, kind: str, overrides: list[str], given: str, key: str
+) -> None:
+    found = problems(f"{kind}.yaml", *overrides)[0]
+    assert found.startswith(f"command line {given}".rstrip() + f": {key}: ")
+
+
+def test_a_section_begun_on_the_command_line_is_not_to_blame(place: Path) -> None:
+    recipe = yaml.safe_load((place / "grpo.yaml").read_text())
+    recipe["generation"]["top_p"] = 0.9
+    (place / "grpo.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (found,) = problems("grpo.yaml", "algorithm.kl_beta=0.1")
+    assert found.startswith("grpo.yaml:") and ": generation.top_p: " in found
+
+
 def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
     Path("sft.yaml").write_text(Path("sft.yaml").read_text().replace("folder:", "foldr:"))
     assert problems("sft.yaml") == ["sft.yaml:3: run.foldr: unknown key; did you mean run.folder?"]
@@ -607,8 +652,19 @@ def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
     ]
     (place / "runs/new/checkpoints/step-000002.tmp").mkdir(parents=True)
     assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
+    (place / "runs/new/checkpoints/step-000002.bak").mkdir()
+    assert "holds no checkpoint" in problems("sft.yaml", resume=True)[0]
     (place / "runs/new/checkpoints/step-000001").mkdir()
+    (place / "runs/new/config.yaml").write_text(load_recipe("sft.yaml").to_yaml())
     assert problems("sft.yaml", resume=True) == []
+
+
+def test_resume_needs_the_recipe_of_the_run(place: Path) -> None:
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    assert problems("sft.yaml", resume=True) == [
+        "sft.yaml:3: run.folder: runs/new/config.yaml is missing, so nobody can tell whether the "
+        "recipe is still the run's: put it back, or choose another folder"
+    ]
 
 
 @pytest.mark.parametrize("before", [b"a: [", b"\xff", b"", b"- 1\n"])

@@ -150,8 +150,9 @@ def test_a_checkpoint_is_gone_on_from(job: Job) -> None:
     assert code == 0 and "--resume" in job.calls("quatuor")[0], said
 
 
-def test_an_unfinished_checkpoint_is_none(job: Job) -> None:
-    (job.folder / "checkpoints" / "step-000007.tmp").mkdir(parents=True)
+@pytest.mark.parametrize("name", ["step-000007.tmp", "step-000007.bak2"])
+def test_an_unfinished_checkpoint_is_none(job: Job, name: str) -> None:
+    (job.folder / "checkpoints" / name).mkdir(parents=True)
     job.run("exit(0)")
     assert "--resume" not in job.calls("quatuor")[0] and job.folder.exists()
 

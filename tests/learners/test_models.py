@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -316,7 +317,7 @@ def test_a_placeholder_has_a_graph_and_no_gradient(checkpoint):
 def test_dropout_is_off_in_training_mode(checkpoint, batch, name):
     settings = checkpoint(name)
     roles = [(reward_model(settings), sequence_scores)]
-    if not is_encoder(load_config(settings.path)):
+    if not is_encoder(load_config(settings)):
         roles.append((load_causal_lm(settings), lambda m, b: response_logprobs(m, b, 1.0)))
         roles.append((load_critic(settings), response_values))
         for head in list(roles[-1][0].parameters())[-2:]:
@@ -433,8 +434,45 @@ def test_a_reward_model_has_one_label(tmp_path):
 @pytest.mark.parametrize("load", [load_config, load_tokenizer])
 def test_a_folder_without_a_model_is_one_line(tmp_path, load):
     with pytest.raises(UserError) as error:
-        load(str(tmp_path))
+        load(ModelSettings(path=str(tmp_path)))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+OWN = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_trusted(tmp_path, monkeypatch):
+    def ask(*_):
+        raise AssertionError("nobody sits at the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "model"
+    qwen3().save_pretrained(folder)
+    (folder / "own.py").write_text(OWN)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    written = config | {"model_type": "own", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(written))
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+    for load in (load_config, load_tokenizer, load_causal_lm):
+        with pytest.raises(UserError, match=r"comes with code of its own .*: true to run it$"):
+            load(ModelSettings(path=str(folder)))
+    assert not (tmp_path / "hf").exists()
+    trusted = ModelSettings(path=str(folder), trust_remote_code=True)
+    assert type(load_causal_lm(trusted)).__name__ == "OwnForCausalLM"
 
 
 @pytest.mark.parametrize(
