@@ -32,7 +32,7 @@ Head = Literal["lm", "score", "value"]
 class Role(Demand):
     """One role of a recipe: its processes (see Demand), its model, and how a process is built.
 
-    `section` is the recipe's key that describes it and `count_key` the one that says how many
+    `section` is the recipe's key that describes it, and in it `count` the one that says how many
     processes there are. `target` names the class as "module:Class"; its constructor gets
     `arguments`, those of `each` process, and what only the data know: the facts named in
     `from_data`.
@@ -40,17 +40,22 @@ class Role(Demand):
 
     name: str
     section: str
-    count_key: str
+    count: str
     target: str
     model: ModelSettings | None = None
     model_key: str = ""
-    head: Head | None = None
+    head: Head = "lm"
     learner: LearnerSettings | None = None
     micro_batch_tokens: int = 0
     rows_per_unit: int = 1
     arguments: Mapping[str, Any] = field(default_factory=dict)
     each: tuple[Mapping[str, Any], ...] = ()
     from_data: tuple[str, ...] = ()
+
+    @property
+    def count_key(self) -> str:
+        """Return the key that says how many processes there are."""
+        return f"{self.section}.{self.count}"
 
     @property
     def kind(self) -> Literal["engine", "learner", "frozen", "function"]:
@@ -118,7 +123,7 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
         yield Role(
             name="evaluator",
             section="evaluation",
-            count_key="",
+            count="",
             target="actors.rewards.function:FunctionReward",
             processes=1,
             threads=1,
@@ -134,7 +139,7 @@ def engine_role(
     return Role(
         name="engine",
         section="generation",
-        count_key="generation.engines",
+        count="engines",
         target="actors.engine.engine:GenerationEngine",
         processes=generation.engines,
         threads=generation.threads,
@@ -166,7 +171,7 @@ def _learner(
     return Role(
         name=name,
         section=section,
-        count_key=f"{section}.ranks",
+        count="ranks",
         target=target,
         processes=settings.ranks,
         threads=settings.threads,
@@ -187,7 +192,7 @@ def _reference(recipe: RLRecipe) -> Role:
     return Role(
         name="reference",
         section="reference",
-        count_key="reference.workers",
+        count="workers",
         target="actors.reference:ReferenceWorker",
         processes=settings.workers,
         threads=settings.threads,
@@ -208,7 +213,7 @@ def _reward(section: str, reward: RewardSettings, recipe: RLRecipe) -> Role:
     shared: dict[str, Any] = {
         "name": f"reward {reward.name}",
         "section": section,
-        "count_key": f"{section}.workers",
+        "count": "workers",
         "processes": reward.workers,
         "threads": reward.threads,
     }

@@ -1,301 +1,227 @@
-"""Which change of a recipe would make it fit: every candidate is tried on the whole plan, the
-cheapest first.
+"""Which keys help where a recipe does not fit, and what to do with them: tables, not a search. What
+a recipe has done already, or cannot do, is left out.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-from pydantic import ValidationError
+from collections.abc import Callable, Iterator
 
 from actors.cluster.layout import shares_gpus
-from actors.roles import roles_of
-from actors.settings import Recipe, RLRecipe
-from launch.plan.plan import NEVER, Change, arranged, excess, learners_of, read_shapes
-from launch.plan.shapes import Shape
-from launch.recipe.combinations import combination_problems
+from actors.roles import Role, roles_of
+from actors.settings import RLRecipe
+from launch.plan.batches import load
+from launch.plan.memory import LIVE, kv_room
+from launch.plan.plan import Plan
+from launch.plan.shapes import uneven
+from launch.recipe.combinations import lacking_gpus, sharing_problems
 from learners.settings import LearnerSettings
 
-Step = dict[str, Any]
-"""Keys and their new values."""
+LEAST_SHARE = 0.1  # of a full device: smaller components are not what fills it
+MOST_OF_A_GPU = 0.95  # that an engine may take
+LARGE = 4 * LIVE  # parameters: of smaller models, ZeRO-3 gathers more than it saves
 
-SHOWN = 4  # changes are a hint, not a catalogue
-LEAST_TOKENS = 1024  # smaller micro-batches leave a GPU idle
-MOST_RANKS = 1024
+Way = tuple[str, str, object]
+Ways = dict[str, list[Way]]
+"""Component that fills a device ("" for any) -> keys of the role's section, what to do with each
+(lower, higher, or a value), and whether that is possible and helps.
+"""
 
 
-class Ladder(NamedTuple):
-    """Changes of the same keys, the smallest first. `rising`: where one is enough, so are all after
-    it.
+def hints_for(plan: Plan) -> dict[str, str]:
+    """Keys of the recipe, and what to do with them; empty where all fits. What comes first holds,
+    should two ask for opposite things.
     """
-
-    steps: list[Step]
-    rising: bool = False
-
-
-class Trials:
-    """Tries changes of one recipe on the whole plan. If it `grows`, nodes that a change needs are
-    part of it.
-    """
-
-    def __init__(self, recipe: Recipe, shapes: dict[str, Shape], grows: bool) -> None:
-        self.recipe = recipe
-        self.shapes = shapes
-        self.grows = grows
-
-    def changed(self, step: Step) -> Recipe | None:
-        """The recipe with other values, and nodes enough; None when the values make no sense."""
-        values = self.recipe.model_dump(mode="json")
-        for key, value in step.items():
-            *path, last = key.split(".")
-            place: Any = values
-            for part in path:
-                place = place[int(part) if isinstance(place, list) else part]
-            place[last] = value
-        try:
-            recipe = type(self.recipe).model_validate(values)
-        except ValidationError:
-            return None
-        if any(combination_problems(recipe)):
-            return None
-        nodes = arranged(recipe).nodes or 0
-        if nodes <= recipe.cluster.nodes:
-            return recipe
-        more = recipe.cluster.model_copy(update={"nodes": nodes})
-        return recipe.model_copy(update={"cluster": more}) if self.grows else None
-
-    def excess(self, step: Step) -> tuple[int, int]:
-        recipe = self.changed(step)
-        return (NEVER, 0) if recipe is None else excess(recipe, self.shapes)
-
-    def enough(self, step: Step) -> bool:
-        return self.excess(step) == (0, 0)
-
-    def same_nodes(self, step: Step) -> bool:
-        recipe = self.changed(step)
-        return recipe is not None and recipe.cluster.nodes == self.recipe.cluster.nodes
-
-    def least(self, ladder: Ladder) -> Step | None:
-        """The first step that is enough."""
-        if not ladder.rising:
-            return next(filter(self.enough, ladder.steps), None)
-        first = bisect_left(ladder.steps, True, key=self.enough)
-        return ladder.steps[first] if first < len(ladder.steps) else None
-
-    def change(self, step: Step) -> Change:
-        recipe = self.changed(step)
-        if recipe is not None and recipe.cluster.nodes != self.recipe.cluster.nodes:
-            step = step | {"cluster.nodes": recipe.cluster.nodes}
-        return Change(step)
+    found: dict[str, str] = {}
+    for part in (_too_few_gpus, _engine_cannot_start, _full_devices):
+        for key, what in part(plan):
+            found.setdefault(key, what)
+    return found
 
 
-def enough(recipe: Recipe) -> list[Change]:
-    """Changes that are enough by themselves, the cheapest first; if there are none, one of several
-    keys together.
-    """
-    shapes = read_shapes(recipe)
-    growing, fixed = (Trials(recipe, shapes, grows) for grows in (True, False))
-    ladders = [ladder for ladder in _ladders(growing) if ladder.steps]
-    nodes = [growing.change({})] if growing.enough({}) else []
-    tried = (
-        (trials, ladder)
-        for trials in ([fixed] if nodes else [fixed, growing])
-        for ladder in ladders
-    )
-    found = [
-        trials.change(step)
-        for trials, ladder in tried
-        if (step := trials.least(ladder)) is not None
-    ]
-    found = list({str(change): change for change in [*found, *nodes]}.values())
-    needed = [c for c in found if not any(other.values.keys() < c.values.keys() for other in found)]
-    return needed[:SHOWN] or _together(fixed if nodes else growing, ladders)
+def _too_few_gpus(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe = plan.recipe
+    cluster = recipe.cluster
+    if lacking_gpus(recipe) is None:
+        return
+    if plan.where.nodes is None:  # an engine must lie on one node
+        yield from _parallel(plan, lambda size: True)
+        return
+    yield "cluster.nodes", str(plan.where.nodes)
+    if _placeable(plan, "colocated"):
+        yield "cluster.placement", "colocated"
+    there = cluster.nodes * cluster.gpus_per_node
+    roles = roles_of(recipe).values()
+    missing = sum(role.processes * role.gpus for role in roles) - there
+    for role in roles:  # of shared GPUs each role takes its own share
+        gpus = role.processes * role.gpus
+        if gpus > there if shares_gpus(cluster) else gpus - role.gpus >= missing:
+            yield role.count_key, "lower"
 
 
-def _together(trials: Trials, ladders: list[Ladder]) -> list[Change]:
-    """Take the step that helps most, again and again; then leave out, or weaken, what was not
-    needed.
-    """
-    pile: Step = {}
-    left = trials.excess(pile)
-    while left > (0, 0):
-        steps = [
-            step
-            for ladder in ladders
-            for step in (ladder.steps[-1:] if ladder.rising else ladder.steps)
-        ]
-        tried = [(trials.excess(pile | step), pile | step) for step in steps]
-        best, better = min(tried, key=lambda one: one[0])
-        if best >= left:
-            return []
-        pile = better
-        left = best
-    for key in list(pile):
-        rest = {k: v for k, v in pile.items() if k != key}
-        same = (ladder for ladder in ladders if list(ladder.steps[0]) == [key])
-        weaker = [
-            Ladder([rest]),
-            *(Ladder([rest | step for step in one.steps], one.rising) for one in same),
-        ]
-        pile = next((step for one in weaker if (step := trials.least(one)) is not None), pile)
-    return [trials.change(pile)]
-
-
-# --- what is tried --------------------------------------------------------------------------------
-
-
-def _ladders(trials: Trials) -> Iterator[Ladder]:
-    """Those that cost least speed come first."""
-    recipe = trials.recipe
-    learners = learners_of(trials.recipe)
-    keys = {
-        "learner" if role == recipe.kind else role: learner for role, learner in learners.items()
-    }
-    for key, learner in keys.items():
-        yield from _activations(key, learner)
-    if isinstance(recipe, RLRecipe):
-        yield from _lengths(trials, recipe)
-        yield from _generation(recipe, trials.shapes[recipe.actor.model.path].heads)
-        yield from _frozen(recipe)
-    for key, learner in keys.items():
-        yield from _states(key, learner)
-    yield from _places(trials, keys)
-
-
-def _activations(key: str, learner: LearnerSettings) -> Iterator[Ladder]:
-    if not learner.model.gradient_checkpointing:
-        yield Ladder([{f"{key}.model.gradient_checkpointing": True}])
-    if learner.model.attention == "eager":
-        yield Ladder([{f"{key}.model.attention": "sdpa"}])
-    yield _halves(f"{key}.micro_batch_tokens", learner.micro_batch_tokens)
-
-
-def _lengths(trials: Trials, recipe: RLRecipe) -> Iterator[Ladder]:
-    """Only where a sequence would be longer than the model's positions: lengths decide what is
-    learned.
-    """
-    settings = recipe.generation
-    positions = trials.shapes[recipe.actor.model.path].positions
-    if (settings.max_model_tokens or 0) > positions:
-        yield Ladder([{"generation.max_model_tokens": positions}])
-    if settings.max_new_tokens >= positions:
-        left = positions - recipe.prompts.max_prompt_tokens
-        yield Ladder([{"generation.max_new_tokens": n} for n in (left, positions // 2) if n > 0])
-
-
-def _generation(recipe: RLRecipe, heads: int) -> Iterator[Ladder]:
-    settings = recipe.generation
+def _engine_cannot_start(plan: Plan) -> Iterator[tuple[str, str]]:
+    recipe = plan.recipe
+    if not isinstance(recipe, RLRecipe):
+        return
+    generation = recipe.generation
+    model = plan.models["engine"]
+    positions = model.shape.positions
+    if (generation.max_model_tokens or 0) > positions:
+        yield "generation.max_model_tokens", str(positions)
+    if generation.max_new_tokens >= positions:
+        yield "generation.max_new_tokens", f"below {positions}"
+    if uneven(model.shape, generation.tensor_parallel):
+        yield from _parallel(plan, lambda size: True)
+    if plan.kv_room:
+        return
     if recipe.cluster.device == "cpu":
-        cache = settings.kv_cache_gib
-        yield Ladder(
-            [{"generation.kv_cache_gib": round(cache * n / 8, 3)} for n in range(7, 0, -1)]
-        )
-        more = (*(n / 4 for n in range(1, 17)), 8, 16, 32)
-        yield Ladder([{"generation.kv_cache_gib": round(cache + n, 3)} for n in more])
-        return
-    share = settings.gpu_memory_fraction
-    parallel = settings.tensor_parallel
-    engines = settings.engines
-    for sign in (-1, 1):
-        shares = [round(share + sign * 0.05 * n, 2) for n in range(1, 20)]
-        yield Ladder(
-            [{"generation.gpu_memory_fraction": share} for share in shares if 0.1 <= share <= 0.95]
-        )
-    parts = [n for n in range(1, recipe.cluster.gpus_per_node + 1) if heads % n == 0]
-    for sizes in ([n for n in reversed(parts) if n < parallel], [n for n in parts if n > parallel]):
-        steps: list[Step] = [{"generation.tensor_parallel": n} for n in sizes]
-        yield Ladder(steps)
-        fewer = [max(1, engines * parallel // n) for n in sizes]
-        yield Ladder(
-            [
-                step | {"generation.engines": n}
-                for step, n in zip(steps, fewer, strict=True)
-                if n != engines
-            ]
-        )
-
-
-def _frozen(recipe: RLRecipe) -> Iterator[Ladder]:
-    workers = {"reference": recipe.reference} | {
-        f"rewards.{i}": reward for i, reward in enumerate(recipe.rewards)
-    }
-    for key, worker in workers.items():
-        yield _halves(f"{key}.micro_batch_tokens", worker.micro_batch_tokens)
-        if worker.model is not None and worker.model.dtype == "float32":
-            yield Ladder([{f"{key}.model.dtype": "bfloat16"}])
-
-
-def _states(key: str, learner: LearnerSettings) -> Iterator[Ladder]:
-    """Cut model states over ranks, halve the weights, or move states to CPU memory or back."""
-    stage = learner.zero_stage
-    yield Ladder([{f"{key}.zero_stage": n} for n in range(stage + 1, 4)])
-    yield Ladder([{f"{key}.zero_stage": n} for n in range(stage - 1, -1, -1)])
-    if learner.model.dtype == "float32":
-        yield Ladder(
-            [{f"{key}.model.dtype": "bfloat16", **({} if stage else {f"{key}.zero_stage": 2})}]
-        )
-    yield Ladder([{f"{key}.offload_optimizer": not learner.offload_optimizer}])
-    if stage == 3:
-        yield Ladder([{f"{key}.offload_parameters": not learner.offload_parameters}])
-
-
-def _places(trials: Trials, learners: dict[str, LearnerSettings]) -> Iterator[Ladder]:
-    """Other GPUs: shared or not, fewer processes, more ranks."""
-    recipe = trials.recipe
-    cluster = trials.recipe.cluster
-    if cluster.device == "cuda" and isinstance(recipe, RLRecipe):
-        yield Ladder([{"cluster.placement": "separate" if shares_gpus(cluster) else "colocated"}])
-    yield from _fewer(trials)
-    if cluster.device == "cpu":
-        yield Ladder([{"cluster.nodes": n} for n in range(cluster.nodes + 1, cluster.nodes + 17)])
-    for key, learner in learners.items():
-        most = min(8 * learner.ranks, MOST_RANKS)
-        yield Ladder([{f"{key}.ranks": n} for n in range(learner.ranks + 1, most + 1)], rising=True)
-
-
-def _fewer(trials: Trials) -> Iterator[Ladder]:
-    """On CPUs any process less; on GPUs as many less as there are too many, of one role or of all
-    that share them.
-    """
-    recipe = trials.recipe
-    on_gpus = trials.recipe.cluster.device == "cuda"
-    if on_gpus and trials.same_nodes({}):
-        return
-    counts = {
-        _count_key(recipe, role): demand
-        for role, demand in roles_of(recipe).items()
-        if role != "evaluator"
-    }
-    taken = {key: d.processes * d.gpus for key, d in counts.items()}
-    if shares_gpus(recipe.cluster):
-        sizes = range(max(taken.values()) - 1, 0, -1)
-        ladders = [[{key: n // counts[key].gpus for key in taken if taken[key] > n} for n in sizes]]
+        yield "generation.kv_cache_gib", "higher"
     else:
-        fewer = {
-            key: range(d.processes - 1, 0, -1) for key, d in counts.items() if d.gpus or not on_gpus
+        most = generation.model_copy(update={"gpu_memory_fraction": MOST_OF_A_GPU})
+        if kv_room(model, plan.longest, most, recipe.cluster):
+            yield "generation.gpu_memory_fraction", "higher"
+        yield from _parallel(plan, lambda size: size > generation.tensor_parallel)
+    if kv_room(model, plan.longest // 2, generation, recipe.cluster):
+        yield _longest_key(plan), "lower"
+
+
+def _full_devices(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Of every device that overflows: what fills it, the largest first, then where else processes
+    may lie.
+    """
+    roles = roles_of(plan.recipe)
+    cluster = plan.recipe.cluster
+    for memory in (m for m in plan.memories if m.overflows):
+        phase, size = memory.peak
+        beside = cluster.device == "cuda" and not memory.is_gpu
+        parts = [
+            (part, name, component)
+            for name, use in memory.uses[phase].items()
+            for component, part in use.items()
+            if part >= LEAST_SHARE * size
+        ]
+        for _, name, component in sorted(parts, reverse=True):
+            ways = (_beside_gpus if beside else _on_its_device)(plan, roles[name], phase)
+            for key, what, possible in [*ways.get(component, []), *ways.get("", [])]:
+                if possible:
+                    yield f"{roles[name].section}.{key}", what
+            if component == "activations" and _single_rows(plan, roles[name], phase):
+                yield _longest_key(plan), "lower"
+        if cluster.device == "cpu" and len(plan.where.processes) > cluster.nodes:
+            yield "cluster.nodes", "higher"
+        if (beside or phase != "generate") and _placeable(plan, "separate"):
+            yield "cluster.placement", "separate"
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def _on_its_device(plan: Plan, role: Role, phase: str) -> Ways:
+    """Where models lie: on GPUs, or in CPU memory where there are none."""
+    cuda = plan.recipe.cluster.device == "cuda"
+    ways: Ways = {"": [(role.count, "lower", not cuda and role.processes > 1)]}
+    if role.model is None:
+        return ways
+    if role.name == "engine":
+        larger = dict(_parallel(plan, lambda size: size > role.gpus)).values()
+        share = ("gpu_memory_fraction", "lower", True)
+        # while it is awake on a GPU, an engine takes its share, however small its weights
+        awake = phase == "generate" or not shares_gpus(plan.recipe.cluster)
+        parallel: list[Way] = [("tensor_parallel", what, cuda and not awake) for what in larger]
+        cache: Way = share if cuda else ("kv_cache_gib", "lower", True)
+        return ways | {"kv_cache": [cache], "weights": parallel}
+    own = role.model_key.startswith(role.section)
+    full = role.model.dtype == "float32"
+    ways["activations"] = [
+        ("micro_batch_tokens", "lower", not _single_rows(plan, role, phase)),
+        ("model.attention", "sdpa", own and role.model.attention == "eager"),
+    ]
+    if role.learner is None:
+        return ways | {"weights": [("model.dtype", "bfloat16", own and full)]}
+    trained = _trained(role.learner, cuda, plan.models[role.name].parameters > LARGE)
+    checkpointing = phase == "learn" and not role.model.gradient_checkpointing
+    ways["activations"].append(("model.gradient_checkpointing", "true", checkpointing))
+    return ways | trained
+
+
+def _trained(learner: LearnerSettings, cuda: bool, large: bool) -> Ways:
+    """What a learner's states are cut, moved or halved with."""
+    stage = learner.zero_stage
+    several = learner.ranks > 1
+    offloaded = learner.offload_optimizer
+    half = learner.model.dtype == "float32" and stage > (2 if offloaded else 1)
+    cut = ("zero_stage", "3" if large else "2", several and stage < 2)
+    parameters = stage == 3 and offloaded and not learner.offload_parameters
+    return {
+        "weights": [
+            ("zero_stage", "3", several and stage < 3 and large),
+            ("offload_parameters", "true", cuda and parameters),
+            ("model.dtype", "bfloat16", half),
+            ("ranks", "higher", cuda and stage == 3),
+        ],
+        "gradients": [cut, ("ranks", "higher", cuda and stage > 1)],
+        "optimizer": [
+            cut,
+            ("offload_optimizer", "true", cuda and stage and not offloaded),
+            ("ranks", "higher", cuda and stage),
+        ],
+    }
+
+
+def _beside_gpus(plan: Plan, role: Role, phase: str) -> Ways:
+    """CPU memory of a node with GPUs: processes, what is loaded, offloaded, or waits there."""
+    learner = role.learner
+    if learner is None:
+        half = role.model is not None and role.model.dtype == "float32"
+        own = role.model_key.startswith(role.section) and role.name != "engine"
+        return {
+            "": [(role.count, "lower", role.count and role.processes > 1)],
+            "weights": [("model.dtype", "bfloat16", half and own)],
         }
-        ladders = [[{key: n} for n in numbers] for key, numbers in fewer.items()]
-    for steps in ladders:
-        first = bisect_left(steps, True, key=trials.same_nodes) if on_gpus else 0
-        yield Ladder(steps[first : first + 1] if on_gpus else steps, rising=True)
+    parameters = learner.offload_parameters
+    back: list[Way] = [("offload_optimizer", "false", learner.offload_optimizer and not parameters)]
+    return {
+        "weights": [
+            ("offload_parameters", "false", parameters and not shares_gpus(plan.recipe.cluster)),
+            ("zero_stage", "3", phase == "start" and learner.zero_stage < 3),
+        ],
+        **dict.fromkeys(("optimizer", "gradients", "buffers"), back),
+    }
 
 
-def _count_key(recipe: Recipe, role: str) -> str:
-    """The key that says how many processes a role has."""
-    if role == "engine":
-        return "generation.engines"
-    if role == "reference":
-        return "reference.workers"
-    if isinstance(recipe, RLRecipe) and role.startswith("reward "):
-        return f"rewards.{[f'reward {r.name}' for r in recipe.rewards].index(role)}.workers"
-    return "learner.ranks" if role == recipe.kind else f"{role}.ranks"
+# --- what is possible -----------------------------------------------------------------------------
 
 
-def _halves(key: str, tokens: int) -> Ladder:
-    steps: list[Step] = []
-    while tokens // 2 >= LEAST_TOKENS:
-        tokens //= 2
-        steps.append({key: tokens})
-    return Ladder(steps, rising=True)
+def _single_rows(plan: Plan, role: Role, phase: str) -> bool:
+    """Whether micro-batches are as small as they can be."""
+    return load(plan.recipe, role, plan.longest, phase == "learn").smallest
+
+
+def _longest_key(plan: Plan) -> str:
+    """The key that bounds the longest sequence."""
+    if not isinstance(plan.recipe, RLRecipe):
+        return "data.max_tokens"
+    whole = plan.recipe.generation.max_model_tokens
+    return "generation.max_model_tokens" if whole else "generation.max_new_tokens"
+
+
+def _parallel(plan: Plan, wanted: Callable[[int], bool]) -> Iterator[tuple[str, str]]:
+    """How many GPUs of one node an engine can be cut over."""
+    shape = plan.models["engine"].shape
+    per_node = plan.recipe.cluster.gpus_per_node
+    if sizes := [str(n) for n in range(1, per_node + 1) if not uneven(shape, n) and wanted(n)]:
+        yield "generation.tensor_parallel", " or ".join(sizes)
+
+
+def _placeable(plan: Plan, placement: str) -> bool:
+    """Whether the same processes could be placed so on the same GPUs."""
+    recipe = plan.recipe
+    cluster = recipe.cluster
+    if (
+        not isinstance(recipe, RLRecipe)
+        or placement == cluster.placement
+        or cluster.device == "cpu"
+    ):
+        return False
+    moved = cluster.model_copy(update={"placement": placement})
+    other = recipe.model_copy(update={"cluster": moved})
+    return lacking_gpus(other) is None and not any(sharing_problems(other))

@@ -9,16 +9,18 @@ constants below, and estimates.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from actors.cluster.layout import shares_gpus
-from actors.settings import ClusterSettings, GenerationSettings, RLRecipe
-from launch.plan.shapes import ENCODERS, Head, Shape
+from actors.roles import Head
+from actors.settings import ClusterSettings, GenerationSettings
+from launch.plan.batches import Load
+from launch.plan.shapes import BYTES, Model, Shape
 from learners.settings import LearnerSettings, ModelSettings
 
 GIB = 2**30
 PHASES = ("start", "generate", "score", "learn", "sync")
-BYTES = {"float32": 4, "bfloat16": 2}
 
 # DeepSpeed's defaults, in elements.
 BUCKET = 500_000_000  # gradients reduced at once
@@ -48,21 +50,6 @@ class Footprint:
 
     device: dict[str, Use] = field(default_factory=dict)
     host: dict[str, Use] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Load:
-    """A forward pass at its largest: padded `tokens` in rows of `longest`."""
-
-    tokens: int
-    longest: int
-
-    @classmethod
-    def of(cls, budget: int, longest: int, rows: int, rows_per_unit: int) -> Load:
-        """A process's `rows` are cut to the budget, but never below one row (or `rows_per_unit`
-        rows).
-        """
-        return cls(min(max(budget, longest * rows_per_unit), longest * rows), longest)
 
 
 # --- what is exact --------------------------------------------------------------------------------
@@ -99,7 +86,7 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
 def layer_activations(shape: Shape, dtype: str) -> int:
     """Bytes per token that autograd keeps of one layer (fused attention, dropout 0)."""
     width = BYTES[dtype]
-    if shape.family == "gpt2" or shape.family in ENCODERS:
+    if shape.family == "gpt2" or shape.encoder:
         return width * (8 * shape.hidden + 5 * shape.intermediate)
     norm = 8 if width == 4 else 6  # RMSNorm computes in float32: bfloat16 inputs are kept twice
     heads = (shape.heads + shape.kv_heads) * shape.head_dim
@@ -132,6 +119,10 @@ def reading_activations(shape: Shape, head: Head, model: ModelSettings, load: Lo
     return max(load.tokens * layer, _logits(shape, head, BYTES[model.dtype], load, gradient=False))
 
 
+def _reads(model: Model, load: Load) -> int:
+    return reading_activations(model.shape, model.role.head, model.settings, load)
+
+
 def _attention(shape: Shape, model: ModelSettings, load: Load) -> int:
     """Bytes per token of attention weights, which only the eager kernel writes out."""
     return (
@@ -148,21 +139,15 @@ def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) ->
 
 
 def learner(
-    role: str,
-    shape: Shape,
-    head: Head,
-    settings: LearnerSettings,
-    to_read: Load,
-    to_learn: Load,
-    cluster: ClusterSettings,
+    model: Model, settings: LearnerSettings, reads: Load, learns: Load, cluster: ClusterSettings
 ) -> Footprint:
     """One rank of a trained role. On shared GPUs it waits in CPU memory while engines generate, the
     Critic also during a sync.
     """
-    whole = shape.parameters(head)
-    width = BYTES[settings.model.dtype]
+    whole = model.parameters
+    width = model.width
     stage = settings.zero_stage
-    states = model_states(shape, head, settings)
+    states = model_states(model.shape, model.role.head, settings)
     device: Use = {k: states[k] for k in ("weights", "optimizer")}
     host: Use = {}
     if stage == 3:
@@ -178,20 +163,10 @@ def learner(
     if settings.offload_parameters:
         host["weights"] = device.pop("weights")
     gathered = width * min(whole, LIVE) if stage == 3 else 0
-    reading = {
-        "activations": reading_activations(shape, head, settings.model, to_read),
-        "buffers": gathered,
-    }
-    # With the optimizer offloaded, ZeRO-2 in bfloat16 still sums gradients in float32 on the GPU.
-    elsewhere = settings.offload_optimizer and (stage == 3 or (stage == 2 and width == 4))
-    learning = {
-        "gradients": 0 if elsewhere else states["gradients"],
-        "activations": training_activations(shape, head, settings.model, to_learn),
-        "buffers": gathered + _bucket(shape, head, settings, cluster),
-    }
-    if not settings.offload_optimizer:
-        last = states["gradients"] if stage in (0, 3) else 4 * whole // settings.ranks
-        learning = _larger(learning, {"gradients": last, "buffers": _step(whole, settings)})
+    reading = {"activations": _reads(model, reads), "buffers": gathered}
+    learning = _learning(
+        model, settings, states, learns, gathered + _bucket(model, settings, cluster)
+    )
     on_device = {
         "start": {"weights": device.get("weights", 0)},
         "generate": device,
@@ -202,8 +177,29 @@ def learner(
     on_host = dict.fromkeys(PHASES, host)
     if cluster.device == "cuda" and stage < 3:  # a checkpoint is read whole, but under ZeRO-3
         on_host["start"] = sum_of(host, {"weights": states["weights"]})
-    away = ("generate",) if role == "actor" else ("generate", "sync")
+    away = ("generate",) if model.role.name == "actor" else ("generate", "sync")
     return _placed(on_device, on_host, cluster, "learner", away)
+
+
+def _learning(
+    model: Model, settings: LearnerSettings, states: Use, learns: Load, buffers: int
+) -> Use:
+    """What learning takes besides weights and optimizer states: the last micro-batch or, if that is
+    more, the optimizer step.
+    """
+    stage = settings.zero_stage
+    # With the optimizer offloaded, ZeRO-2 in bfloat16 still sums gradients in float32 on the GPU.
+    elsewhere = settings.offload_optimizer and (stage == 3 or (stage == 2 and model.width == 4))
+    backward = {
+        "gradients": 0 if elsewhere else states["gradients"],
+        "activations": training_activations(model.shape, model.role.head, model.settings, learns),
+        "buffers": buffers,
+    }
+    if settings.offload_optimizer:
+        return backward
+    last = states["gradients"] if stage in (0, 3) else 4 * model.parameters // settings.ranks
+    step = {"gradients": last, "buffers": _step(model.parameters, settings)}
+    return max(backward, step, key=total)
 
 
 def _step(whole: int, settings: LearnerSettings) -> int:
@@ -220,48 +216,45 @@ def _step(whole: int, settings: LearnerSettings) -> int:
     return 4 * part * (int(settings.optimizer.kind == "adamw") + int(copied))
 
 
-def _bucket(shape: Shape, head: Head, settings: LearnerSettings, cluster: ClusterSettings) -> int:
+def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -> int:
     """Bytes of the buffer gradients are reduced in, and of single gradients larger than it, which
     ZeRO-2 in bfloat16 keeps. On CPU, pages of it that are never touched take no memory.
     """
-    whole = shape.parameters(head)
-    width = BYTES[settings.model.dtype]
+    whole = model.parameters
+    width = model.width
     if settings.zero_stage == 0 or (settings.zero_stage == 1 and width == 2):
         return 4 * min(whole, BUCKET) if settings.ranks > 1 else 0
     kept = settings.zero_stage == 2 and width == 2
-    larger = sum(n * count for n, count in shape.tensors(head).items() if n > BUCKET) if kept else 0
+    tensors = model.shape.tensors(model.role.head)
+    larger = sum(n * count for n, count in tensors.items() if n > BUCKET) if kept else 0
     return width * (larger + (BUCKET if cluster.device == "cuda" else min(whole, BUCKET)))
 
 
-def frozen(
-    shape: Shape, head: Head, model: ModelSettings, load: Load, cluster: ClusterSettings
-) -> Footprint:
+def frozen(model: Model, reads: Load, cluster: ClusterSettings) -> Footprint:
     """One process of the Reference or a reward model. On shared GPUs it waits in CPU memory unless
     it scores.
     """
-    weights = {"weights": BYTES[model.dtype] * shape.parameters(head)}
+    weights = {"weights": model.width * model.parameters}
     on_device = dict.fromkeys(PHASES, weights)
-    on_device["score"] = weights | {"activations": reading_activations(shape, head, model, load)}
+    on_device["score"] = weights | {"activations": _reads(model, reads)}
     on_host = {"start": weights} if cluster.device == "cuda" else {}
     return _placed(on_device, on_host, cluster, "frozen", away=("generate", "learn", "sync"))
 
 
-def engine(
-    shape: Shape, model: ModelSettings, generation: GenerationSettings, cluster: ClusterSettings
-) -> Footprint:
+def engine(model: Model, generation: GenerationSettings, cluster: ClusterSettings) -> Footprint:
     """One engine, seen from each of its devices. On a GPU it takes its share of the memory, and the
     KV cache the rest.
 
     On shared GPUs it starts before the others and sleeps while they work: its weights wait in CPU
     memory, its KV cache is given up, also during a sync.
     """
-    whole = BYTES[model.dtype] * shape.parameters("lm")
+    whole = model.width * model.parameters
     weights = whole // generation.tensor_parallel
     if cluster.device == "cpu":
         always = {"weights": weights, "kv_cache": int(generation.kv_cache_gib * GIB)}
         return _placed(dict.fromkeys(PHASES, always), {}, cluster, "engine")
     # logits of one token each, twice
-    work = ENGINE_WORKSPACE + 8 * generation.max_concurrent * shape.vocabulary
+    work = ENGINE_WORKSPACE + 8 * generation.max_concurrent * model.shape.vocabulary
     share = int(generation.gpu_memory_fraction * cluster.gpu_memory_gib * GIB)
     awake = {
         "weights": weights,
@@ -278,15 +271,26 @@ def engine(
     )
 
 
-def sending(
-    footprint: Footprint, shape: Shape, model: ModelSettings, cluster: ClusterSettings
-) -> Footprint:
+def kv_room(
+    model: Model, longest: int, generation: GenerationSettings, cluster: ClusterSettings
+) -> int:
+    """Sequences of the longest length that an engine's KV cache holds at once, counted in blocks as
+    vLLM does: without one block that it keeps.
+    """
+    footprint = engine(model, generation, cluster)
+    room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
+    parts = min(generation.tensor_parallel, model.shape.kv_heads)
+    block = KV_BLOCK[cluster.device]
+    blocks = room * parts // (block * model.width * model.shape.kv_elements) - 1
+    return max(0, blocks) // math.ceil(longest / block)
+
+
+def sending(footprint: Footprint, model: Model, cluster: ClusterSettings) -> Footprint:
     """An Actor rank that sends weights: on GPUs through packed buffers, one part of the model
     gathered and copied; on CPUs by putting all of them into shared memory.
     """
-    width = BYTES[model.dtype]
-    whole = width * shape.parameters("lm")
-    part = width * shape.largest_group("lm")
+    whole = model.width * model.parameters
+    part = model.width * model.shape.largest_group("lm")
     if cluster.device == "cpu":
         packed = {"sync": 2 * whole}  # packed, and in the object store
         return Footprint({}, footprint.host | {"sync": sum_of(footprint.host["sync"], packed)})
@@ -332,17 +336,5 @@ def sum_of(*uses: Use) -> Use:
     return found
 
 
-def _larger(one: Use, other: Use) -> Use:
-    return max(one, other, key=lambda use: sum(use.values()))
-
-
 def total(use: Use) -> int:
     return sum(use.values())
-
-
-def longest_sequence(recipe: RLRecipe, shape: Shape) -> int:
-    """The longest prompt + response that may come, tokens. Prompts are as long as the model's
-    positions allow.
-    """
-    asked = recipe.prompts.max_prompt_tokens + recipe.generation.max_new_tokens
-    return min(recipe.generation.max_model_tokens or asked, shape.positions)

@@ -14,21 +14,22 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from actors.roles import Head, Role
 from launch.recipe.document import in_words
 from launch.recipe.machine import read_json
 from learners.errors import UserError
-
-Head = Literal["lm", "score", "value"]
+from learners.settings import ModelSettings
 
 TABLE = Path(__file__).with_name("model_shapes.yaml")
 SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 
+BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST = 10**9  # of any size of a model
 SIZES = (
     "hidden_size",
@@ -43,7 +44,8 @@ SIZES = (
 @dataclass(frozen=True)
 class Shape:
     """One model. `embedding`, `layer` (one of `layers`) and `final` hold the number of elements of
-    each parameter.
+    each parameter; so does `own_head` of a model that was counted on the meta device: the head it
+    comes with.
     """
 
     family: str
@@ -59,13 +61,17 @@ class Shape:
     embedding: tuple[int, ...]
     layer: tuple[int, ...]
     final: tuple[int, ...]
+    encoder: bool = False
+    own_head: tuple[int, ...] | None = None
 
     def head(self, head: Head) -> tuple[int, ...]:
         """Elements of each parameter that a role's head adds: log-probs, one score a sequence, one
         value a token.
         """
         hidden = self.hidden
-        if self.family in ENCODERS:  # BERT's pooler, RoBERTa's dense layer: the same sizes
+        if self.own_head is not None and (self.encoder or head == "lm"):
+            return self.own_head
+        if self.encoder:  # BERT's pooler, RoBERTa's dense layer: the same sizes
             return (hidden * hidden, hidden, hidden, 1)
         if head == "lm":
             return () if self.tied else (self.vocabulary * hidden,)
@@ -95,6 +101,40 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Model:
+    """A role's model and its shape."""
+
+    role: Role
+    settings: ModelSettings
+    shape: Shape
+
+    @property
+    def parameters(self) -> int:
+        """How many, with the role's head."""
+        return self.shape.parameters(self.role.head)
+
+    @property
+    def width(self) -> int:
+        """Bytes of one weight."""
+        return BYTES[self.settings.dtype]
+
+
+def uneven(shape: Shape, parallel: int) -> list[str]:
+    """What of a model cannot be cut into so many equal parts, one for each GPU of an engine."""
+    parts = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "MLP columns": shape.intermediate,
+    }
+    copied = parallel % shape.kv_heads == 0  # where there are fewer key-value heads than GPUs
+    return [
+        f"{n} {what}"
+        for what, n in parts.items()
+        if n % parallel and not (copied and what == "key-value heads")
+    ]
+
+
 def find_shape(path: str) -> Shape:
     """The shape of a model. Raises UserError when it is nowhere to be read or makes no sense."""
     config = read_json(Path(path) / "config.json") or _cached(path) or _tabled(path)
@@ -112,7 +152,7 @@ def find_shape(path: str) -> Shape:
 
 def read_shape(config: dict[str, Any]) -> Shape:
     """Raises ValueError for a family that cannot be counted and for a size that is missing or makes
-    no sense.
+    no sense. A family that is not in the table takes seconds: it needs torch and Transformers.
     """
     family = str(config.get("model_type"))
     if family == "gpt2":
@@ -121,11 +161,12 @@ def read_shape(config: dict[str, Any]) -> Shape:
         return _encoder(family, config)
     if family in GATED:
         return _gated(family, config)
-    known = ", ".join((*GATED, "gpt2", *ENCODERS))
-    raise ValueError(f"model_type {family} cannot be planned; known are {known}")
+    from launch.plan.meta_device import count
+
+    return count(family, config)
 
 
-def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
+def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int:
     """A size as it is written; the default where nothing is."""
     size = config.get(key)
     if size is None:
@@ -138,9 +179,9 @@ def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
 
 
 def _gated(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    head_dim = _size(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
+    hidden, inner, vocabulary, heads, layers, positions = (size_of(config, key) for key in SIZES)
+    kv_heads = size_of(config, "num_key_value_heads", heads)
+    head_dim = size_of(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
     wide = heads * head_dim
     narrow = kv_heads * head_dim
     layer = [
@@ -180,9 +221,9 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
 
 def _gpt2(config: dict[str, Any]) -> Shape:
     keys = ("n_embd", "n_head", "n_layer", "vocab_size", "n_positions")
-    hidden, heads, layers, vocabulary, positions = (_size(config, key) for key in keys)
-    inner = _size(config, "n_inner", 4 * hidden)
-    head_dim = _size(config, "head_dim", hidden // heads)
+    hidden, heads, layers, vocabulary, positions = (size_of(config, key) for key in keys)
+    inner = size_of(config, "n_inner", 4 * hidden)
+    head_dim = size_of(config, "head_dim", hidden // heads)
     norm = (hidden, hidden)
     attention = (3 * hidden * hidden, 3 * hidden, hidden * hidden, hidden)
     mlp = (hidden * inner, inner, inner * hidden, hidden)
@@ -204,7 +245,7 @@ def _gpt2(config: dict[str, Any]) -> Shape:
 
 
 def _encoder(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary, heads, layers, positions = (_size(config, key) for key in SIZES)
+    hidden, inner, vocabulary, heads, layers, positions = (size_of(config, key) for key in SIZES)
     norm = (hidden, hidden)
     layer = (
         *(hidden * hidden, hidden) * 4,
@@ -229,11 +270,12 @@ def _encoder(family: str, config: dict[str, Any]) -> Shape:
         embedding=(
             vocabulary * hidden,
             positions * hidden,
-            _size(config, "type_vocab_size") * hidden,
+            size_of(config, "type_vocab_size") * hidden,
             *norm,
         ),
         layer=layer,
         final=(),
+        encoder=True,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.settings import Recipe
-from launch.plan.hints import enough
+from actors.settings import Recipe, RLRecipe
+from launch.plan.devices import Memory, where_are
+from launch.plan.hints import hints_for
 from launch.plan.memory import GIB, Use, sum_of, total
-from launch.plan.plan import RL, Change, Memory, Plan, as_json, kv_room, make_plan, where_are
+from launch.plan.plan import Plan, as_json, make_plan
 from launch.recipe.document import Document
 from learners.errors import UserError
 
@@ -36,19 +37,19 @@ def show_plan(
     where every value is written.
     """
     plan = make_plan(recipe, document)
-    changes = [] if plan.fits else enough(recipe)
+    hints = hints_for(plan)
     if json_file is not None:
         try:
             json_file.write_text(
-                json.dumps(as_json(plan, changes), indent=2) + "\n", encoding="utf-8"
+                json.dumps(as_json(plan, hints), indent=2) + "\n", encoding="utf-8"
             )
         except OSError as error:
             raise UserError(f"--json: {json_file} cannot be written: {error.strerror}") from None
-    print_plan(plan, changes)
+    print_plan(plan, hints)
     return plan.fits
 
 
-def print_plan(plan: Plan, changes: list[Change]) -> None:
+def print_plan(plan: Plan, hints: Mapping[str, str]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
     for title, lines in (("Models", _models(plan)), ("Batch", _batch(plan)), ("Sync", _sync(plan))):
@@ -61,8 +62,7 @@ def print_plan(plan: Plan, changes: list[Change]) -> None:
     for problem in plan.problems:
         console.print(Text(f"  {problem}"))
     if not plan.fits:
-        for line in _changes(changes):
-            console.print(Text(f"  {line}"))
+        console.print(Text(f"  {_advice(hints)}"))
 
 
 def _models(plan: Plan) -> Iterator[str]:
@@ -72,6 +72,10 @@ def _models(plan: Plan) -> Iterator[str]:
         roles.setdefault((m.settings.path, m.parameters, m.settings.dtype), []).append(role)
     for (path, parameters, dtype), names in roles.items():
         yield f"{path}: {_count(parameters)} parameters, {dtype} ({', '.join(names)})"
+    for family in dict.fromkeys(
+        m.shape.family for m in plan.models.values() if m.shape.own_head is not None
+    ):
+        yield f"{family} is not in the table: counted on torch's meta device, which takes seconds"
 
 
 def _batch(plan: Plan) -> Iterator[str]:
@@ -99,16 +103,15 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _sync(plan: Plan) -> Iterator[str]:
-    if not isinstance(plan.recipe, RL):
+    if not isinstance(plan.recipe, RLRecipe):
         return
     s = plan.sync
-    room = kv_room(plan.recipe, plan.models)
     engines = _many(s["engines"], "engine") + (
         f" on {s['devices']} GPUs" if s["devices"] > s["engines"] else ""
     )
     yield f"{_size(s['bytes'])} of weights a step to {engines}"
     yield (
-        f"an engine's KV cache holds {room} of {plan.recipe.generation.max_concurrent} "
+        f"an engine's KV cache holds {plan.kv_room} of {plan.recipe.generation.max_concurrent} "
         "sequences at full length"
     )
 
@@ -161,18 +164,10 @@ def _time(plan: Plan) -> str:
     return f"rough estimate, nothing measured: {shares} of a step"
 
 
-def _changes(changes: list[Change]) -> Iterator[str]:
-    if not changes:
-        yield (
-            "No change that was tried is enough: it takes a smaller model, shorter sequences or "
-            "more memory."
-        )
-    elif len(changes) == 1 and len(changes[0].values) > 1:
-        yield f"Together these are enough: {changes[0]}"
-    elif len(changes) == 1:
-        yield f"This is enough: {changes[0]}"
-    else:
-        yield f"Any one of these is enough: {', '.join(map(str, changes))}"
+def _advice(hints: Mapping[str, str]) -> str:
+    if not hints:
+        return "No key helps: it takes a smaller model, shorter sequences or more memory."
+    return f"These help: {', '.join(f'{key} {what}' for key, what in hints.items())}"
 
 
 def _many(count: int, what: str, plural: str = "s") -> str:

@@ -8,16 +8,13 @@ differ too much.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors.cluster.layout import shares_gpus
 from actors.settings import Recipe, RLRecipe
-from launch.plan.memory import BYTES
-from launch.plan.shapes import Head, Shape
-from learners.settings import LearnerSettings
-
-RL = RLRecipe
+from launch.plan.batches import rows_of
+from launch.plan.shapes import Model
 
 RESPONSE_SHARE = 0.5  # of max_new_tokens that a response has on average; prompts likewise
 
@@ -42,26 +39,22 @@ CPU_THREAD = Speed(flops=40e9, memory=5e9, transfer=1e9, call=3e-3, trip=0.1)
 
 
 def step_seconds(
-    recipe: Recipe, shapes: Mapping[str, Shape], longest: int, cached: float = 0
+    recipe: Recipe, models: Mapping[str, Model], longest: int, cached: float = 0
 ) -> dict[str, float]:
     """Seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit an
     engine's KV cache.
     """
-    if not isinstance(recipe, RLRecipe):
-        learner = recipe.learner
-        head: Head = "lm" if recipe.kind == "sft" else "score"
-        rows = recipe.train.batch_size * (2 if recipe.kind == "rm" else 1)
-        tokens = rows * longest * RESPONSE_SHARE
-        shape = shapes[recipe.kind]
-        return {"learn": _learning(shape.parameters(head), tokens, 1, learner, recipe, shape)}
-    sequences = recipe.step.prompts_per_step * recipe.step.group_size
+    sequences, learned, _ = rows_of(recipe)
     length = longest * RESPONSE_SHARE
-    tokens = sequences * length
+    if not isinstance(recipe, RLRecipe):
+        (model,) = models.values()
+        return {"learn": _learning(model, learned * length, 1, recipe)}
+    tokens = (sequences or 0) * length
     return {
-        "generate": _generating(recipe, shapes["engine"], sequences, length, cached),
-        "score": _scoring(recipe, shapes, tokens),
-        "learn": _learning_all(recipe, shapes, tokens),
-        "sync": _syncing(recipe, shapes["actor"]),
+        "generate": _generating(recipe, models["engine"], sequences or 0, length, cached),
+        "score": _scoring(recipe, models, tokens),
+        "learn": _learning_all(recipe, models, tokens),
+        "sync": _syncing(models["actor"], recipe),
     }
 
 
@@ -72,99 +65,69 @@ def _speed(recipe: Recipe, threads: int) -> Speed:
     return replace(one, flops=one.flops * threads, memory=one.memory * threads)
 
 
-def _generating(recipe: RL, shape: Shape, sequences: int, length: float, cached: float) -> float:
+def _generating(
+    recipe: RLRecipe, model: Model, sequences: int, length: float, cached: float
+) -> float:
     """Waves of concurrent sequences, and a last one that waits for the longest response. A decoding
     step reads all weights and the cache of the sequences in it.
     """
     generation = recipe.generation
-    speed = _speed(recipe, recipe.generation.threads)
-    width = BYTES[recipe.actor.model.dtype]
+    speed = _speed(recipe, generation.threads)
+    width = model.width
     parallel = generation.tensor_parallel
-    parameters = shape.parameters("lm")
-    least = shape.layers * speed.call
+    parameters = model.parameters
+    least = model.shape.layers * speed.call
     mine = math.ceil(sequences / generation.engines)
     at_once = max(1, min(mine, generation.max_concurrent, int(cached / length)))
     response = min(length, generation.max_new_tokens * RESPONSE_SHARE)
     weights = width * parameters / (speed.memory * parallel)
-    cache = width * at_once * shape.kv_elements * length / 2 / (speed.memory * parallel)
+    cache = width * at_once * model.shape.kv_elements * length / 2 / (speed.memory * parallel)
     computing = 2 * parameters * at_once / (speed.flops * parallel)
     decoding = mine / at_once * response * max(weights + cache, computing, least)
     waiting = max(0, generation.max_new_tokens - response) * max(weights, least)
-    prefill = (
-        2
-        * parameters
-        * mine
-        / recipe.step.group_size
-        * max(0.0, length - response)
-        / (speed.flops * parallel)
-    )
+    prompt = max(0.0, length - response)
+    reading = 2 * parameters * mine / recipe.step.group_size * prompt
+    prefill = reading / (speed.flops * parallel)
     return decoding + waiting + prefill + speed.trip
 
 
-def _scoring(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
+def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> float:
     """One forward pass of every role that reads; together they take as long as the slowest, or
     turns on shared GPUs.
     """
-    heads: dict[str, Head] = {"actor": "lm", "critic": "value", "reference": "lm"}
+    idle = {"engine"} | ({"actor"} if recipe.algorithm.old_logprobs == "engine" else set())
     times = []
-    for role, shape in shapes.items():
-        if role == "engine" or (role == "actor" and recipe.algorithm.old_logprobs == "engine"):
-            continue
-        processes, threads = _processes(recipe, role)
-        flops = 2 * shape.parameters(heads.get(role, "score")) * tokens / processes
-        times.append(flops / _speed(recipe, threads).flops)
-    return (sum(times) if shares_gpus(recipe.cluster) else max(times, default=0.0)) + _speed(
-        recipe, 1
-    ).trip
+    for model in (model for name, model in models.items() if name not in idle):
+        flops = 2 * model.parameters * tokens / model.role.processes
+        times.append(flops / _speed(recipe, model.role.threads).flops)
+    return _in_parallel(recipe, times) + _speed(recipe, 1).trip
 
 
-def _processes(recipe: RL, role: str) -> tuple[int, int]:
-    if role == "actor":
-        return recipe.actor.ranks, recipe.actor.threads
-    if role == "critic" and isinstance(recipe, RLRecipe) and recipe.critic is not None:
-        return recipe.critic.ranks, recipe.critic.threads
-    if role == "reference":
-        return recipe.reference.workers, recipe.reference.threads
-    return next((r.workers, r.threads) for r in recipe.rewards if role == f"reward {r.name}")
-
-
-def _learning_all(recipe: RL, shapes: Mapping[str, Shape], tokens: float) -> float:
+def _learning_all(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> float:
     """Actor and Critic learn at the same time; on shared GPUs they take turns."""
+    sequences, rows, _ = rows_of(recipe)
     passes = recipe.step.ppo_epochs
-    step = recipe.step
-    updates = passes * math.ceil(step.prompts_per_step * step.group_size / step.mini_batch_size)
-    times = [
-        _learning(
-            shapes["actor"].parameters("lm"), tokens, passes, recipe.actor, recipe, shapes["actor"]
-        )
-    ]
-    if isinstance(recipe, RLRecipe) and recipe.critic is not None:
-        critic = shapes["critic"]
-        times.append(
-            _learning(critic.parameters("value"), tokens, passes, recipe.critic, recipe, critic)
-        )
-    waiting = updates * _speed(recipe, 1).trip
-    return (sum(times) if shares_gpus(recipe.cluster) else max(times)) + waiting
+    times = [_learning(m, tokens, passes, recipe) for m in models.values() if m.role.learner]
+    updates = passes * math.ceil((sequences or 0) / rows)
+    return _in_parallel(recipe, times) + updates * _speed(recipe, 1).trip
 
 
-def _learning(
-    parameters: int,
-    tokens: float,
-    passes: int,
-    learner: LearnerSettings,
-    recipe: Recipe,
-    shape: Shape,
-) -> float:
+def _in_parallel(recipe: Recipe, times: Sequence[float]) -> float:
+    return sum(times) if shares_gpus(recipe.cluster) else max(times, default=0.0)
+
+
+def _learning(model: Model, tokens: float, passes: int, recipe: Recipe) -> float:
     """Forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed
     twice.
     """
-    speed = _speed(recipe, learner.threads)
-    factor = 8 if learner.model.gradient_checkpointing else 6
-    micro_batches = tokens * passes / learner.ranks / learner.micro_batch_tokens
-    computing = factor * parameters * tokens * passes / learner.ranks / speed.flops
-    return max(computing, 3 * math.ceil(micro_batches) * shape.layers * speed.call)
+    ranks = model.role.processes
+    speed = _speed(recipe, model.role.threads)
+    factor = 8 if model.settings.gradient_checkpointing else 6
+    micro_batches = tokens * passes / ranks / (model.role.micro_batch_tokens or 1)
+    computing = factor * model.parameters * tokens * passes / ranks / speed.flops
+    return max(computing, 3 * math.ceil(micro_batches) * model.shape.layers * speed.call)
 
 
-def _syncing(recipe: RL, shape: Shape) -> float:
-    speed = _speed(recipe, recipe.actor.threads)
-    return BYTES[recipe.actor.model.dtype] * shape.parameters("lm") / speed.transfer + speed.trip
+def _syncing(model: Model, recipe: Recipe) -> float:
+    speed = _speed(recipe, model.role.threads)
+    return model.width * model.parameters / speed.transfer + speed.trip

@@ -5,10 +5,10 @@ recipe is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
-from actors.roles import Role, roles_of
+from actors.roles import roles_of
 from actors.settings import Recipe, RewardSettings, RLRecipe, SFTRecipe
 from learners.errors import Problem
 from learners.settings import LearnerSettings, ModelSettings
@@ -19,10 +19,9 @@ USUAL_GROUP = 8
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     """Keys that are fine one by one and impossible together."""
-    roles = roles_of(recipe)
     for key, model in models_of(recipe).items():
         yield from _attention(key, model, recipe.cluster.device)
-    for role in roles.values():
+    for role in roles_of(recipe).values():
         if role.learner is not None:
             yield from _learner(role.section, role.learner, recipe.cluster.device)
     if isinstance(recipe, RLRecipe):
@@ -32,7 +31,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _evaluation(recipe)
         yield from _generation(recipe)
         yield from _off_policy_sampling(recipe)
-        yield from _sharing(recipe, roles)
+        yield from sharing_problems(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
         yield Problem(
             ("train.evaluate_every", "held_out"), "needs held-out examples: set held_out.path"
@@ -208,10 +207,11 @@ def _off_policy_sampling(recipe: RLRecipe) -> Iterator[Problem]:
         )
 
 
-def _sharing(recipe: RLRecipe, roles: Mapping[str, Role]) -> Iterator[Problem]:
+def sharing_problems(recipe: RLRecipe) -> Iterator[Problem]:
     """What keeps a recipe's roles from sharing their GPUs."""
     if not shares_gpus(recipe.cluster):
         return
+    roles = roles_of(recipe)
     engines = roles["engine"].processes * roles["engine"].gpus
     if engines > recipe.actor.ranks:  # weights pass inside the memory of a GPU
         keys = ("actor.ranks", "generation.engines", "generation.tensor_parallel")

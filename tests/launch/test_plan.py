@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.settings import RLRecipe, rl_recipe
+from actors.settings import rl_recipe
 from launch import cli
-from launch.plan.hints import enough
+from launch.plan.devices import ranges
+from launch.plan.hints import hints_for
 from launch.plan.memory import GIB, model_states, total
-from launch.plan.plan import Plan, excess, kv_room, make_plan, ranges, read_shapes
+from launch.plan.plan import Plan, make_plan
 from launch.plan.shapes import Shape, find_shape
 from launch.plan.table import print_plan, show_plan
-from launch.recipe.combinations import Recipe
+from launch.recipe.combinations import Recipe, combination_problems
 from launch.recipe.document import Document
 from launch.recipe.read import load_recipe, read_recipe
+from launch.recipe.schema import lookup, recipe_keys
 from learners.errors import UserError
 from learners.settings import LearnerSettings
 from tests.launch.test_cli import quatuor
@@ -275,9 +277,8 @@ def test_sync_and_kv_cache() -> None:
     made = plan("grpo_qwen3_8b")
     assert made.sync == {"bytes": 2 * 8_190_735_360, "engines": 4, "devices": 4}
     engine = made.memories[0].uses["generate"]["engine"]
-    assert isinstance(made.recipe, RLRecipe)
     blocks = engine["kv_cache"] // (16 * 144 * 1024) - 1  # vLLM keeps one for itself
-    assert kv_room(made.recipe, made.models) == blocks // (5120 // 16) == 71
+    assert made.kv_room == blocks // (5120 // 16) == 71
     assert total(engine) == pytest.approx(0.85 * 80 * GIB, rel=1e-6)
 
 
@@ -295,161 +296,200 @@ def test_every_phase_takes_time_and_no_size_is_negative(path: Path) -> None:
     assert min(sizes) > 0
 
 
-# --- what does not fit, and what would ------------------------------------------------------------
+# --- what does not fit, and what helps ------------------------------------------------------------
 
-LLAMA_2 = ["actor.model.path=meta-llama/Llama-2-7b", "generation.max_new_tokens=50000"]
-ON_CPU = ["cluster.device=cpu", "actor.model.dtype=float32", "generation.max_new_tokens=8192"]
-SEVEN = [
-    "actor.model.path=Qwen/Qwen2.5-0.5B",
-    "generation.tensor_parallel=7",
-    "generation.engines=1",
-    "cluster.nodes=2",
+G8 = "grpo_qwen3_8b"
+COLOCATED = "cluster.placement=colocated actor.ranks=8 generation.engines=8"
+LLAMA_2 = "actor.model.path=meta-llama/Llama-2-7b generation.max_new_tokens=50000"
+ON_CPU = "cluster.device=cpu actor.model.dtype=float32 generation.max_new_tokens=8192"
+SEVEN = (
+    "actor.model.path=Qwen/Qwen2.5-0.5B generation.tensor_parallel=7 generation.engines=1 "
+    "cluster.nodes=2"
+)
+FUNCTIONS = "rewards.0.workers=100 cluster.node_memory_gib=80"
+OFFLOADED = "actor.offload_optimizer=true cluster.node_memory_gib=64"
+FULL = [  # recipe, overrides, the problem, keys that must be among those that help
+    (G8, "actor.model.gradient_checkpointing=false", "learn needs", "gradient_checkpointing true"),
+    (G8, "actor.micro_batch_tokens=65536", "learn needs", "actor.micro_batch_tokens lower"),
+    (
+        G8,
+        "actor.micro_batch_tokens=5120 actor.ranks=8 cluster.nodes=2 cluster.gpu_memory_gib=26",
+        "learn needs",
+        "generation.max_new_tokens lower",
+    ),
+    (G8, "actor.model.attention=eager", "learn needs", "actor.model.attention sdpa"),
+    (G8, "actor.zero_stage=1", "learn needs", "actor.zero_stage 3"),
+    (G8, "actor.zero_stage=2 cluster.gpu_memory_gib=60", "learn needs", "actor.zero_stage 3"),
+    (G8, "cluster.gpu_memory_gib=48", "learn needs", "actor.offload_optimizer true"),
+    (
+        G8,
+        "cluster.gpu_memory_gib=26 actor.offload_optimizer=true",
+        "learn needs",
+        "actor.micro_batch_tokens lower",
+    ),
+    (
+        G8,
+        "generation.gpu_memory_fraction=1.0",
+        "sync needs",
+        "generation.gpu_memory_fraction lower",
+    ),
+    (
+        G8,
+        "generation.gpu_memory_fraction=0.2",
+        "no KV cache",
+        "generation.gpu_memory_fraction high",
+    ),
+    (G8, "cluster.gpu_memory_gib=16", "no KV cache", "generation.tensor_parallel 2 or 4 or 8"),
+    (G8, f"{COLOCATED} cluster.gpu_memory_gib=45", "learn needs", "actor.offload_optimizer true"),
+    (G8, OFFLOADED, "CPU memory", "actor.offload_optimizer false"),
+    (G8, FUNCTIONS, "CPU memory", "rewards.0.workers lower"),
+    (G8, LLAMA_2, "50000 leaves no room for a prompt in the model's 4096", "tokens below 4096"),
+    (G8, SEVEN, "7 does not divide the model's 2 key-value heads", "tensor_parallel 1 or 2"),
+    (
+        G8,
+        "generation.tensor_parallel=16",
+        "must be on one node",
+        "tensor_parallel 1 or 2 or 4 or 8",
+    ),
+    ("grpo_qwen3_32b", "cluster.nodes=2", "32 GPUs are needed", "cluster.placement colocated"),
+    ("ppo_qwen3_8b", "actor.ranks=512", "GPUs are needed", "cluster.nodes 65"),
+    (
+        "ppo_qwen3_8b",
+        "actor.ranks=16 critic.ranks=16 cluster.placement=colocated",
+        "16 GPUs are needed",
+        "critic.ranks lower",
+    ),
+    ("ppo_qwen3_8b", "cluster.gpu_memory_gib=24", "learn needs", "actor.offload_optimizer true"),
+    ("ppo_qwen3_0.6b", "critic.offload_optimizer=false", "learn needs", "critic.offload_optimizer"),
+    ("ppo_qwen3_0.6b", "cluster.node_memory_gib=9", "CPU memory", "critic.offload_optimizer false"),
+    (
+        "demo_grpo",
+        "generation.kv_cache_gib=20 cluster.node_memory_gib=16",
+        "CPU memory",
+        "kv_cache_gib lower",
+    ),
+    ("demo_grpo", "generation.max_model_tokens=65", "65 is more than the model's 64", "tokens 64"),
+    ("grpo_qwen3_0.6b", ON_CPU, "1 GiB of KV cache do not hold one sequence of 8704", "gib higher"),
+    ("demo_ppo", "cluster.node_memory_gib=2", "CPU memory", "cluster.nodes higher"),
+    ("demo_sft", "cluster.node_memory_gib=0.5", "CPU memory", "learner.ranks lower"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "problem", "change"),
-    [
-        (
-            "grpo_qwen3_8b",
-            ["actor.model.gradient_checkpointing=false"],
-            "learn needs",
-            "gradient_checkpointing=true",
-        ),
-        (
-            "grpo_qwen3_8b",
-            ["actor.micro_batch_tokens=65536"],
-            "learn needs",
-            "actor.micro_batch_tokens",
-        ),
-        ("grpo_qwen3_8b", ["actor.zero_stage=1"], "learn needs", "actor.zero_stage=2"),
-        ("grpo_qwen3_8b", ["cluster.gpu_memory_gib=48"], "learn needs", "actor.offload_optimizer"),
-        (
-            "grpo_qwen3_8b",
-            ["generation.gpu_memory_fraction=1.0"],
-            "sync needs",
-            "generation.gpu_memory_fraction",
-        ),
-        (
-            "grpo_qwen3_8b",
-            ["generation.gpu_memory_fraction=0.2"],
-            "no KV cache",
-            "generation.gpu_memory_fraction",
-        ),
-        (
-            "grpo_qwen3_32b",
-            ["cluster.nodes=2"],
-            "32 GPUs are needed, the cluster has 2 x 8",
-            "cluster.placement",
-        ),
-        (
-            "ppo_qwen3_0.6b",
-            ["critic.offload_optimizer=false"],
-            "learn needs",
-            "critic.offload_optimizer",
-        ),
-        (
-            "demo_grpo",
-            ["generation.kv_cache_gib=20", "cluster.node_memory_gib=16"],
-            "CPU memory",
-            "kv_cache_gib",
-        ),
-        (
-            "grpo_qwen3_8b",
-            LLAMA_2,
-            "50000 leaves no room for a prompt in the model's 4096 positions",
-            "tokens=3072",
-        ),
-        (
-            "demo_grpo",
-            ["generation.max_model_tokens=65"],
-            "65 is more than the model's 64",
-            "max_model_tokens=64",
-        ),
-        (
-            "grpo_qwen3_0.6b",
-            ON_CPU,
-            "1 GiB of KV cache do not hold one sequence of 8704",
-            "kv_cache_gib=2.0",
-        ),
-        (
-            "grpo_qwen3_8b",
-            SEVEN,
-            "7 does not divide the model's 2 key-value heads, 4864 MLP",
-            "tensor_parallel=2",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_said_with_a_change_that_is_enough(
-    name: str, overrides: list[str], problem: str, change: str
-) -> None:
-    broken = recipe(name, *overrides)
-    made = make_plan(broken)
-    assert not made.fits and problem in made.problems[0]
-    changes = enough(broken)
-    assert change in " ".join(map(str, changes))
-    for one in changes:  # each is enough by itself, or it would not be offered
-        assert plan(name, *overrides, *str(one).split()).fits
-
-
-def test_smaller_changes_than_the_one_offered_are_not_enough() -> None:
-    (one,) = [
-        c
-        for c in enough(recipe("grpo_qwen3_8b", "actor.micro_batch_tokens=65536"))
-        if len(c.values) == 1
-    ][:1]
-    tokens = one.values["actor.micro_batch_tokens"]
-    assert plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={tokens}").fits
-    assert not plan("grpo_qwen3_8b", f"actor.micro_batch_tokens={2 * tokens}").fits
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "offered"),
-    [
-        ("ppo_qwen3_8b", "cluster.nodes=8 actor.ranks=64", {"actor.ranks=59", "cluster.nodes=9"}),
-        ("ppo_qwen3_8b", "actor.ranks=512", {"actor.ranks=3", "cluster.nodes=65"}),
-        ("ppo_qwen3_8b", "actor.ranks=2", {"actor.ranks=3"}),
-        (
-            "ppo_qwen3_8b",
-            "actor.ranks=16 critic.ranks=16 cluster.placement=colocated",
-            {"actor.ranks=8 critic.ranks=8", "cluster.nodes=2"},
-        ),
-        ("grpo_qwen3_8b", "cluster.gpu_memory_gib=48", {"actor.ranks=9 cluster.nodes=2"}),
-        (
-            "grpo_qwen3_8b",
-            "actor.offload_optimizer=true cluster.node_memory_gib=64",
-            {"actor.offload_optimizer=false"},
-        ),
-        (
-            "grpo_qwen3_8b",
-            "generation.tensor_parallel=3 generation.engines=1",
-            {"generation.tensor_parallel=2", "generation.tensor_parallel=4"},
-        ),
-        (
-            "grpo_qwen3_8b",
-            "generation.tensor_parallel=16 generation.engines=1",
-            {"generation.tensor_parallel=4"},
-        ),
-    ],
-)
-def test_the_smallest_change_is_offered_and_nothing_that_contains_another(
-    name: str, overrides: str, offered: set[str]
-) -> None:
-    """Every process count and every number of nodes is the least that does: one step back is not
-    enough.
+def excess(made: Plan) -> list[int]:
+    """Nodes that are missing, lines about something else than memory, bytes too many on GPUs and in
+    CPU memory: the largest excess, and of all kinds of devices.
     """
-    changes = enough(recipe(name, *overrides.split()))
-    assert offered <= set(map(str, changes))
-    for one in changes:
-        assert plan(name, *overrides.split(), *str(one).split()).fits
-        assert not any(other.values.keys() < one.values.keys() for other in changes)
-        for key, value in one.values.items():
-            before = getattr(
-                getattr(recipe(name, *overrides.split()), key.split(".")[0]), key.split(".")[1]
-            )
-            if key in ("actor.ranks", "critic.ranks", "cluster.nodes"):
-                back = value - 1 if value > before else value + 1
-                assert not plan(name, *overrides.split(), *str(one).split(), f"{key}={back}").fits
+    nodes = 10**6 if made.where.nodes is None else made.where.nodes
+    lines = sum("needs" not in problem and "cluster:" not in problem for problem in made.problems)
+    over = [
+        size
+        for gpu in (True, False)
+        for one in [[-(m.headroom or 0) for m in made.memories if m.is_gpu == gpu and m.overflows]]
+        for size in (max(one, default=0), sum(one))
+    ]
+    return [max(0, nodes - made.recipe.cluster.nodes), lines, *over]
+
+
+def steps(now: Any, what: str) -> list[Any]:
+    """Values to give a key whose hint says `what`."""
+    if what in ("lower", "higher"):
+        if isinstance(now, int):
+            return [max(1, now >> n) if what == "lower" else now << n for n in range(1, 13)]
+        factors = (0.9, 0.75, 0.5, 0.25) if what == "lower" else (1.1, 1.5, 2, 4, 16)
+        return [now * factor for factor in factors]
+    if what.startswith("below"):
+        return [int(what.split()[1]) // 2]
+    return [yaml.safe_load(value) for value in what.split(" or ")]
+
+
+def applied(made: Plan, key: str, what: str) -> list[Plan]:
+    """The plan with values that a hint asks for, as far as they make a recipe."""
+    now: Any = made.recipe
+    for part in key.split("."):
+        now = now[int(part)] if part.isdigit() else getattr(now, part)
+    found = []
+    for value in steps(now, what):
+        values = made.recipe.model_dump(mode="json")
+        place: Any = values
+        *path, last = key.split(".")
+        for part in path:
+            place = place[int(part)] if part.isdigit() else place[part]
+        place[last] = value
+        if key == "generation.tensor_parallel":  # on as many GPUs
+            engines = values["generation"]["engines"] * now // value
+            values["generation"]["engines"] = max(1, engines)
+        try:
+            changed = type(made.recipe).model_validate(values)
+        except ValueError:
+            continue
+        if key.endswith("ranks") and what == "higher":
+            cluster = changed.cluster.model_copy(update={"nodes": 64})
+            changed = changed.model_copy(update={"cluster": cluster})
+        if not any(combination_problems(changed)):
+            found.append(make_plan(changed))
+    return found
+
+
+@pytest.mark.parametrize(("name", "overrides", "problem", "hint"), FULL)
+def test_what_does_not_fit_is_said_with_keys_that_help(
+    name: str, overrides: str, problem: str, hint: str
+) -> None:
+    """Every key that is named is one of the recipe and, by itself, makes less of what is too much;
+    where several roles are too many for the GPUs they share, all of them together do.
+    """
+    made = plan(name, *overrides.split())
+    assert not made.fits and problem in made.problems[0]
+    hints = hints_for(made)
+    assert hint in ", ".join(f"{key} {what}" for key, what in hints.items())
+    for key, what in hints.items():
+        assert lookup(key, recipe_keys(type(made.recipe))), key
+        if problem == "16 GPUs are needed" and key.endswith("ranks"):
+            continue  # both must be lower
+        before = excess(made)
+        tried = [excess(one) for one in applied(made, key, what)]
+        assert any(x < y for one in tried for x, y in zip(one, before, strict=True)), (key, what)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "missing"),
+    [
+        (G8, "cluster.gpu_memory_gib=48", "gradient_checkpointing zero_stage dtype attention"),
+        (G8, "cluster.gpu_memory_gib=30 actor.offload_optimizer=true", "offload_optimizer"),
+        (G8, "actor.micro_batch_tokens=5120 cluster.gpu_memory_gib=30", "micro_batch_tokens"),
+        ("demo_ppo", "cluster.node_memory_gib=2", "offload gpu placement critic.ranks"),
+        ("ppo_qwen3_0.6b", "critic.offload_optimizer=false", "placement critic.zero_stage"),
+    ],
+)
+def test_what_is_done_or_impossible_is_not_hinted_at(
+    name: str, overrides: str, missing: str
+) -> None:
+    hints = hints_for(plan(name, *overrides.split()))
+    assert hints and not [key for key in hints if any(word in key for word in missing.split())]
+
+
+def test_processes_that_share_gpus_are_lowered_together() -> None:
+    overrides = ["actor.ranks=16", "critic.ranks=16", "cluster.placement=colocated"]
+    hints = hints_for(plan("ppo_qwen3_8b", *overrides))
+    assert (hints["actor.ranks"], hints["critic.ranks"]) == ("lower", "lower")
+    assert plan("ppo_qwen3_8b", *overrides, "actor.ranks=8", "critic.ranks=8").where.nodes == 1
+
+
+@pytest.mark.parametrize(
+    "extra", ["", "cluster.nodes=1", "cluster.gpu_memory_gib=20 cluster.node_memory_gib=9"]
+)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_hints_are_keys_of_the_recipe_and_none_where_all_fits(path: Path, extra: str) -> None:
+    made = make_plan(load_recipe(path, extra.split()))
+    hints = hints_for(made)
+    assert made.fits <= (not hints)
+    assert all(lookup(key, recipe_keys(type(made.recipe))) for key in hints)
+
+
+def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = plan("demo_sft", "cluster.node_memory_gib=0.5", "learner.ranks=1")
+    assert hints_for(broken) == {}
+    print_plan(broken, {})
+    assert "No key helps: it takes a smaller model" in capsys.readouterr().out
 
 
 def test_a_rank_never_holds_more_than_its_rows() -> None:
@@ -465,34 +505,6 @@ def test_a_rank_never_holds_more_than_its_rows() -> None:
     assert actor.uses["learn"] in [m.uses["learn"] for m in narrow]
     # the logits of all of them
     assert actor.uses["score"]["actor"]["activations"] > 65536 * 151936 * 2
-
-
-@pytest.mark.parametrize(
-    "extra", [[], ["cluster.nodes=1"], ["cluster.gpu_memory_gib=20", "cluster.node_memory_gib=9"]]
-)
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_changes_are_tried_on_the_same_arithmetic(path: Path, extra: list[str]) -> None:
-    made = make_plan(load_recipe(path, extra))
-    problems, over = excess(made.recipe, read_shapes(made.recipe))
-    assert (problems, over) == (0, 0) if made.fits else problems + over > 0
-    if not problems:
-        assert over == sum(len(m.places) * max(0, -(m.headroom or 0)) for m in made.memories)
-
-
-def test_where_one_change_is_not_enough_several_are_offered_and_none_too_many() -> None:
-    overrides = ["cluster.gpu_memory_gib=24"]
-    (change,) = enough(recipe("ppo_qwen3_8b", *overrides))
-    parts = str(change).split()
-    assert len(parts) > 1 and plan("ppo_qwen3_8b", *overrides, *parts).fits
-    for part in parts:
-        assert not plan("ppo_qwen3_8b", *overrides, *(p for p in parts if p != part)).fits
-
-
-def test_where_nothing_helps_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    broken = recipe("demo_sft", "cluster.node_memory_gib=0.5")
-    assert enough(broken) == []
-    print_plan(make_plan(broken), [])
-    assert "No change that was tried is enough" in capsys.readouterr().out
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -538,10 +550,8 @@ def test_it_takes_no_longer_when_it_does_not_fit(name: str, overrides: str) -> N
 def test_what_does_not_fit_exits_with_1_at_once() -> None:
     done = at_once(str(RECIPES / "ppo_qwen3_8b.yaml"), "cluster.gpu_memory_gib=24")
     assert done.returncode == 1
-    assert (
-        "node 0 GPU 1-3: learn needs" in done.stdout
-        and "Together these are enough: " in done.stdout
-    )
+    assert "node 0 GPU 1-3: learn needs" in done.stdout
+    assert "These help: actor.offload_optimizer true, " in done.stdout
 
 
 def test_an_unknown_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -657,7 +667,9 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         == 1
     )
     told: dict[str, Any] = json.loads(file.read_text())
-    assert told["fits"] is False and told["problems"] and {"actor.zero_stage": 2} in told["changes"]
+    assert (
+        told["fits"] is False and told["problems"] and {"actor.zero_stage": "3"} in told["changes"]
+    )
     assert told["models"]["actor"] == {
         "path": "Qwen/Qwen3-8B",
         "dtype": "bfloat16",

@@ -17,7 +17,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from launch.plan.memory import Load, layer_activations, training_activations
+from launch import cli
+from launch.plan.batches import Load
+from launch.plan.memory import layer_activations, training_activations
 from launch.plan.shapes import find_shape, model_table, read_shape
 from launch.tasks.unique_digits import make_model
 from learners.errors import UserError
@@ -260,3 +262,83 @@ def test_activations_are_what_autograd_keeps(family: str, dtype: str) -> None:
 def test_the_kv_cache_of_a_token() -> None:
     """Qwen3-8B: keys and values of 36 layers, 8 heads of 128: 144 KiB in bfloat16."""
     assert 2 * find_shape("Qwen/Qwen3-8B").kv_elements == 144 * 1024
+
+
+# --- types that are not in the table --------------------------------------------------------------
+
+OTHERS = [
+    ("gemma2", {**SMALL, "head_dim": 16}),
+    ("phi3", {**SMALL, "pad_token_id": 0}),
+    ("gpt_neox", {k: v for k, v in SMALL.items() if "key_value" not in k}),
+    ("phi", SMALL),  # its language-model head has a bias
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "values"), OTHERS, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_other_types_are_counted_on_the_meta_device(
+    family: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """With every head, against models that are really made."""
+    config = CONFIG_MAPPING[family](**values)
+    config.save_pretrained(tmp_path)
+    shape = find_shape(str(tmp_path))
+    config.num_labels = 1
+    for head, auto in (
+        ("lm", AutoModelForCausalLM),
+        ("score", AutoModelForSequenceClassification),
+        ("value", AutoModelForTokenClassification),
+    ):
+        assert sorted(shape.tensors(head).elements()) == sizes(auto.from_config(config)), head
+    assert (shape.hidden, shape.layers, shape.heads, shape.intermediate) == (48, 3, 6, 80)
+    assert (shape.vocabulary, shape.positions) == (96, 40)
+    assert shape.kv_heads == (6 if family == "gpt_neox" else 2)
+    assert shape.head_dim == (16 if family == "gemma2" else 8)
+    assert shape.tied == (family == "gemma2") and not shape.encoder
+    assert len(shape.embedding) == 1
+
+
+def test_another_encoder_is_counted_on_the_meta_device(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["electra"](
+        **{k: v for k, v in SMALL.items() if "key_value" not in k}, embedding_size=24
+    )
+    config.save_pretrained(tmp_path)
+    config.num_labels = 1
+    found = sizes(AutoModelForSequenceClassification.from_config(config))
+    shape = find_shape(str(tmp_path))
+    assert sorted(shape.tensors("score").elements()) == found and shape.encoder
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"model_type": "nosuch"}, "Unrecognized model identifier: nosuch"),
+        ({"model_type": "gemma2", "hidden_size": "48"}, "Validation error for field"),
+        ({"model_type": "mamba"}, "num_attention_heads must be a whole number from 1 to"),
+        ({"model_type": "bloom"}, "max_position_embeddings must be a whole number from 1 to"),
+        (
+            {"model_type": "deepseek_v3", "num_hidden_layers": 4, "n_routed_experts": 8},
+            "it is not made of 4 layers",
+        ),
+    ],
+)
+def test_a_type_that_cannot_be_planned_is_one_line(
+    values: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError) as error:
+        find_shape(str(tmp_path))
+    (line,) = error.value.problems
+    assert f"model_type {values['model_type']} cannot be planned: {told}" in line
+    assert "\n" not in line and len(line) < 300
+
+
+def test_plan_says_that_a_type_takes_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CONFIG_MAPPING["gemma2"](**SMALL, head_dim=16).save_pretrained(tmp_path)
+    recipe = Path(__file__).parents[2] / "launch" / "recipes" / "demo_sft.yaml"
+    assert cli.main(["plan", str(recipe), f"learner.model.path={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "gemma2 is not in the table: counted on torch's meta device, which takes seconds" in out
