@@ -181,7 +181,11 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
     we know how to read.
     """
     config = load_config(settings)
-    _refuse_encoder_decoder(config, settings.path)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{settings.path}: {config.model_type} is an encoder-decoder; use a decoder or an "
+            "encoder"
+        )
     finished = _is_a(config, REWARD_MODEL)
     if finished and config.num_labels != 1:
         raise UserError(f"{settings.path}: a reward model has one label, not {config.num_labels}")
@@ -209,8 +213,7 @@ def load_critic(settings: ModelSettings) -> Any:
     values. Raises UserError for an encoder, which would see the future, and for missing weights.
     """
     config = load_config(settings)
-    _refuse_encoder_decoder(config, settings.path)
-    if is_encoder(config):
+    if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{settings.path}: {config.model_type} sees the future; a critic must be a "
             "causal decoder"
@@ -219,8 +222,7 @@ def load_critic(settings: ModelSettings) -> Any:
     from_reward_model = _is_a(config, REWARD_MODEL)
     finished = _is_a(config, CRITIC)
     config.num_labels = 1
-    config.score_mean = 0.0
-    config.score_std = 1.0
+    write_calibration(config, Calibration(0.0, 1.0))
     model, missing = _load(AutoModelForTokenClassification, settings, config)
     head = set() if finished else _new_head(model, missing)
     if from_reward_model and head - {"score.bias"}:
@@ -345,10 +347,3 @@ def _refuse_missing(names: set[str], path: str) -> None:
     if names:
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(f"{path}: {len(names)} weights are missing in the checkpoint: {shown}")
-
-
-def _refuse_encoder_decoder(config: Any, path: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{path}: {config.model_type} is an encoder-decoder; use a decoder or an encoder"
-        )

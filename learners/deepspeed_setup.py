@@ -64,12 +64,10 @@ def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn
     The process group must exist: without it nothing would be sharded, with no more than a warning.
     """
     assert dist.is_initialized()
-    # Transformers holds it weakly: it must live to the end
-    config = HfDeepSpeedConfig(deepspeed_config(settings))
+    _alive = HfDeepSpeedConfig(deepspeed_config(settings))  # Transformers holds it weakly
     try:
         model = load()
     finally:
-        del config
         unset_hf_deepspeed_config()
     _restore_buffers(model, getattr(torch, settings.model.dtype))
     return model
@@ -93,17 +91,17 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
     """DeepSpeed's configuration, with every default that has changed between versions written
     out.
     """
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    cpu = {"device": "cpu", "pin_memory": True}
     return {
         # unused: micro-batches are cut by tokens, in Learner
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            **({"offload_optimizer": cpu} if settings.offload_optimizer else {}),
+            **({"offload_param": cpu} if settings.offload_parameters else {}),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on

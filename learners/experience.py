@@ -119,8 +119,10 @@ class Experience:
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> Experience:
         """The batch with the engines' `rollout_logprobs`, 0 where the loss mask is False."""
         batch = cls.from_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        masks = [torch.tensor(r.loss_mask or [True] * len(r.response_ids)) for r in rollouts]
-        loss_mask = _pad(masks, dtype=torch.bool)
+        loss_mask = _pad(
+            [torch.tensor(r.loss_mask or [True] * len(r.response_ids)) for r in rollouts],
+            dtype=torch.bool,
+        )
         logprobs = _pad([torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32)
         return replace(
             batch, loss_mask=loss_mask, rollout_logprobs=torch.where(loss_mask, logprobs, 0.0)
@@ -165,19 +167,20 @@ class Experience:
     def select(self, rows: Sequence[int]) -> Experience:
         """The given rows, trimmed to their own longest sequence and response."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        width = _longest(self.response_lengths[index])
-        picked = {
-            f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None
-        }
-        for name in ("loss_mask", *PER_TOKEN):
-            if name in picked:
-                picked[name] = picked[name][:, :width]
-        picked["input_ids"] = picked["input_ids"][:, : _longest(self.lengths[index])]
-        return Experience(**picked)
+        widths = dict.fromkeys(("loss_mask", *PER_TOKEN), _longest(self.response_lengths[index]))
+        widths["input_ids"] = _longest(self.lengths[index])
+        return self._map(
+            lambda name, x: x[index][:, : widths[name]] if name in widths else x[index]
+        )
 
     def to(self, device: str | torch.device) -> Experience:
+        """Return the batch on another device."""
+        return self._map(lambda _, x: x.to(device))
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Experience:
+        """Return the batch with `change` applied to the name and value of each tensor it has."""
         known = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return Experience(**{name: x.to(device) for name, x in known.items()})
+        return Experience(**{name: change(name, x) for name, x in known.items()})
 
     def shard(self, ranks: int, rows_per_unit: int = 1) -> list[list[int]]:
         """Rows for each rank: consecutive `rows_per_unit` rows stay together, token counts are
@@ -209,6 +212,7 @@ class Experience:
         return batches
 
 
+@torch.no_grad()
 def map_rows(
     batch: Experience,
     token_budget: int,
@@ -224,19 +228,17 @@ def map_rows(
     forwards need the same number on every rank).
     """
     micro_batches = batch.micro_batches(token_budget)
-    results: list[Tensor | None] = [None] * len(batch)
-    with torch.no_grad():
-        for rows in micro_batches:
-            for row, result in zip(rows, compute(batch.select(rows).to(device)).cpu(), strict=True):
-                results[row] = result
-        for _ in range(rounds - len(micro_batches)):
-            compute(Experience.placeholder().to(device))
-    done = [r for r in results if r is not None]
-    if not done:
+    by_row: dict[int, Tensor] = {}
+    for rows in micro_batches:
+        by_row.update(zip(rows, compute(batch.select(rows).to(device)).cpu(), strict=True))
+    for _ in range(rounds - len(micro_batches)):
+        compute(Experience.placeholder().to(device))
+    if not by_row:
         return torch.zeros(0)
-    if done[0].ndim == 0:
-        return torch.stack(done)
-    return _pad(done, dtype=done[0].dtype, width=batch.loss_mask.shape[1])
+    in_order = [by_row[row] for row in range(len(batch))]
+    if in_order[0].ndim == 0:
+        return torch.stack(in_order)
+    return _pad(in_order, dtype=in_order[0].dtype, width=batch.loss_mask.shape[1])
 
 
 def mini_batches(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -51,11 +51,11 @@ def sequence_scores(
     pooling, which in many models reads the first column; position ids do not help that: its rows
     always start in column 0.
     """
-    if is_encoder(model.config):
-        inputs = _inputs(model, batch.input_ids, attention_mask(batch), _first_position(model))
-        return model(**inputs).logits.squeeze(-1).float()
     ids = batch.input_ids
     mask = attention_mask(batch)
+    if is_encoder(model.config):
+        inputs = _inputs(model, ids, mask, _first_position(model))
+        return model(**inputs).logits.squeeze(-1).float()
     last = batch.lengths - 1
     if padding_side == "left":
         columns = torch.arange(ids.shape[1], device=ids.device) - (

@@ -45,27 +45,28 @@ class Learner(TrainedWeights, ABC):
 
     def __init__(
         self,
-        model: nn.Module | Callable[[], nn.Module],
+        load: Callable[[], Any],
         settings: LearnerSettings,
         rank: Rank,
         total_steps: int,
     ) -> None:
-        """`model` may be what loads it: under ZeRO-3 it then never stands whole in one process."""
+        """Start the role with the model that `load` loads: under ZeRO-3 it is never whole in one
+        process.
+        """
         start_process_group(rank)
-        if not isinstance(model, nn.Module):
-            model = load_sharded(model, settings) if settings.zero_stage == 3 else model()
-        self.model = model
+        self.model = load_sharded(load, settings) if settings.zero_stage == 3 else load()
         self.settings = settings
         self.rank = rank
         self.device = f"cuda:{torch.cuda.current_device()}" if rank.device == "cuda" else "cpu"
         if settings.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = optimizer = make_optimizer(model, settings.optimizer)
-        scale = schedule(settings.optimizer, total_steps)
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=RoleForward(model, self.forward),
-            optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, scale),
+            model=RoleForward(self.model, self.forward),
+            optimizer=self.optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, schedule(settings.optimizer, total_steps)
+            ),
             config=deepspeed_config(settings),
             dist_init_required=False,
         )
@@ -81,9 +82,11 @@ class Learner(TrainedWeights, ABC):
         names start with "max_" are reduced by maximum.
         """
 
-    @abstractmethod
     def loss_denominator(self, shard: Experience) -> float:
-        """This rank's share of the denominator."""
+        """This rank's share of the denominator: of a mean over tokens, unless the role has another
+        loss.
+        """
+        return shard.loss_denominator("token_mean")
 
     def train(self, shard: Experience) -> dict[str, float]:
         """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes
@@ -123,10 +126,10 @@ class Learner(TrainedWeights, ABC):
             self.engine.zero_grad()
         return norm
 
+    @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
         """The metrics `train` would report, without learning."""
-        with torch.no_grad():
-            return self._pass(shard, learn=False)
+        return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
         """`forward` on every row without gradient: [b] or [b,T] on the CPU, in the shard's
@@ -142,13 +145,11 @@ class Learner(TrainedWeights, ABC):
         denominator = float(self._reduce([self.loss_denominator(shard)], dist.ReduceOp.SUM)[0])
         totals: dict[str, list[float]] = {}
         for i in range(rounds):
-            mine = i < len(micro_batches)
             batch = (
                 shard.select(micro_batches[i])
-                if mine
+                if i < len(micro_batches)
                 else Experience.placeholder(self.rows_per_unit)
-            )
-            batch = batch.to(self.device)
+            ).to(self.device)
             # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's
             # gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
@@ -165,15 +166,12 @@ class Learner(TrainedWeights, ABC):
         return self._reduce_stats(totals)
 
     def _reduce_stats(self, totals: dict[str, list[float]]) -> dict[str, float]:
-        names = sorted(totals)
-        maxima = [n for n in names if n.startswith("max_")]
-        means = [n for n in names if not n.startswith("max_")]
+        maxima = sorted(n for n in totals if n.startswith("max_"))
+        means = sorted(totals.keys() - maxima)
         largest = self._reduce([totals[n][0] for n in maxima], dist.ReduceOp.MAX)
-        metrics = dict(zip(maxima, largest.tolist(), strict=True))
         sums = self._reduce([x for n in means for x in totals[n]], dist.ReduceOp.SUM).reshape(-1, 2)
-        for name, (total, count) in zip(means, sums.tolist(), strict=True):
-            metrics[name] = total / count if count else 0.0
-        return metrics
+        averages = [total / count if count else 0.0 for total, count in sums.tolist()]
+        return dict(zip(maxima + means, largest.tolist() + averages, strict=True))
 
     def _reduce(self, numbers: list[float], how: Any) -> Tensor:
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -192,7 +190,12 @@ class Learner(TrainedWeights, ABC):
         if self.settings.zero_stage == 0:
             self.model.to("cpu")
         elif not self.settings.offload_parameters:
-            self.engine.offload_states(include=self._movable())
+            # DeepSpeed would take step counters along and refuses, under ZeRO-3, master weights and
+            # states of any optimizer but its own FusedAdam: these are moved below.
+            ours = [OffloadStateTypeEnum.optim_states]
+            if self.settings.zero_stage == 3:
+                ours.append(OffloadStateTypeEnum.hp_params)
+            self.engine.offload_states(include=[x for x in OffloadStateTypeEnum if x not in ours])
         self._move_optimizer("cpu")
         if self.rank.device == "cuda":
             torch.cuda.empty_cache()
@@ -205,24 +208,18 @@ class Learner(TrainedWeights, ABC):
             self.engine.reload_states()
         self._move_optimizer(self.device)
 
-    def _movable(self) -> list[OffloadStateTypeEnum]:
-        """What DeepSpeed moves. It would take step counters along, and refuses, under ZeRO-3,
-        master weights and states of any optimizer but its own FusedAdam: these we move ourselves.
-        """
-        ours = {OffloadStateTypeEnum.optim_states}
-        if self.settings.zero_stage == 3:
-            ours.add(OffloadStateTypeEnum.hp_params)
-        return [state for state in OffloadStateTypeEnum if state not in ours]
-
     def _move_optimizer(self, device: str) -> None:
         """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are
         always on the CPU.
         """
         if self.settings.offload_optimizer:
             return
-        states = self.optimizer.state.values()
-        # step counters stay
-        tensors = [x for s in states for x in s.values() if torch.is_tensor(x) and x.ndim]
+        tensors = [
+            x
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if torch.is_tensor(x) and x.ndim  # step counters stay
+        ]
         if self.settings.zero_stage == 3:
             tensors += self.engine.optimizer.fp32_partitioned_groups_flat
         for tensor in tensors:

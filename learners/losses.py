@@ -47,9 +47,9 @@ def policy_loss(
         raise ValueError(f"unknown ratio {ratio!r}: choose token or sequence")
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    old_logprobs = old_logprobs.detach()
-    advantages = advantages.detach()
-    mask, logprobs, old_logprobs, advantages = clean(mask, logprobs, old_logprobs, advantages)
+    mask, logprobs, old_logprobs, advantages = clean(
+        mask, logprobs, old_logprobs.detach(), advantages.detach()
+    )
 
     log_ratio = logprobs - old_logprobs
     if ratio == "sequence":
@@ -70,9 +70,8 @@ def policy_loss(
         held = (advantages < 0) & (objective < floor)
         objective = torch.where(held, floor, objective)
         stats["dual_clip_fraction"] = _stat(held, mask)
-    return -objective.masked_fill(
-        ~mask, 0.0
-    ), stats  # a NaN of one token must not spread with a sequence's ratio
+    # Under a sequence's ratio the NaN of one token reaches the columns behind the mask too.
+    return -objective.masked_fill(~mask, 0.0), stats
 
 
 def value_loss(
@@ -84,9 +83,7 @@ def value_loss(
     its return gets no more gradient. Only `values` gets one at all. Source: the PPO implementation
     of OpenAI Baselines; `clip` is in units of the value, not relative.
 
-    Statistics, over valid tokens: `clip_fraction` (tokens without gradient), `value`, `return`, and
-    the squares `error_squared` and `return_squared`, from which a reader of globally reduced means
-    gets the explained variance.
+    Statistics, over valid tokens: `clip_fraction` (tokens without gradient) and `value`.
     """
     mask, values, old_values, returns = clean(mask, values, old_values.detach(), returns.detach())
     squared = (values - returns).square()
@@ -97,9 +94,6 @@ def value_loss(
     stats = {
         "clip_fraction": _stat(worst > squared, mask),
         "value": _stat(values, mask),
-        "return": _stat(returns, mask),
-        "error_squared": _stat(squared, mask),
-        "return_squared": _stat(returns.square(), mask),
     }
     return 0.5 * worst, stats
 
@@ -162,22 +156,18 @@ def aggregate(
     """
     mask, per_token = clean(mask, per_token)
     lengths = mask.sum(1)
-    count: float | Tensor | None
-    match how:
-        case "token_mean":
-            total = per_token.sum()
-            count = lengths.sum()
-        case "sequence_mean":
-            total = (per_token.sum(1) / lengths.clamp(min=1)).sum()
-            count = (lengths > 0).sum()
-        case "constant":
-            total = per_token.sum()
-            count = None
-        case _:
-            raise ValueError(
-                f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant"
-            )
-    count = count if denominator is None else denominator
+    counts: dict[str, Tensor | None] = {
+        "token_mean": lengths.sum(),
+        "sequence_mean": (lengths > 0).sum(),
+        "constant": None,
+    }
+    if how not in counts:
+        raise ValueError(
+            f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant"
+        )
+    per_sequence = per_token.sum(1) / lengths.clamp(min=1)
+    total = per_sequence.sum() if how == "sequence_mean" else per_token.sum()
+    count = counts[how] if denominator is None else denominator
     if count is None:
         raise ValueError("aggregation 'constant' needs a denominator")
     divisor = torch.as_tensor(count, dtype=torch.float32, device=total.device)

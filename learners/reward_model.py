@@ -4,8 +4,6 @@ one.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ class RewardModelLearner(Learner):
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
         super().__init__(
-            partial(load_reward_model, settings.model, pad_token_id), settings, rank, total_steps
+            lambda: load_reward_model(settings.model, pad_token_id), settings, rank, total_steps
         )
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:

@@ -110,9 +110,9 @@ def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
             raise _row_error(
                 data, i, f"{data.response_column} is empty: there is no answer to learn"
             )
-        response = encode_response(tokenizer, answer)
-        if len(prompt) + len(response) <= data.max_tokens:
-            rows.append(Example(prompt, response))
+        example = Example(prompt, encode_response(tokenizer, answer))
+        if example.tokens <= data.max_tokens:
+            rows.append(example)
         else:
             rows.dropped["too long"] += 1
     return _not_empty(data, rows)
@@ -168,14 +168,12 @@ def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[s
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
-
-
-def _is_message(value: Any) -> bool:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and value.get("content") is not None
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) for message in value)
+        and all(isinstance(message.get("role"), str) for message in value)
+        and all(message.get("content") is not None for message in value)
     )
 
 

@@ -47,9 +47,12 @@ class Settings(BaseModel):
             )
 
         Dumper.add_representer(str, text)
-        values = self.model_dump(mode="json")
         return yaml.dump(
-            values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize
+            self.model_dump(mode="json"),
+            Dumper=Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=sys.maxsize,
         )
 
 
@@ -151,10 +154,10 @@ class DataSettings(Settings):
     path: DiskPath = Field(description="file, folder, or hub name of the data set")
     split: str = Field("train", description="split to read")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
+    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
 
 
 class PromptData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     answer_columns: tuple[str, ...] = Field(
         (), description="columns handed to reward functions under their own names"
     )
@@ -167,7 +170,6 @@ class PromptData(DataSettings):
 
 
 class SFTData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     response_column: str = Field("response", description="column with the answer to learn")
     max_tokens: PositiveInt = Field(
         2048, description="longest prompt + answer; longer ones are dropped and counted"
@@ -175,7 +177,6 @@ class SFTData(DataSettings):
 
 
 class PairData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     chosen_column: str = Field("chosen", description="column with the better answer")
     rejected_column: str = Field("rejected", description="column with the worse answer")
     margin_column: str | None = Field(

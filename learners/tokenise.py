@@ -14,15 +14,6 @@ from typing import Any
 from learners.errors import DataError
 
 
-def encode_texts(
-    tokenizer: Any, prompt: str, response: str, encoder: bool
-) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote
-    them.
-    """
-    return encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, encoder)
-
-
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Ids with the tokenizer's leading special tokens (once, even if the text has them), no
     trailing ones.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -42,17 +42,6 @@ class RolloutCorrectionSettings(Settings):
 
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
-OldLogprobs = Annotated[
-    Literal["actor", "engine"],
-    Field(
-        description="log-probs the ratio starts from: the Actor reads them anew, or the "
-        "engine's (saves a forward)"
-    ),
-]
-RolloutCorrection = Annotated[
-    RolloutCorrectionSettings | None,
-    Field(description="weigh tokens by Actor / engine probability; null: off"),
-]
 
 
 class AlgorithmSettings(Settings):
@@ -76,8 +65,14 @@ class AlgorithmSettings(Settings):
     loss_aggregation: Aggregation = Field(
         "token_mean", description="how the losses of tokens become one number"
     )
-    old_logprobs: OldLogprobs = "actor"
-    rollout_correction: RolloutCorrection = None
+    old_logprobs: Literal["actor", "engine"] = Field(
+        "actor",
+        description="log-probs the ratio starts from: the Actor reads them anew, or the "
+        "engine's (saves a forward)",
+    )
+    rollout_correction: RolloutCorrectionSettings | None = Field(
+        None, description="weigh tokens by Actor / engine probability; null: off"
+    )
 
     @property
     def needs_reference(self) -> bool:
@@ -157,8 +152,13 @@ class Algorithm(Generic[S]):
         from learners.losses import aggregate
 
         per_token, stats = self.policy_objective(logprobs, batch)
-        how = self.settings.loss_aggregation
-        return aggregate(per_token, batch.loss_mask, how=how, denominator=denominator), stats
+        loss = aggregate(
+            per_token,
+            batch.loss_mask,
+            how=self.settings.loss_aggregation,
+            denominator=denominator,
+        )
+        return loss, stats
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint must keep."""

@@ -88,11 +88,11 @@ class PPO(Algorithm[PPOSettings]):
             returns = value_targets(
                 rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target
             )
-        sequences = mask.any(1)  # an unscorable or empty response counts in no mean
         metrics = {
             "kl/sequence": sequence_kl(batch),
             "kl/beta": self.beta,
-            "reward/per_sequence": mean(rewards.sum(1), sequences),
+            # an unscorable or empty response counts in no mean
+            "reward/per_sequence": mean(rewards.sum(1), mask.any(1)),
             "advantage/std": std(advantages, mask),
             "value/mean": mean(batch.values, mask),
             "return/mean": mean(returns, mask),
