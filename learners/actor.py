@@ -57,8 +57,8 @@ class ActorLearner(Learner):
         }
 
     def probe(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on every
-        rank.
+        """Return log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on
+        every rank.
         """
         temperature = self.temperature
         self.temperature = 1.0

@@ -1,9 +1,9 @@
 """Learner: a model trained by DeepSpeed ZeRO 0-3, on any number of ranks, one optimizer step per
 mini-batch.
 
-Every trained role (Actor, Critic, reward model, SFT) is a subclass that says what it computes on a
-batch and what its loss is. Cutting the mini-batch into micro-batches and ranks, accumulation,
-stepping, and leaving a shared GPU live here.
+Every trained role (Actor, Critic, reward model, SFT) is a subclass with its computation on a batch
+and its loss. Cutting the mini-batch into micro-batches and ranks, accumulation, stepping, and
+leaving a shared GPU live here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from learners.weights import TrainedWeights
 class Learner(TrainedWeights, ABC):
     """One rank of a trained role.
 
-    Subclasses implement `forward` (a forward pass), `loss` and `loss_denominator`; the denominator
-    handed to `loss` is the whole mini-batch's count, over all micro-batches and ranks, so that the
-    gradient does not depend on how it was cut.
+    Subclasses implement `forward`, `loss` and, unless the loss is a mean over tokens,
+    `loss_denominator`; the denominator handed to `loss` is the whole mini-batch's count, over all
+    micro-batches and ranks, so that the gradient does not depend on how it was cut.
     """
 
-    rows_per_unit = 1  # preference pairs stay together: 2
+    rows_per_unit = 1  # 2 where they are pairs, which no micro-batch may part
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Learner(TrainedWeights, ABC):
         rank: Rank,
         total_steps: int,
     ) -> None:
-        """Start the role with the model that `load` loads: under ZeRO-3 it is never whole in one
-        process.
+        """Start the rank with the model that `load` loads; under ZeRO-3 no process ever holds it
+        whole.
         """
         start_process_group(rank)
         self.model = load_sharded(load, settings) if settings.zero_stage == 3 else load()
@@ -74,23 +74,21 @@ class Learner(TrainedWeights, ABC):
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
-        """The role's forward pass on a micro-batch, with gradient."""
+        """Run the role's forward pass on a micro-batch, with gradient."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
-        """The micro-batch's contribution to the mini-batch's loss, and its statistics; those whose
-        names start with "max_" are reduced by maximum.
+        """Return the micro-batch's contribution to the mini-batch's loss, and its statistics; names
+        that start with "max_" are reduced by maximum.
         """
 
     def loss_denominator(self, shard: Experience) -> float:
-        """This rank's share of the denominator: of a mean over tokens, unless the role has another
-        loss.
-        """
+        """Return this rank's share of the denominator."""
         return shard.loss_denominator("token_mean")
 
     def train(self, shard: Experience) -> dict[str, float]:
-        """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes
-        part.
+        """Take one optimizer step on this rank's rows of a mini-batch; a rank without rows still
+        takes part.
 
         Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm`
         (before clipping), `learning_rate`, and `skipped_updates`: 1 when loss or gradient was not
@@ -107,12 +105,10 @@ class Learner(TrainedWeights, ABC):
         }
 
     def _step(self) -> float:
-        """The optimizer step, unless the gradient is not finite; returns its norm, the same on
-        every rank.
+        """Step the optimizer unless the gradient is not finite; return its norm, the same on every
+        rank.
         """
-        if (
-            self.settings.zero_stage > 0
-        ):  # ZeRO computes the norm of its shards, and skips by itself
+        if self.settings.zero_stage > 0:  # ZeRO takes the norm of its shards, and skips by itself
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
         norm = float(
@@ -128,11 +124,11 @@ class Learner(TrainedWeights, ABC):
 
     @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
-        """The metrics `train` would report, without learning."""
+        """Return the metrics `train` would report, without learning."""
         return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
-        """`forward` on every row without gradient: [b] or [b,T] on the CPU, in the shard's
+        """Return `forward` of every row without gradient: [b] or [b,T] on the CPU, in the shard's
         order.
         """
         budget = self.settings.micro_batch_tokens
@@ -182,8 +178,8 @@ class Learner(TrainedWeights, ABC):
     # --- shared GPUs ------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory. Nothing can be
-        computed then.
+        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory, and nothing
+        can be computed until `reload`.
 
         Not with ZeRO 1 in bfloat16, where DeepSpeed cannot.
         """
@@ -201,7 +197,7 @@ class Learner(TrainedWeights, ABC):
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Take the GPU again, and go on."""
+        """Take weights, gradients and optimizer states back to the GPU."""
         if self.settings.zero_stage == 0:
             self.model.to(self.device)
         elif not self.settings.offload_parameters:
@@ -209,7 +205,7 @@ class Learner(TrainedWeights, ABC):
         self._move_optimizer(self.device)
 
     def _move_optimizer(self, device: str) -> None:
-        """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are
+        """Move optimizer states and, under ZeRO-3, the master weights to `device`, unless they are
         always on the CPU.
         """
         if self.settings.offload_optimizer:

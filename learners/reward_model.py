@@ -62,8 +62,8 @@ class RewardModelLearner(Learner):
         return len(shard) / 2
 
     def remember_tokenizer(self, digest: str) -> None:
-        """Store in the model's config which tokenizer it was trained with; whoever judges with it
-        compares.
+        """Store the digest of the tokenizer in the model's config: an evaluator compares it with
+        that of its own texts.
         """
         self.model.config.tokenizer_digest = digest
 

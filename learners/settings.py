@@ -1,6 +1,4 @@
-"""What a recipe may say about models, optimisation and data. Pydantic only: imports in
-milliseconds.
-"""
+"""Recipe keys about models, optimisation and data. Pydantic only: imports in milliseconds."""
 
 from __future__ import annotations
 
@@ -30,17 +28,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
-        """All values, defaults included, as YAML: every key on a line of its own, with the whole of
-        its value.
+        """Return all values as YAML, defaults included: every key on a line of its own, with the
+        whole of its value.
         """
         import yaml
 
         class Dumper(yaml.SafeDumper):
             pass
 
-        def text(
-            dumper: Any, value: str
-        ) -> Any:  # in quotes if it has line breaks, or YAML 1.2 may see a number
+        def text(dumper: Any, value: str) -> Any:
+            # in quotes if it has line breaks, or YAML 1.2 may see a number
             plain = value.isprintable() and not re.match(r"[-+.]*[0-9]", value)
             return dumper.represent_scalar(
                 "tag:yaml.org,2002:str", value, style=None if plain else '"'
@@ -61,8 +58,8 @@ DeviceType = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the
-    environment.
+    """Process among the ranks of its role, and where they meet. Passed explicitly, never guessed
+    from the environment.
     """
 
     index: int
@@ -91,8 +88,8 @@ S = TypeVar("S", bound=Settings)
 
 
 def located(settings: S) -> S:
-    """The same with local model folders as absolute paths, for processes that stand elsewhere. Hub
-    names stay.
+    """Return the settings with local model folders as absolute paths, for processes that run in
+    another folder. Hub names stay.
     """
     changes: dict[str, Any] = {
         name: located(value) for name, value in settings if isinstance(value, Settings)
@@ -149,7 +146,7 @@ class TrainSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where rows come from: a JSON-lines or parquet file, a folder of them, or a hub name."""
+    """Source of rows: a JSON-lines or parquet file, a folder of them, or a hub name."""
 
     path: DiskPath = Field(description="file, folder, or hub name of the data set")
     split: str = Field("train", description="split to read")
@@ -188,7 +185,7 @@ class PairData(DataSettings):
 
 
 class RewardModelSettings(Settings):
-    """What is particular to training a reward model."""
+    """Settings particular to training a reward model."""
 
     padding_side: Literal["right", "left"] = Field(
         "right", description="side of the padding in training and scoring"

@@ -1,4 +1,4 @@
-"""What becomes of trained weights: gathered group by group, exported, saved, loaded."""
+"""Trained weights: gathered layer by layer, exported, saved, loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from learners.settings import LearnerSettings, Rank
 
 
 class TrainedWeights:
-    """What a Learner can do with its weights besides training them: a base of it, no more."""
+    """Base of Learner: everything it does with its weights besides training them."""
 
     model: Any
     engine: Any
@@ -23,7 +23,9 @@ class TrainedWeights:
     rank: Rank
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every parameter, in the order `iter_groups` yields them."""
+        """Return (name, dtype, full shape) of every parameter, in the order `iter_groups` yields
+        them.
+        """
         return [
             (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
             for layer in self._layers()
@@ -31,11 +33,11 @@ class TrainedWeights:
         ]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks
-        in lockstep.
+        """Yield full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all
+        ranks in lockstep.
         """
         for layer in self._layers():
-            # which does nothing to parameters that ZeRO-3 has not sharded
+            # does nothing to parameters that are not sharded
             with deepspeed.zero.GatheredParameters(list(layer.values())):
                 clones = [p.detach().clone() for p in layer.values()]
             yield list(layer), clones
@@ -83,7 +85,7 @@ class TrainedWeights:
             )
         path, client = self.engine.load_checkpoint(folder, tag="state")
         if path is None:
-            raise ValueError(f"{folder}: no checkpoint that DeepSpeed can read")
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint here that it can read")
         torch.set_rng_state(client["rng"])
 
     def _layout(self) -> dict[str, int]:
