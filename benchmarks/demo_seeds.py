@@ -23,17 +23,8 @@ def main(seeds: list[int]) -> None:
     summaries = []
     for seed in seeds:
         folder = Path("runs") / f"demo_seed_{seed}"
-        command = [
-            sys.executable,
-            "-m",
-            "launch",
-            "demo",
-            "--seed",
-            str(seed),
-            "--folder",
-            str(folder),
-        ]
-        subprocess.run(command, check=True)
+        demo = [sys.executable, "-m", "launch", "demo"]
+        subprocess.run([*demo, "--seed", str(seed), "--folder", str(folder)], check=True)
         summaries.append(json.loads((folder / "summary.json").read_text()))
     print("| |" + "".join(f" seed {seed} |" for seed in seeds) + " median | seconds (median) |")
     print("|---|" + "---:|" * (len(seeds) + 2))

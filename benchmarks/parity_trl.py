@@ -208,15 +208,8 @@ def prepare(venv: Path) -> None:
         (venv / ".gitignore").write_text("*\n")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     if not (packages / f"trl-{TRL}.dist-info").exists():
-        pip = [
-            str(venv / "bin" / "python"),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        subprocess.run([*pip, "--no-deps", f"trl=={TRL}"], check=True)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", f"trl=={TRL}"], check=True)
 
 
 def run_trl(venv: Path, folder: Path) -> None:
@@ -241,8 +234,8 @@ def run_trl(venv: Path, folder: Path) -> None:
 
 
 def make_inputs() -> dict[str, Any]:
-    """Token ids of very different lengths, scores and settings: everything both sides must agree
-    on.
+    """Return all that both sides must agree on: token ids of very different lengths, scores,
+    settings.
     """
     draw = random.Random(0)
     return {
@@ -302,7 +295,7 @@ def words(draw: random.Random, count: int) -> list[int]:
 
 
 def make_models(folder: Path) -> None:
-    """Two-layer models with random weights: the policy, another one as Reference, and a reward
+    """Save two-layer models with random weights: the policy, another one as Reference, and a reward
     model.
     """
     transformers_logging.disable_progress_bar()
@@ -333,8 +326,8 @@ def make_models(folder: Path) -> None:
 
 
 def compare(folder: Path, case: Case, theirs: Report, ours: Report) -> Iterator[Row]:
-    """What the optimizer steps reported, then the weights after the last one with how far they
-    moved.
+    """Yield a row for each quantity of the optimizer steps, then one for the weights after the
+    last, with how far they moved.
     """
     steps = list(zip(theirs, ours, strict=True))
     for name in ("loss", "grad_norm") if case.kind == "grpo" else ("loss", "grad_norm", "accuracy"):
@@ -353,7 +346,7 @@ def compare(folder: Path, case: Case, theirs: Report, ours: Report) -> Iterator[
 
 
 def acted(ours: Report) -> bool:
-    """Whether clip, dual clip and KL, where they are on, had anything to do: otherwise they were
+    """Tell whether clip, dual clip and KL, where they are on, had an effect: otherwise they were
     not compared.
     """
     return all(max(step[name] for step in ours) > 0 for name in MUST_ACT if name in ours[0])
@@ -361,12 +354,12 @@ def acted(ours: Report) -> bool:
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     if a.keys() != b.keys():
-        sys.exit(f"weights under different names: {sorted(a.keys() ^ b.keys())}")
+        sys.exit(f"weights that only one side has: {sorted(a.keys() ^ b.keys())}")
     return largest(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def largest(numbers: Iterable[float]) -> float:
-    """Like max, but NaN as soon as one of them is: Python's max may step over it."""
+    """Return the largest number, or NaN if one of them is: Python's max may step over it."""
     return float(torch.tensor(list(numbers), dtype=torch.float64).max())
 
 

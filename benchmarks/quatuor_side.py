@@ -33,8 +33,8 @@ Report = list[dict[str, float]]
 def train_case(
     folder: Path, case: dict[str, Any], inputs: dict[str, Any], zero_stage: int
 ) -> Report:
-    """What every optimizer step reported; the weights after the last one go to
-    FOLDER/quatuor/CASE.
+    """Train one case and return the reports of its optimizer steps; the weights after the last one
+    go to FOLDER/quatuor/CASE.
     """
     torch.set_num_threads(1)
     model = ModelSettings(path=str(folder / ("policy" if case["kind"] == "grpo" else "reward")))
@@ -51,7 +51,7 @@ def train_case(
 def train_actor(
     folder: Path, case: dict[str, Any], inputs: dict[str, Any], settings: LearnerSettings
 ) -> Report:
-    """The driver's training step, with fixed responses instead of generated ones."""
+    """Take the driver's training step, with fixed responses instead of generated ones."""
     algorithm = GRPO(GRPOSettings(**case["quatuor"]), inputs["group_size"])
     longest = inputs["max_response_tokens"]
     temperature = inputs["temperature"]
@@ -88,7 +88,7 @@ def to_batch(groups: list[dict[str, Any]], gaps: bool) -> Experience:
 
 
 def with_advantages(algorithm: GRPO, batch: Experience, eps: float) -> Experience:
-    """GRPO's advantages, with the other system's `eps` where they are divided by a standard
+    """Fill in GRPO's advantages, with the other system's `eps` where they are divided by a standard
     deviation.
     """
     batch, _ = algorithm.advantages(batch)
@@ -120,7 +120,7 @@ def train_reward_model(
 
 @cache
 def single_rank() -> Rank:
-    """One rank, on a port that is free. Cached: the process group starts once."""
+    """Return one rank, on a free port. Cached: the process group starts once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return Rank(0, 1, "127.0.0.1", probe.getsockname()[1])

@@ -2,9 +2,9 @@
 
     .venv-trl/bin/python benchmarks/trl_side.py FOLDER
 
-Reads inputs.json and the models in FOLDER, writes trl.json (what every optimizer step reported) and
-trl/CASE (the weights after the last one). Nothing of TRL is replaced: its `rollout_func` hook hands
-over the fixed responses.
+Reads inputs.json and the models in FOLDER, writes trl.json (the reports of every optimizer step)
+and trl/CASE (the weights after the last one). Nothing of TRL is replaced: its `rollout_func` hook
+hands over the fixed responses.
 """
 
 from __future__ import annotations
@@ -61,16 +61,15 @@ def grpo_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -> 
         processing_class=tokenizer(inputs),
         rollout_func=fixed_responses(groups, case["gaps"]),
     )
-    if (
-        trainer.ref_model is not None
-    ):  # TRL takes the policy's own start; another model makes the first KL count
+    # TRL takes the policy's own start; another model makes the first KL count.
+    if trainer.ref_model is not None:
         trainer.ref_model.load_state_dict(load_file(folder / "reference" / "model.safetensors"))
     return trainer
 
 
 def fixed_responses(groups: list[dict[str, Any]], gaps: bool) -> Any:
-    """A `rollout_func`: the prompt's text is the number of its group; every further row of it is
-    its next response.
+    """Return a `rollout_func`: the prompt's text is the number of its group; every further row of
+    it is its next response.
     """
 
     def rollout(prompts: list[str], _: GRPOTrainer) -> dict[str, list[Any] | None]:
@@ -117,8 +116,8 @@ def reward_trainer(folder: Path, case: dict[str, Any], inputs: dict[str, Any]) -
 
 
 def common(folder: Path, case: dict[str, Any], inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Arguments of every trainer: all of `rows` in one optimizer step, float32 on a CPU, every step
-    logged.
+    """Return arguments of every trainer: all of `rows` in one optimizer step, float32 on a CPU,
+    every step logged.
     """
     return {
         "output_dir": str(folder / "scratch"),
@@ -139,7 +138,7 @@ def common(folder: Path, case: dict[str, Any], inputs: dict[str, Any], rows: int
 
 
 def tokenizer(inputs: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """One word per id: the trainers insist on a tokenizer, although ids alone go in."""
+    """Return a tokenizer of one word per id: trainers insist on one, although ids alone go in."""
     words = {f"w{i}": i for i in range(inputs["vocab_size"])}
     words["<pad>"] = words.pop(f"w{inputs['pad']}")
     words["<eos>"] = words.pop(f"w{inputs['eos']}")

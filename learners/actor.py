@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +34,7 @@ class ActorLearner(Learner):
         self.algorithm = algorithm
         self.temperature = temperature
         self.max_response_tokens = max_response_tokens
-        super().__init__(partial(load_causal_lm, settings.model), settings, rank, total_steps)
+        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, self.temperature)
@@ -46,24 +44,21 @@ class ActorLearner(Learner):
         mask = batch.loss_mask
         # The bound on log-ratios would make an infinite log-prob look like a large one.
         loss = loss * torch.where(outputs.detach()[mask].isfinite().all(), 1.0, torch.nan)
-        old = batch.old_logprobs
-        assert old is not None
-        drift = torch.where(mask, outputs.detach() - old, 0.0)
+        assert batch.old_logprobs is not None
+        drift = torch.where(mask, outputs.detach() - batch.old_logprobs, 0.0)
         return loss, {
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),
-            "entropy": (
-                -outputs.detach()[mask].sum(),
-                mask.sum(),
-            ),  # an estimate, from the sampled tokens
+            # an estimate, from the sampled tokens
+            "entropy": (-outputs.detach()[mask].sum(), mask.sum()),
             "log_ratio": (drift.abs().sum(), mask.sum()),  # its size, whatever its sign
             "max_log_ratio": (drift.abs().amax(), mask.sum()),
             "max_ratio_deviation": (drift.expm1().abs().amax(), mask.sum()),
         }
 
     def probe(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on every
-        rank.
+        """Return log-probs of ids[1:] at temperature 1, for the proof of a weight sync. Call on
+        every rank.
         """
         temperature = self.temperature
         self.temperature = 1.0

@@ -26,8 +26,8 @@ def token_rewards(
     kl: str = "k1",
     score_clip: float | None = None,
 ) -> Tensor:
-    """Dense rewards: -beta * KL_t on every token, plus the sequence's score on its last response
-    token.
+    """Return dense rewards: -beta * KL_t on every token, plus the sequence's score on its last
+    response token.
 
     scores [B], the rest [B, T] -> [B, T]. `score_clip` clamps the score (not the KL) to ±score_clip
     first. An empty response has reward 0. A sequence whose score is NaN could not be scored: its
@@ -55,8 +55,8 @@ def token_rewards(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: A_t = delta_t + gamma lam A_next, delta_t = r_t + gamma
-    V_next - V_t.
+    """Estimate advantages by GAE: A_t = delta_t + gamma lam A_next, delta_t = r_t + gamma V_next -
+    V_t.
 
     rewards, values, mask [B, T] -> (advantages, returns), both [B, T], where returns = advantages +
     values. `next` is the next *valid* token: tokens masked out in the middle are skipped as if they
@@ -79,16 +79,15 @@ def gae(
 def value_targets(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, kind: str
 ) -> Tensor:
-    """The Critic's label, [B, T] -> [B, T].
+    """Return the Critic's label, [B, T] -> [B, T].
 
     "mc" is the discounted sum of the rewards to come, "td" is r_t + gamma V_next, "gae" is the
     lambda-return A_t + V_t that lies between them. `lam` matters to "gae" alone. Raises ValueError
     for another kind.
     """
     match kind:
-        case (
-            "mc"
-        ):  # with lambda = 1 the values cancel; leaving them out cancels them without rounding
+        case "mc":
+            # with lambda = 1 the values cancel; leaving them out cancels them without rounding
             return gae(rewards, torch.zeros_like(values), mask, gamma=gamma, lam=1.0)[1]
         case "td":
             return gae(rewards, values, mask, gamma=gamma, lam=0.0)[1]
@@ -100,19 +99,19 @@ def value_targets(
 def group_advantages(
     scores: Tensor, group_size: int, *, kind: str = "grpo", eps: float = 1e-6
 ) -> Tensor:
-    """Advantage of every sample against the other samples of its prompt.
+    """Compare every sample with the other samples of its prompt.
 
-    scores [N], where each run of `group_size` neighbours is one group -> [N]. With the group's
-    mean: "grpo" is (r - mean) / (std + eps), std with n - 1 (Shao et al. 2024, DeepSeekMath);
-    "dr_grpo" is r - mean (Liu et al. 2025, "Understanding R1-Zero-Like Training"); "rloo" is r -
-    mean of the others (Ahmadian et al. 2024, "Back to Basics"). A score that is not finite is left
-    out of the statistics and gets 0; so does everyone in a group without spread, or with a single
-    finite score: there is nobody to compare with. Raises ValueError when N is not a multiple of
-    group_size, and for another kind.
+    scores [N], where each run of `group_size` neighbours is one group -> advantages [N]. With the
+    group's mean: "grpo" is (r - mean) / (std + eps), std with n - 1 (Shao et al. 2024,
+    DeepSeekMath); "dr_grpo" is r - mean (Liu et al. 2025, "Understanding R1-Zero-Like Training");
+    "rloo" is r - mean of the others (Ahmadian et al. 2024, "Back to Basics"). A score that is not
+    finite is left out of the statistics and gets 0; so does every sample in a group without spread,
+    or with a single finite score: it has nothing to be compared with. Raises ValueError when N is
+    not a multiple of group_size, and for another kind.
     """
     if group_size < 1 or scores.numel() % group_size:
         raise ValueError(f"{scores.numel()} scores cannot be cut into groups of {group_size}")
-    # scores far from 0 differ in digits that float32 has not
+    # in float32, scores far from 0 would lose the digits in which they differ
     groups = scores.double().reshape(-1, group_size)
     finite = groups.isfinite()
     n = finite.sum(1, keepdim=True)
@@ -142,8 +141,7 @@ def group_advantages(
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps), with the mean and the population variance of all valid tokens
-    together.
+    """Return (x - mean) / sqrt(var + eps), with mean and population variance over all valid tokens.
 
     x, mask [B, T] -> [B, T]. `shift_mean=False` adds the mean back: only the scale changes. With
     nothing valid the result is 0. Source: the PPO of Ziegler et al. (2019).

@@ -42,32 +42,32 @@ class Calibration(NamedTuple):
 
 
 def read_calibration(config: Any) -> Calibration:
-    """The calibration saved in a model's config; (0, 1) where there is none."""
+    """Return the calibration saved in a model's config; (0, 1) where there is none."""
     return Calibration(
         float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
     )
 
 
 def write_calibration(config: Any, calibration: Calibration) -> None:
-    """Put it where `save_pretrained` keeps it. Raises UserError unless both are finite, std
-    positive.
+    """Put the calibration where `save_pretrained` keeps it. Raises UserError unless mean and std
+    are finite and std is positive.
     """
     if not (0 < calibration.std < math.inf and math.isfinite(calibration.mean)):
         raise UserError(
-            f"scores with {calibration} cannot be calibrated: are they all equal, or not finite?"
+            f"scores with {calibration} cannot be calibrated: they must be finite and not all equal"
         )
     config.score_mean = float(calibration.mean)
     config.score_std = float(calibration.std)
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """Raises UserError when there is none."""
+    """Load the checkpoint's tokenizer. Raises UserError when there is none."""
     with _one_line(model.path):
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
 def load_config(model: ModelSettings) -> Any:
-    """The checkpoint's config with dropout off. Raises UserError when there is none."""
+    """Load the checkpoint's config, with dropout off. Raises UserError when there is none."""
     with _one_line(model.path):
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     _without_dropout(config)
@@ -75,7 +75,7 @@ def load_config(model: ModelSettings) -> Any:
 
 
 def needs_own_code(model: ModelSettings) -> bool:
-    """Whether config or tokenizer cannot be read without running code that came with the model."""
+    """Tell whether config or tokenizer can only be read by running the model's own code."""
     try:
         load_config(model)
         load_tokenizer(model)
@@ -85,8 +85,8 @@ def needs_own_code(model: ModelSettings) -> bool:
 
 
 def sampling_defaults(path: str) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json says; nothing where there is none. UserError if
-    it is broken.
+    """Read the checkpoint's generation_config.json; return {} where there is none. Raises UserError
+    when it is broken.
     """
     with _one_line(path):
         try:
@@ -96,9 +96,9 @@ def sampling_defaults(path: str) -> dict[str, Any]:
 
 
 def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[int]]) -> list[str]:
-    """What speaks against giving the model these ids: it has no row for some of them.
+    """Return a problem in a list if the model has no embedding for some of these ids, else [].
 
-    Some tokenizers know more tokens than their model; what counts is what the data use.
+    Some tokenizers know more tokens than their model; only ids that the data use count.
     """
     size = load_config(model).get_text_config().vocab_size
     last = max(map(max, filter(None, ids)))
@@ -110,7 +110,7 @@ def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[i
 
 
 def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
-    """What speaks against giving the model sequences of `tokens`: it is not there, or has
+    """Return the problems of giving the model sequences of `tokens`: it cannot be read, or has
     fewer positions.
     """
     try:
@@ -127,9 +127,7 @@ def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
 
 
 def is_encoder(config: Any) -> bool:
-    """True for BERT-style models, whose tokens also see what comes after them; False for causal
-    decoders.
-    """
+    """Tell BERT-style models, whose tokens also see what comes after them, from causal decoders."""
     kind = config.model_type
     own = getattr(config, "auto_map", None) or {}  # classes that came with the model
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
@@ -147,15 +145,14 @@ def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         raise UserError(
-            "the tokenizer has no PAD token, which a reward model needs in plain "
-            "Transformers; add one"
+            "the tokenizer has no PAD token, which a reward model needs in plain Transformers; "
+            "add one"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if pad in (tokenizer.eos_token_id, *ends):
         raise UserError(
-            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers "
-            "would read the "
-            "score before the EOS; give the tokenizer a PAD token of its own"
+            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers would "
+            "read the score before the EOS; give the tokenizer a PAD token of its own"
         )
 
 
@@ -163,32 +160,39 @@ def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
 
 
 def load_causal_lm(settings: ModelSettings) -> Any:
-    """Actor or Reference. Raises UserError when the checkpoint lacks weights or is an encoder."""
+    """Load an Actor or Reference. Raises UserError when the checkpoint lacks weights or is an
+    encoder.
+    """
     config = load_config(settings)
     if is_encoder(config):
-        raise UserError(f"{settings.path}: {config.model_type} is not a causal language model")
+        raise UserError(
+            f"{settings.path}: {config.model_type} is not a causal language model; use a decoder"
+        )
     model, missing = _load(AutoModelForCausalLM, settings, config)
     _refuse_missing(missing, settings.path)
     return model
 
 
 def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
-    """A reward model, finished, or with a new head (torch's generator draws it) on an SFT or base
-    checkpoint.
+    """Load a finished reward model, or put a new head (torch's generator draws it) on an SFT or
+    base checkpoint.
 
     `pad_token_id` is written into a decoder's config for plain Transformers; None keeps what is
     there. Raises UserError when weights are missing beside the new head, or the model has no head
     we know how to read.
     """
     config = load_config(settings)
-    _refuse_encoder_decoder(config, settings.path)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{settings.path}: {config.model_type} is an encoder-decoder; a reward model must be a "
+            "decoder or an encoder"
+        )
     finished = _is_a(config, REWARD_MODEL)
     if finished and config.num_labels != 1:
         raise UserError(f"{settings.path}: a reward model has one label, not {config.num_labels}")
     config.num_labels = 1
-    if pad_token_id is not None and not is_encoder(
-        config
-    ):  # RoBERTa counts its positions from its own PAD
+    # RoBERTa counts its positions from its own PAD.
+    if pad_token_id is not None and not is_encoder(config):
         config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     model, missing = _load(AutoModelForSequenceClassification, settings, config)
     if not is_encoder(config) and not hasattr(model, "score"):
@@ -201,16 +205,15 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
 
 
 def load_critic(settings: ModelSettings) -> Any:
-    """A decoder with a value head on every token: a finished critic, or one begun from a reward or
-    SFT model.
+    """Load a decoder with a value head on every token: a finished critic, or one begun from a
+    reward or SFT model.
 
     From a reward model it takes the score head over, calibration folded in: values start as
     calibrated scores of the text so far. From any other checkpoint the head is zero, and so are the
     values. Raises UserError for an encoder, which would see the future, and for missing weights.
     """
     config = load_config(settings)
-    _refuse_encoder_decoder(config, settings.path)
-    if is_encoder(config):
+    if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{settings.path}: {config.model_type} sees the future; a critic must be a "
             "causal decoder"
@@ -219,8 +222,7 @@ def load_critic(settings: ModelSettings) -> Any:
     from_reward_model = _is_a(config, REWARD_MODEL)
     finished = _is_a(config, CRITIC)
     config.num_labels = 1
-    config.score_mean = 0.0
-    config.score_std = 1.0
+    write_calibration(config, Calibration(0.0, 1.0))
     model, missing = _load(AutoModelForTokenClassification, settings, config)
     head = set() if finished else _new_head(model, missing)
     if from_reward_model and head - {"score.bias"}:
@@ -242,7 +244,7 @@ def load_critic(settings: ModelSettings) -> Any:
 
 
 def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, set[str]]:
-    """The model in eval mode, and the names of weights its checkpoint did not have."""
+    """Return the model in eval mode, and the names of weights that its checkpoint did not have."""
     if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError(
             f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa"
@@ -256,14 +258,13 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
-    # An embedding's padding_idx keeps that token from learning: wrong when PAD means something
-    # (EOS).
+    # An embedding's padding_idx keeps that token from learning, also where it is the EOS.
     model.get_input_embeddings().padding_idx = None
     return model, set(info["missing_keys"])
 
 
 def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Where ZeRO-3 has sharded them: gathered, and what is written into them kept."""
+    """Gather parameters that ZeRO-3 has sharded, and keep what is written into them."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return contextlib.nullcontext()
@@ -274,11 +275,11 @@ def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _one_line(path: str) -> Iterator[None]:
-    """Transformers' errors about what it finds at `path` run over many lines: the first one says
-    it.
+    """Raise Transformers' errors about the files at `path` as a UserError of one line: their own
+    run over many, and the first one says it.
 
     A file that is not what it should be may raise anything; the kind of the error is then part of
-    what it says.
+    the message.
     """
     try:
         yield
@@ -302,8 +303,8 @@ def _one_line(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' table of new heads and its progress bar: we check missing weights
-    ourselves.
+    """Silence Transformers' table of new heads and its progress bar: missing weights are checked
+    here.
     """
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -318,15 +319,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _without_dropout(config: Any) -> None:
-    """Dropout and routing noise 0 in every field of the config and of the configs inside it."""
+    """Set dropout and routing noise to 0 in every field of the config and of those inside it."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             _without_dropout(value)
         elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
             setattr(config, name, 0.0)
-    config.classifier_dropout = (
-        0.0  # where it is absent or None, token classification falls back to 0.1
-    )
+    # Where it is absent or None, token classification falls back to 0.1.
+    config.classifier_dropout = 0.0
 
 
 def _is_a(config: Any, architecture: str) -> bool:
@@ -334,9 +334,7 @@ def _is_a(config: Any, architecture: str) -> bool:
 
 
 def _new_head(model: Any, missing: set[str]) -> set[str]:
-    """The missing weights that lie outside the backbone; an encoder's pooler belongs to the
-    head.
-    """
+    """Return the missing weights outside the backbone; an encoder's pooler belongs to the head."""
     backbone = model.base_model_prefix + "."
     return {name for name in missing if not name.startswith(backbone) or ".pooler." in name}
 
@@ -345,10 +343,3 @@ def _refuse_missing(names: set[str], path: str) -> None:
     if names:
         shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(f"{path}: {len(names)} weights are missing in the checkpoint: {shown}")
-
-
-def _refuse_encoder_decoder(config: Any, path: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{path}: {config.model_type} is an encoder-decoder; use a decoder or an encoder"
-        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ class CriticLearner(Learner):
         self, settings: LearnerSettings, value_clip: float | None, total_steps: int, rank: Rank
     ) -> None:
         self.value_clip = value_clip
-        super().__init__(partial(load_critic, settings.model), settings, rank, total_steps)
+        super().__init__(lambda: load_critic(settings.model), settings, rank, total_steps)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_values(model, batch)
@@ -39,6 +37,3 @@ class CriticLearner(Learner):
             **stats,
             "loss": (loss.detach() * denominator, torch.tensor(self.loss_denominator(batch))),
         }
-
-    def loss_denominator(self, shard: Experience) -> float:
-        return shard.loss_denominator("token_mean")

@@ -21,8 +21,8 @@ from learners.settings import LearnerSettings, OptimizerSettings, Rank
 
 
 class RoleForward(nn.Module):
-    """What DeepSpeed wraps: a module whose forward is the role's computation, so that ZeRO's hooks
-    see all of it.
+    """Module that DeepSpeed wraps: its forward is the role's computation, so that ZeRO's hooks see
+    all of it.
     """
 
     def __init__(self, model: nn.Module, role_forward: Any) -> None:
@@ -52,33 +52,32 @@ def start_process_group(rank: Rank) -> None:
         world_size=rank.world_size,
         timeout=timedelta(seconds=rank.timeout_s),
     )
-    # Nothing we call uses DeepSpeed's shared-memory all-reduce, which takes a minute to compile at
-    # first start.
+    # DeepSpeed's shared-memory all-reduce takes a minute to compile, and nothing here uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 def load_sharded(load: Callable[[], nn.Module], settings: LearnerSettings) -> nn.Module:
-    """The model that `load` has Transformers load, of every weight this rank's ZeRO-3 shard alone.
+    """Return the model that `load` has Transformers load, with only this rank's ZeRO-3 shard of
+    every weight.
 
     The process group must exist: without it nothing would be sharded, with no more than a warning.
     """
     assert dist.is_initialized()
-    # Transformers holds it weakly: it must live to the end
-    config = HfDeepSpeedConfig(deepspeed_config(settings))
+    # Transformers refers to it weakly and would forget it without a name of its own.
+    _alive = HfDeepSpeedConfig(deepspeed_config(settings))
     try:
         model = load()
     finally:
-        del config
         unset_hf_deepspeed_config()
     _restore_buffers(model, getattr(torch, settings.model.dtype))
     return model
 
 
 def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Buffers that no checkpoint holds, computed anew: zero.Init makes them in the weights' dtype,
-    and frequencies of rotary embeddings rounded to bfloat16 would turn late positions by whole
-    radians.
+    """Compute buffers anew that no checkpoint holds: zero.Init makes them in the weights' dtype,
+    and frequencies of rotary embeddings rounded to bfloat16 would be off by whole radians at late
+    positions.
     """
     with init_empty_weights(include_buffers=False):
         whole = type(model)._from_config(model.config, dtype=dtype)
@@ -90,20 +89,20 @@ def _restore_buffers(model: Any, dtype: torch.dtype) -> None:
 
 
 def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every default that has changed between versions written
-    out.
+    """Return DeepSpeed's configuration, with every default that has changed between versions
+    written out.
     """
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    cpu = {"device": "cpu", "pin_memory": True}
     return {
         # unused: micro-batches are cut by tokens, in Learner
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.optimizer.max_grad_norm,
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            **({"offload_optimizer": cpu} if settings.offload_optimizer else {}),
+            **({"offload_param": cpu} if settings.offload_parameters else {}),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # ZeRO 1-3 then keep float32 master weights; without the check ZeRO 1 and 2 would step on
@@ -115,8 +114,8 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Torch's optimizer; weight decay on matrices only, as usual for Transformers."""
-    # a ZeRO-3 shard is flat
+    """Return Torch's optimizer, with weight decay on matrices only, as usual for Transformers."""
+    # a ZeRO-3 shard is flat, so its own shape tells no matrix from a vector
     shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
     matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
     vectors = [p for p, shape in shapes.items() if len(shape) < 2]
@@ -133,8 +132,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
 
 
 def schedule(settings: OptimizerSettings, total_steps: int) -> Any:
-    """Factor of the peak learning rate at optimizer step i: linear warm-up, then constant, linear
-    or cosine decay.
+    """Return a function from optimizer step i to a factor of the peak learning rate: linear
+    warm-up, then constant, linear or cosine decay.
     """
 
     def factor(i: int) -> float:

@@ -1,4 +1,4 @@
-"""Errors that are answered, not traced: what is wrong with what somebody gave us."""
+"""Errors that are answered, not traced: bad input, and how to put it right."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 
 class UserError(ValueError):
-    """Bad input, answered in one line per problem: what is wrong, where, and what would be
-    right.
-    """
+    """Bad input, answered in a line per problem: what is wrong, where, and what would be right."""
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else problems

@@ -1,8 +1,9 @@
-"""What a batch becomes on its way through a step: rollouts from the engines, experience for the
+"""Stages of a batch on its way through a step: rollouts from the engines, experience for the
 learners.
 
 Shapes: `B` sequences, `L` = longest prompt + response, `T` = longest response. Everything is
-right-padded; masks come from lengths and from who wrote a token, never from comparing ids with PAD.
+right-padded; masks come from lengths and from which tokens the policy wrote, never from comparing
+ids with PAD.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ PER_TOKEN = (
 class PromptRequest:
     """One prompt sent to an engine: `group_size` responses are wanted for it.
 
-    `prompt_index` is the row in the prompt data, `slot` the place of this request in its batch (a
-    prompt may come twice in one). `seeds` has one seed per response, or is None for unseeded
+    `prompt_index` is the row in the prompt data, `slot` the position of this request in its batch
+    (a prompt may come twice in one). `seeds` has one seed per response, or is None for unseeded
     sampling. Temperature 0 means greedy decoding. `off_policy_sampling` are sampling parameters
     that change the distribution (top_p, penalties), by vLLM's names.
     """
@@ -50,8 +51,9 @@ class Rollout:
 
     `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length".
     `weight_versions` are those the first and the last token were sampled with. `loss_mask` is False
-    on response ids that the policy did not write (what a tool answered): read by every model, but
-    learned by none. None: it wrote them all. Raises ValueError unless there is one for every id.
+    on response ids that the policy did not write (such as a tool's answer): read by every model,
+    but learned by none. None: it wrote them all. Raises ValueError unless there is one for every
+    id.
     """
 
     prompt_index: int
@@ -74,7 +76,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A batch of sequences (prompt + response) and what is known about them.
+    """Batch of sequences (prompt + response) and what is known about them.
 
     `input_ids` [B,L]; `prompt_lengths`, `response_lengths` [B]; `loss_mask` [B,T] bool: True on
     response tokens (the EOS counts) that are learned from, with gaps where the policy did not write
@@ -117,10 +119,12 @@ class Experience:
 
     @classmethod
     def from_rollouts(cls, rollouts: Sequence[Rollout]) -> Experience:
-        """The batch with the engines' `rollout_logprobs`, 0 where the loss mask is False."""
+        """Return the batch with the engines' `rollout_logprobs`, 0 where the loss mask is False."""
         batch = cls.from_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        masks = [torch.tensor(r.loss_mask or [True] * len(r.response_ids)) for r in rollouts]
-        loss_mask = _pad(masks, dtype=torch.bool)
+        loss_mask = _pad(
+            [torch.tensor(r.loss_mask or [True] * len(r.response_ids)) for r in rollouts],
+            dtype=torch.bool,
+        )
         logprobs = _pad([torch.tensor(r.logprobs) for r in rollouts], dtype=torch.float32)
         return replace(
             batch, loss_mask=loss_mask, rollout_logprobs=torch.where(loss_mask, logprobs, 0.0)
@@ -128,8 +132,8 @@ class Experience:
 
     @classmethod
     def placeholder(cls, rows: int = 1) -> Experience:
-        """A batch without a single response token: what a rank computes when its share of the work
-        is done.
+        """Return a batch without a single response token: a rank computes it when its share of the
+        work is done.
 
         Collectives inside forward and backward (ZeRO-3) need every rank; a masked batch adds
         exactly nothing.
@@ -154,8 +158,8 @@ class Experience:
         return self.prompt_lengths + self.response_lengths
 
     def loss_denominator(self, how: str, longest_response: int = 0) -> float:
-        """This batch's share of a loss denominator: tokens, non-empty sequences, or sequences ×
-        `longest_response`.
+        """Return this batch's share of a loss denominator: tokens, non-empty sequences, or
+        sequences × `longest_response`.
         """
         if how == "token_mean":
             return float(self.loss_mask.sum())
@@ -163,25 +167,26 @@ class Experience:
         return sequences if how == "sequence_mean" else sequences * longest_response
 
     def select(self, rows: Sequence[int]) -> Experience:
-        """The given rows, trimmed to their own longest sequence and response."""
+        """Return the given rows, trimmed to their own longest sequence and response."""
         index = torch.as_tensor(rows, dtype=torch.long)
-        width = _longest(self.response_lengths[index])
-        picked = {
-            f.name: x[index] for f in fields(self) if (x := getattr(self, f.name)) is not None
-        }
-        for name in ("loss_mask", *PER_TOKEN):
-            if name in picked:
-                picked[name] = picked[name][:, :width]
-        picked["input_ids"] = picked["input_ids"][:, : _longest(self.lengths[index])]
-        return Experience(**picked)
+        widths = dict.fromkeys(("loss_mask", *PER_TOKEN), _longest(self.response_lengths[index]))
+        widths["input_ids"] = _longest(self.lengths[index])
+        return self._map(
+            lambda name, x: x[index][:, : widths[name]] if name in widths else x[index]
+        )
 
     def to(self, device: str | torch.device) -> Experience:
+        """Return the batch on another device."""
+        return self._map(lambda _, x: x.to(device))
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Experience:
+        """Return the batch with `change` applied to the name and value of each tensor it has."""
         known = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return Experience(**{name: x.to(device) for name, x in known.items()})
+        return Experience(**{name: change(name, x) for name, x in known.items()})
 
     def shard(self, ranks: int, rows_per_unit: int = 1) -> list[list[int]]:
-        """Rows for each rank: consecutive `rows_per_unit` rows stay together, token counts are
-        balanced, nothing is dropped.
+        """Share the rows out among ranks: `rows_per_unit` consecutive rows stay on one rank, token
+        counts are balanced, nothing is dropped.
 
         A rank may get no rows at all.
         """
@@ -195,8 +200,8 @@ class Experience:
         return shares
 
     def micro_batches(self, token_budget: int, rows_per_unit: int = 1) -> list[list[int]]:
-        """Rows of each micro-batch: similar lengths together, rows × longest within the budget, at
-        least one rows_per_unit.
+        """Cut the rows into micro-batches of similar lengths: rows × longest stays within the
+        budget, but each has at least `rows_per_unit` rows.
         """
         longest = self.lengths.reshape(-1, rows_per_unit).amax(1).tolist() if len(self) else []
         batches: list[list[int]] = []
@@ -209,6 +214,7 @@ class Experience:
         return batches
 
 
+@torch.no_grad()
 def map_rows(
     batch: Experience,
     token_budget: int,
@@ -216,31 +222,29 @@ def map_rows(
     device: str = "cpu",
     rounds: int = 0,
 ) -> Tensor:
-    """Run `forward` without gradient over micro-batches and return its rows in the batch's own
+    """Run `compute` without gradient over micro-batches and return its rows in the batch's own
     order, on the CPU.
 
-    `forward` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T.
+    `compute` maps an Experience to [b] or [b,t]; [b,t] results are zero-padded to the batch's T.
     `rounds` asks for at least that many calls, the surplus ones on placeholders (collective
     forwards need the same number on every rank).
     """
     micro_batches = batch.micro_batches(token_budget)
-    results: list[Tensor | None] = [None] * len(batch)
-    with torch.no_grad():
-        for rows in micro_batches:
-            for row, result in zip(rows, compute(batch.select(rows).to(device)).cpu(), strict=True):
-                results[row] = result
-        for _ in range(rounds - len(micro_batches)):
-            compute(Experience.placeholder().to(device))
-    done = [r for r in results if r is not None]
-    if not done:
+    by_row: dict[int, Tensor] = {}
+    for rows in micro_batches:
+        by_row.update(zip(rows, compute(batch.select(rows).to(device)).cpu(), strict=True))
+    for _ in range(rounds - len(micro_batches)):
+        compute(Experience.placeholder().to(device))
+    if not by_row:
         return torch.zeros(0)
-    if done[0].ndim == 0:
-        return torch.stack(done)
-    return _pad(done, dtype=done[0].dtype, width=batch.loss_mask.shape[1])
+    in_order = [by_row[row] for row in range(len(batch))]
+    if in_order[0].ndim == 0:
+        return torch.stack(in_order)
+    return _pad(in_order, dtype=in_order[0].dtype, width=batch.loss_mask.shape[1])
 
 
 def mini_batches(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """One shuffled pass over `rows` in mini-batches of `size` rows; the last may be smaller."""
+    """Yield one shuffled pass over `rows` in mini-batches of `size`; the last may be smaller."""
     shuffled = torch.randperm(rows, generator=generator).tolist()
     for start in range(0, rows, size):
         yield shuffled[start : start + size]

@@ -1,4 +1,4 @@
-"""What each role reads from a model: log-probs, values, scores. The only file that knows how a
+"""Readings of a model for each role: log-probs, values, scores. The only file that knows how a
 batch is padded for it.
 
 Masks come from lengths: neither the padding's side nor its token ids move any number.
@@ -19,7 +19,7 @@ from learners.logprobs import token_logprobs
 
 
 def response_logprobs(model: Any, batch: Experience, temperature: float) -> Tensor:
-    """Log-probs of the response tokens, [B,T] in float32, 0 where `loss_mask` is not set."""
+    """Return log-probs of the response tokens, [B,T] in float32, 0 where `loss_mask` is not set."""
     # The vocabulary is the widest dimension there is: no logits for positions that lie in every
     # row's prompt.
     length = batch.input_ids.shape[1]
@@ -33,8 +33,8 @@ def response_logprobs(model: Any, batch: Experience, temperature: float) -> Tens
 
 
 def response_values(model: Any, batch: Experience) -> Tensor:
-    """The critic's readings before each response token, [B,T] in float32, 0 where `loss_mask` is
-    not set.
+    """Return the critic's readings before each response token, [B,T] in float32, 0 where
+    `loss_mask` is not set.
     """
     values = model(
         batch.input_ids, attention_mask=attention_mask(batch), use_cache=False
@@ -45,17 +45,17 @@ def response_values(model: Any, batch: Experience) -> Tensor:
 def sequence_scores(
     model: Any, batch: Experience, padding_side: Literal["left", "right"] = "right"
 ) -> Tensor:
-    """Raw score of each sequence, [B] in float32; the padding's side does not move it.
+    """Return the raw score of each sequence, [B] in float32; the padding's side does not move it.
 
     A decoder's `score` head is applied at the last real token. An encoder goes through its own
     pooling, which in many models reads the first column; position ids do not help that: its rows
     always start in column 0.
     """
-    if is_encoder(model.config):
-        inputs = _inputs(model, batch.input_ids, attention_mask(batch), _first_position(model))
-        return model(**inputs).logits.squeeze(-1).float()
     ids = batch.input_ids
     mask = attention_mask(batch)
+    if is_encoder(model.config):
+        inputs = _inputs(model, ids, mask, _first_position(model))
+        return model(**inputs).logits.squeeze(-1).float()
     last = batch.lengths - 1
     if padding_side == "left":
         columns = torch.arange(ids.shape[1], device=ids.device) - (
@@ -72,13 +72,13 @@ def sequence_scores(
 
 
 def attention_mask(batch: Experience) -> Tensor:
-    """[B,L]: 1 on real tokens."""
+    """Return the mask [B,L] that is 1 on real tokens."""
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
     return (positions < batch.lengths[:, None]).long()
 
 
 def response_part(batch: Experience, per_position: Tensor) -> Tensor:
-    """Pick the T entries that speak about response tokens out of [B,L] or [B,L-1]: entry p-1+t for
+    """Pick the T entries that belong to response tokens out of [B,L] or [B,L-1]: entry p-1+t for
     token t.
 
     Position p-1+t has read everything before response token t, so this serves log-probs (entry i is
@@ -91,8 +91,8 @@ def response_part(batch: Experience, per_position: Tensor) -> Tensor:
 
 
 def _inputs(model: Any, ids: Tensor, mask: Tensor, first_position: int = 0) -> dict[str, Tensor]:
-    """Arguments of a forward pass; where the model takes positions, they count from the first real
-    token.
+    """Return arguments of a forward pass; where the model takes positions, they count from the
+    first real token.
     """
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -101,7 +101,7 @@ def _inputs(model: Any, ids: Tensor, mask: Tensor, first_position: int = 0) -> d
 
 
 def _first_position(encoder: Any) -> int:
-    """The position of the first token: RoBERTa and its kin start after their padding index."""
+    """Return the position of the first token: RoBERTa and its kin start after their own PAD."""
     table = getattr(getattr(encoder.base_model, "embeddings", None), "position_embeddings", None)
     padding_idx = getattr(table, "padding_idx", None)
     return 0 if padding_idx is None else padding_idx + 1

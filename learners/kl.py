@@ -1,4 +1,4 @@
-"""How far the policy is from another one: estimates of the KL divergence, and the weight that
+"""Distance of the policy from another one: estimates of the KL divergence, and the weight that
 follows them.
 
 Shapes and conventions as in `advantages`.
@@ -18,7 +18,7 @@ from learners.logprobs import LOG_RATIO_LIMIT, clean
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = None
 ) -> Tensor:
-    """Estimate of KL(policy || reference) per token, in nats, for tokens sampled from the policy.
+    """Estimate KL(policy || reference) per token, in nats, for tokens sampled from the policy.
 
     logprobs, ref_logprobs (and mask) of one shape -> the same shape. With d = logprobs -
     ref_logprobs: "k1" is d (unbiased, may be negative), "k2" is d²/2, "k3" is exp(-d) + d - 1
@@ -43,8 +43,8 @@ def kl_estimate(
 
 @dataclass
 class AdaptiveKL:
-    """Moves `beta`, the weight of the KL penalty, so that the KL per sequence approaches `target`
-    (nats).
+    """Controller that moves `beta`, the weight of the KL penalty, so that the KL per sequence
+    approaches `target` (nats).
 
     The proportional controller of Ziegler et al. (2019). `horizon` is counted in sequences: at the
     largest error, beta changes by a fifth per `horizon` of them. Raises ValueError unless all three
@@ -63,7 +63,7 @@ class AdaptiveKL:
                 )
 
     def update(self, sequence_kl: float | Tensor, n: int) -> None:
-        """beta *= 1 + clip(sequence_kl / target - 1, ±0.2) * n / horizon.
+        """Multiply beta by 1 + clip(sequence_kl / target - 1, ±0.2) * n / horizon.
 
         `sequence_kl` is the mean over n sequences of the KL summed over a sequence. One that is not
         finite says nothing about the policy and leaves beta alone; clipped, an overflow would pass

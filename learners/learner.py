@@ -1,9 +1,9 @@
 """Learner: a model trained by DeepSpeed ZeRO 0-3, on any number of ranks, one optimizer step per
 mini-batch.
 
-Every trained role (Actor, Critic, reward model, SFT) is a subclass that says what it computes on a
-batch and what its loss is. Cutting the mini-batch into micro-batches and ranks, accumulation,
-stepping, and leaving a shared GPU live here.
+Every trained role (Actor, Critic, reward model, SFT) is a subclass with its computation on a batch
+and its loss. Cutting the mini-batch into micro-batches and ranks, accumulation, stepping, and
+leaving a shared GPU live here.
 """
 
 from __future__ import annotations
@@ -36,36 +36,37 @@ from learners.weights import TrainedWeights
 class Learner(TrainedWeights, ABC):
     """One rank of a trained role.
 
-    Subclasses implement `forward` (a forward pass), `loss` and `loss_denominator`; the denominator
-    handed to `loss` is the whole mini-batch's count, over all micro-batches and ranks, so that the
-    gradient does not depend on how it was cut.
+    Subclasses implement `forward`, `loss` and, unless the loss is a mean over tokens,
+    `loss_denominator`; the denominator handed to `loss` is the whole mini-batch's count, over all
+    micro-batches and ranks, so that the gradient does not depend on how it was cut.
     """
 
-    rows_per_unit = 1  # preference pairs stay together: 2
+    rows_per_unit = 1  # 2 where they are pairs, which no micro-batch may part
 
     def __init__(
         self,
-        model: nn.Module | Callable[[], nn.Module],
+        load: Callable[[], Any],
         settings: LearnerSettings,
         rank: Rank,
         total_steps: int,
     ) -> None:
-        """`model` may be what loads it: under ZeRO-3 it then never stands whole in one process."""
+        """Start the rank with the model that `load` loads; under ZeRO-3 no process ever holds it
+        whole.
+        """
         start_process_group(rank)
-        if not isinstance(model, nn.Module):
-            model = load_sharded(model, settings) if settings.zero_stage == 3 else model()
-        self.model = model
+        self.model = load_sharded(load, settings) if settings.zero_stage == 3 else load()
         self.settings = settings
         self.rank = rank
         self.device = f"cuda:{torch.cuda.current_device()}" if rank.device == "cuda" else "cpu"
         if settings.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = optimizer = make_optimizer(model, settings.optimizer)
-        scale = schedule(settings.optimizer, total_steps)
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=RoleForward(model, self.forward),
-            optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, scale),
+            model=RoleForward(self.model, self.forward),
+            optimizer=self.optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, schedule(settings.optimizer, total_steps)
+            ),
             config=deepspeed_config(settings),
             dist_init_required=False,
         )
@@ -73,21 +74,21 @@ class Learner(TrainedWeights, ABC):
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
-        """The role's forward pass on a micro-batch, with gradient."""
+        """Run the role's forward pass on a micro-batch, with gradient."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Experience, denominator: float) -> tuple[Tensor, Stats]:
-        """The micro-batch's contribution to the mini-batch's loss, and its statistics; those whose
-        names start with "max_" are reduced by maximum.
+        """Return the micro-batch's contribution to the mini-batch's loss, and its statistics; names
+        that start with "max_" are reduced by maximum.
         """
 
-    @abstractmethod
     def loss_denominator(self, shard: Experience) -> float:
-        """This rank's share of the denominator."""
+        """Return this rank's share of the denominator."""
+        return shard.loss_denominator("token_mean")
 
     def train(self, shard: Experience) -> dict[str, float]:
-        """One optimizer step on this rank's rows of a mini-batch; a rank without rows still takes
-        part.
+        """Take one optimizer step on this rank's rows of a mini-batch; a rank without rows still
+        takes part.
 
         Returns the metrics of the whole mini-batch, the same on every rank, with `grad_norm`
         (before clipping), `learning_rate`, and `skipped_updates`: 1 when loss or gradient was not
@@ -104,12 +105,10 @@ class Learner(TrainedWeights, ABC):
         }
 
     def _step(self) -> float:
-        """The optimizer step, unless the gradient is not finite; returns its norm, the same on
-        every rank.
+        """Step the optimizer unless the gradient is not finite; return its norm, the same on every
+        rank.
         """
-        if (
-            self.settings.zero_stage > 0
-        ):  # ZeRO computes the norm of its shards, and skips by itself
+        if self.settings.zero_stage > 0:  # ZeRO takes the norm of its shards, and skips by itself
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
         norm = float(
@@ -123,13 +122,13 @@ class Learner(TrainedWeights, ABC):
             self.engine.zero_grad()
         return norm
 
+    @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
-        """The metrics `train` would report, without learning."""
-        with torch.no_grad():
-            return self._pass(shard, learn=False)
+        """Return the metrics `train` would report, without learning."""
+        return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
-        """`forward` on every row without gradient: [b] or [b,T] on the CPU, in the shard's
+        """Return `forward` of every row without gradient: [b] or [b,T] on the CPU, in the shard's
         order.
         """
         budget = self.settings.micro_batch_tokens
@@ -142,13 +141,11 @@ class Learner(TrainedWeights, ABC):
         denominator = float(self._reduce([self.loss_denominator(shard)], dist.ReduceOp.SUM)[0])
         totals: dict[str, list[float]] = {}
         for i in range(rounds):
-            mine = i < len(micro_batches)
             batch = (
                 shard.select(micro_batches[i])
-                if mine
+                if i < len(micro_batches)
                 else Experience.placeholder(self.rows_per_unit)
-            )
-            batch = batch.to(self.device)
+            ).to(self.device)
             # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's
             # gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
@@ -165,15 +162,12 @@ class Learner(TrainedWeights, ABC):
         return self._reduce_stats(totals)
 
     def _reduce_stats(self, totals: dict[str, list[float]]) -> dict[str, float]:
-        names = sorted(totals)
-        maxima = [n for n in names if n.startswith("max_")]
-        means = [n for n in names if not n.startswith("max_")]
+        maxima = sorted(n for n in totals if n.startswith("max_"))
+        means = sorted(totals.keys() - maxima)
         largest = self._reduce([totals[n][0] for n in maxima], dist.ReduceOp.MAX)
-        metrics = dict(zip(maxima, largest.tolist(), strict=True))
         sums = self._reduce([x for n in means for x in totals[n]], dist.ReduceOp.SUM).reshape(-1, 2)
-        for name, (total, count) in zip(means, sums.tolist(), strict=True):
-            metrics[name] = total / count if count else 0.0
-        return metrics
+        averages = [total / count if count else 0.0 for total, count in sums.tolist()]
+        return dict(zip(maxima + means, largest.tolist() + averages, strict=True))
 
     def _reduce(self, numbers: list[float], how: Any) -> Tensor:
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -184,45 +178,44 @@ class Learner(TrainedWeights, ABC):
     # --- shared GPUs ------------------------------------------------------------------------------
 
     def offload(self) -> None:
-        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory. Nothing can be
-        computed then.
+        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory, and nothing
+        can be computed until `reload`.
 
         Not with ZeRO 1 in bfloat16, where DeepSpeed cannot.
         """
         if self.settings.zero_stage == 0:
             self.model.to("cpu")
         elif not self.settings.offload_parameters:
-            self.engine.offload_states(include=self._movable())
+            # DeepSpeed would take step counters along and refuses, under ZeRO-3, master weights and
+            # states of any optimizer but its own FusedAdam: these are moved below.
+            ours = [OffloadStateTypeEnum.optim_states]
+            if self.settings.zero_stage == 3:
+                ours.append(OffloadStateTypeEnum.hp_params)
+            self.engine.offload_states(include=[x for x in OffloadStateTypeEnum if x not in ours])
         self._move_optimizer("cpu")
         if self.rank.device == "cuda":
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        """Take the GPU again, and go on."""
+        """Take weights, gradients and optimizer states back to the GPU."""
         if self.settings.zero_stage == 0:
             self.model.to(self.device)
         elif not self.settings.offload_parameters:
             self.engine.reload_states()
         self._move_optimizer(self.device)
 
-    def _movable(self) -> list[OffloadStateTypeEnum]:
-        """What DeepSpeed moves. It would take step counters along, and refuses, under ZeRO-3,
-        master weights and states of any optimizer but its own FusedAdam: these we move ourselves.
-        """
-        ours = {OffloadStateTypeEnum.optim_states}
-        if self.settings.zero_stage == 3:
-            ours.add(OffloadStateTypeEnum.hp_params)
-        return [state for state in OffloadStateTypeEnum if state not in ours]
-
     def _move_optimizer(self, device: str) -> None:
-        """Optimizer states to `device` and, under ZeRO-3, the master weights, unless they are
+        """Move optimizer states and, under ZeRO-3, the master weights to `device`, unless they are
         always on the CPU.
         """
         if self.settings.offload_optimizer:
             return
-        states = self.optimizer.state.values()
-        # step counters stay
-        tensors = [x for s in states for x in s.values() if torch.is_tensor(x) and x.ndim]
+        tensors = [
+            x
+            for state in self.optimizer.state.values()
+            for x in state.values()
+            if torch.is_tensor(x) and x.ndim  # step counters stay
+        ]
         if self.settings.zero_stage == 3:
             tensors += self.engine.optimizer.fp32_partitioned_groups_flat
         for tensor in tensors:

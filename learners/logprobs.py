@@ -14,11 +14,11 @@ LOG_RATIO_LIMIT = 20.0  # exp(±20) still leaves float32 room for products and s
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of every next token under softmax(logits / temperature), in nats.
+    """Return the log-probability of every next token under softmax(logits / temperature), in nats.
 
     logits [B, L, V] of any float dtype, input_ids [B, L] -> [B, L-1] in float32. Column t is the
     log-probability of `input_ids[:, t + 1]`, read from `logits[:, t]`. Raises ValueError for a
-    temperature that is not positive and finite, and for shapes that do not belong together.
+    temperature that is not positive and finite, and for shapes that do not match.
     """
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, not {temperature}")
@@ -42,7 +42,7 @@ def _row_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 
 def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The mask as bool, then every tensor in float32 with 0 wherever the mask is not set.
+    """Return the mask as bool, then every tensor in float32 with 0 wherever the mask is not set.
 
     Filling *before* the arithmetic is what keeps NaN out of gradients: masking a result afterwards
     multiplies the infinite or NaN local derivative of a masked input by 0, which is NaN. Raises

@@ -1,5 +1,5 @@
-"""The losses: the clipped objective of PPO and GRPO, the Critic's error, and how tokens become one
-number.
+"""The losses: the clipped objective of PPO and GRPO, the Critic's error, and their aggregation over
+tokens.
 
 Shapes and conventions as in `advantages`: [B, T], right-padded, float32 out, nothing behind the
 mask counts. Per-token losses leave here unreduced, so that one global denominator can serve every
@@ -30,8 +30,8 @@ def policy_loss(
     dual_clip: float | None = None,
     ratio: str = "token",
 ) -> tuple[Tensor, Stats]:
-    """The clipped surrogate: -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token,
-    all [B, T].
+    """Return the clipped surrogate, -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per
+    token, and statistics; all [B, T].
 
     `ratio="token"` is exp(logprobs - old_logprobs) (Schulman et al. 2017, PPO); `"sequence"` is exp
     of its mean over the response, the same on every token (Zheng et al. 2025, GSPO). `dual_clip` c
@@ -47,9 +47,9 @@ def policy_loss(
         raise ValueError(f"unknown ratio {ratio!r}: choose token or sequence")
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    old_logprobs = old_logprobs.detach()
-    advantages = advantages.detach()
-    mask, logprobs, old_logprobs, advantages = clean(mask, logprobs, old_logprobs, advantages)
+    mask, logprobs, old_logprobs, advantages = clean(
+        mask, logprobs, old_logprobs.detach(), advantages.detach()
+    )
 
     log_ratio = logprobs - old_logprobs
     if ratio == "sequence":
@@ -70,23 +70,21 @@ def policy_loss(
         held = (advantages < 0) & (objective < floor)
         objective = torch.where(held, floor, objective)
         stats["dual_clip_fraction"] = _stat(held, mask)
-    return -objective.masked_fill(
-        ~mask, 0.0
-    ), stats  # a NaN of one token must not spread with a sequence's ratio
+    # Under a sequence's ratio the NaN of one token reaches the columns behind the mask too.
+    return -objective.masked_fill(~mask, 0.0), stats
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
 ) -> tuple[Tensor, Stats]:
-    """The clipped error 0.5 * max((V - R)², (clip(V, old ± clip) - R)²) per token, all [B, T].
+    """Return the clipped error, 0.5 * max((V - R)², (clip(V, old ± clip) - R)²) per token, and
+    statistics; all [B, T].
 
     clip=None is the plain 0.5 * (V - R)². A value that already moved further than `clip` towards
     its return gets no more gradient. Only `values` gets one at all. Source: the PPO implementation
     of OpenAI Baselines; `clip` is in units of the value, not relative.
 
-    Statistics, over valid tokens: `clip_fraction` (tokens without gradient), `value`, `return`, and
-    the squares `error_squared` and `return_squared`, from which a reader of globally reduced means
-    gets the explained variance.
+    Statistics, over valid tokens: `clip_fraction` (tokens without gradient) and `value`.
     """
     mask, values, old_values, returns = clean(mask, values, old_values.detach(), returns.detach())
     squared = (values - returns).square()
@@ -97,9 +95,6 @@ def value_loss(
     stats = {
         "clip_fraction": _stat(worst > squared, mask),
         "value": _stat(values, mask),
-        "return": _stat(returns, mask),
-        "error_squared": _stat(squared, mask),
-        "return_squared": _stat(returns.square(), mask),
     }
     return 0.5 * worst, stats
 
@@ -107,8 +102,8 @@ def value_loss(
 def rollout_correction(
     old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, kind: str, cap: float
 ) -> tuple[Tensor, Stats]:
-    """Importance weights for tokens sampled by an engine whose probabilities are not the learner's,
-    [B, T].
+    """Weigh tokens sampled by an engine whose probabilities are not the learner's: importance
+    weights [B, T], and statistics.
 
     w = exp(old_logprobs - rollout_logprobs), per token ("token_...") or its product over the
     response, the same on every token ("sequence_..."). "..._truncate" keeps min(w, cap); "..._mask"
@@ -150,7 +145,7 @@ def rollout_correction(
 def aggregate(
     per_token: Tensor, mask: Tensor, *, how: str, denominator: float | Tensor | None = None
 ) -> Tensor:
-    """One number from a per-token loss [B, T].
+    """Make one number of a per-token loss [B, T].
 
     "token_mean" divides the sum over tokens by the count of valid tokens; "sequence_mean" divides
     the sum of the per-sequence means by the count of non-empty sequences; "constant" divides the
@@ -162,22 +157,18 @@ def aggregate(
     """
     mask, per_token = clean(mask, per_token)
     lengths = mask.sum(1)
-    count: float | Tensor | None
-    match how:
-        case "token_mean":
-            total = per_token.sum()
-            count = lengths.sum()
-        case "sequence_mean":
-            total = (per_token.sum(1) / lengths.clamp(min=1)).sum()
-            count = (lengths > 0).sum()
-        case "constant":
-            total = per_token.sum()
-            count = None
-        case _:
-            raise ValueError(
-                f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant"
-            )
-    count = count if denominator is None else denominator
+    counts: dict[str, Tensor | None] = {
+        "token_mean": lengths.sum(),
+        "sequence_mean": (lengths > 0).sum(),
+        "constant": None,
+    }
+    if how not in counts:
+        raise ValueError(
+            f"unknown aggregation {how!r}: choose token_mean, sequence_mean or constant"
+        )
+    per_sequence = per_token.sum(1) / lengths.clamp(min=1)
+    total = per_sequence.sum() if how == "sequence_mean" else per_token.sum()
+    count = counts[how] if denominator is None else denominator
     if count is None:
         raise ValueError("aggregation 'constant' needs a denominator")
     divisor = torch.as_tensor(count, dtype=torch.float32, device=total.device)
@@ -185,8 +176,8 @@ def aggregate(
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor | None = None) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), per pair; scores and margin of one shape, usually
-    [B].
+    """Return -log sigmoid(chosen - rejected - margin), per pair; scores and margin of one shape,
+    usually [B].
 
     The Bradley-Terry likelihood of the preference (Ouyang et al. 2022), with the margin of Touvron
     et al. (2023, Llama 2). Finite, in value and gradient, for any finite difference. Raises
@@ -205,5 +196,5 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor | Non
 
 
 def _stat(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum over valid tokens, count of valid tokens), detached."""
+    """Return (sum over valid tokens, count of valid tokens), detached."""
     return x.detach().float().masked_fill(~mask, 0.0).sum(), mask.sum().float()

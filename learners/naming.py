@@ -1,4 +1,4 @@
-"""Find what a recipe names as "module:name"; nothing heavy is imported for it but that module."""
+"""Import of things that a recipe names as "module:name"; nothing else heavy is imported for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learners.errors import UserError
 def load_named(name: str, what: str) -> Any:
     """Import "module:name", also from the current folder.
 
-    Raises UserError in one line, which calls it a `what`, when that is impossible.
+    Raises UserError in one line, which calls it a `what`, when it cannot be imported.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -4,8 +4,6 @@ one.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ class RewardModelLearner(Learner):
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
         super().__init__(
-            partial(load_reward_model, settings.model, pad_token_id), settings, rank, total_steps
+            lambda: load_reward_model(settings.model, pad_token_id), settings, rank, total_steps
         )
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
@@ -64,8 +62,8 @@ class RewardModelLearner(Learner):
         return len(shard) / 2
 
     def remember_tokenizer(self, digest: str) -> None:
-        """Store in the model's config which tokenizer it was trained with; whoever judges with it
-        compares.
+        """Store the digest of the tokenizer in the model's config: an evaluator compares it with
+        that of its own texts.
         """
         self.model.config.tokenizer_digest = digest
 

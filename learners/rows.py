@@ -24,8 +24,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """`index` is the row in the data, from 0; reward functions see `text` and the answer
-    `columns`.
+    """Prompt as text and as ids. `index` is the row in the data, from 0; reward functions see
+    `text` and the answer `columns`.
     """
 
     index: int
@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """`response_ids` end with EOS."""
+    """Prompt and answer of SFT. `response_ids` end with EOS."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -52,8 +52,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both answers end with EOS ([SEP] on an encoder); `margin` is what the chosen score must win
-    by.
+    """Prompt with two answers, which end with EOS ([SEP] on an encoder); `margin` is the difference
+    in score that the chosen one must win by.
     """
 
     prompt_ids: list[int]
@@ -67,12 +67,12 @@ class Pair:
 
     @property
     def tokens(self) -> int:
-        """Of the longer sequence."""
+        """Length of the longer sequence."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 class Rows(list[T]):
-    """The usable rows of a data set, and how many were left out, by reason."""
+    """Usable rows of a data set, and the number left out, by reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class Rows(list[T]):
 
 
 def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
-    """Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless `long_prompts`
-    is drop.
+    """Load prompts. Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless
+    `long_prompts` is drop.
     """
     rows: Rows[Prompt] = Rows()
     for i, row in enumerate(read_rows(data, [data.prompt_column, *data.answer_columns])):
@@ -101,7 +101,9 @@ def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
 
 
 def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
-    """Raises DataError on bad rows and empty answers; examples over `max_tokens` are dropped."""
+    """Load SFT examples; those over `max_tokens` are dropped. Raises DataError on bad rows and
+    empty answers.
+    """
     rows: Rows[Example] = Rows()
     for i, row in enumerate(read_rows(data, [data.prompt_column, data.response_column])):
         _, prompt = _prompt(data, tokenizer, i, row[data.prompt_column])
@@ -110,17 +112,17 @@ def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
             raise _row_error(
                 data, i, f"{data.response_column} is empty: there is no answer to learn"
             )
-        response = encode_response(tokenizer, answer)
-        if len(prompt) + len(response) <= data.max_tokens:
-            rows.append(Example(prompt, response))
+        example = Example(prompt, encode_response(tokenizer, answer))
+        if example.tokens <= data.max_tokens:
+            rows.append(example)
         else:
             rows.dropped["too long"] += 1
     return _not_empty(data, rows)
 
 
 def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
-    """Raises DataError on bad rows. Pairs over `max_tokens` and pairs of equal answers are
-    dropped.
+    """Load preference pairs; those over `max_tokens` and those of equal answers are dropped. Raises
+    DataError on bad rows.
     """
     rows: Rows[Pair] = Rows()
     columns = [data.prompt_column, data.chosen_column, data.rejected_column]
@@ -140,7 +142,7 @@ def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
 
 
 def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[str, list[int]]:
-    """Text and ids of a prompt, given as text or as chat messages."""
+    """Return text and ids of a prompt, given as text or as chat messages."""
     if isinstance(value, str):
         text = value
         ids = encode_prompt(tokenizer, value)
@@ -168,14 +170,12 @@ def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[s
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
-
-
-def _is_message(value: Any) -> bool:
     return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and value.get("content") is not None
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) for message in value)
+        and all(isinstance(message.get("role"), str) for message in value)
+        and all(message.get("content") is not None for message in value)
     )
 
 
@@ -210,7 +210,7 @@ def _row_error(data: DataSettings, row: int, problem: str) -> DataError:
 
 
 def read_rows(data: DataSettings, columns: Sequence[str]) -> Any:
-    """The rows as a `datasets.Dataset` with just these columns; needs no tokenizer.
+    """Return the rows as a `datasets.Dataset` with just these columns; needs no tokenizer.
 
     Raises DataError when there is nothing at the path, when it cannot be read, has no rows, or
     lacks columns.

@@ -1,6 +1,4 @@
-"""What a recipe may say about models, optimisation and data. Pydantic only: imports in
-milliseconds.
-"""
+"""Recipe keys about models, optimisation and data. Pydantic only: imports in milliseconds."""
 
 from __future__ import annotations
 
@@ -30,26 +28,28 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def to_yaml(self) -> str:
-        """All values, defaults included, as YAML: every key on a line of its own, with the whole of
-        its value.
+        """Return all values as YAML, defaults included: every key on a line of its own, with the
+        whole of its value.
         """
         import yaml
 
         class Dumper(yaml.SafeDumper):
             pass
 
-        def text(
-            dumper: Any, value: str
-        ) -> Any:  # in quotes if it has line breaks, or YAML 1.2 may see a number
+        def text(dumper: Any, value: str) -> Any:
+            # in quotes if it has line breaks, or YAML 1.2 may see a number
             plain = value.isprintable() and not re.match(r"[-+.]*[0-9]", value)
             return dumper.represent_scalar(
                 "tag:yaml.org,2002:str", value, style=None if plain else '"'
             )
 
         Dumper.add_representer(str, text)
-        values = self.model_dump(mode="json")
         return yaml.dump(
-            values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize
+            self.model_dump(mode="json"),
+            Dumper=Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=sys.maxsize,
         )
 
 
@@ -58,8 +58,8 @@ DeviceType = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a process stands among the ranks of its role. Passed explicitly, never guessed from the
-    environment.
+    """Process among the ranks of its role, and where they meet. Passed explicitly, never guessed
+    from the environment.
     """
 
     index: int
@@ -88,8 +88,8 @@ S = TypeVar("S", bound=Settings)
 
 
 def located(settings: S) -> S:
-    """The same with local model folders as absolute paths, for processes that stand elsewhere. Hub
-    names stay.
+    """Return the settings with local model folders as absolute paths, for processes that run in
+    another folder. Hub names stay.
     """
     changes: dict[str, Any] = {
         name: located(value) for name, value in settings if isinstance(value, Settings)
@@ -146,15 +146,15 @@ class TrainSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Where rows come from: a JSON-lines or parquet file, a folder of them, or a hub name."""
+    """Source of rows: a JSON-lines or parquet file, a folder of them, or a hub name."""
 
     path: DiskPath = Field(description="file, folder, or hub name of the data set")
     split: str = Field("train", description="split to read")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
+    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
 
 
 class PromptData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     answer_columns: tuple[str, ...] = Field(
         (), description="columns handed to reward functions under their own names"
     )
@@ -167,7 +167,6 @@ class PromptData(DataSettings):
 
 
 class SFTData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     response_column: str = Field("response", description="column with the answer to learn")
     max_tokens: PositiveInt = Field(
         2048, description="longest prompt + answer; longer ones are dropped and counted"
@@ -175,7 +174,6 @@ class SFTData(DataSettings):
 
 
 class PairData(DataSettings):
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
     chosen_column: str = Field("chosen", description="column with the better answer")
     rejected_column: str = Field("rejected", description="column with the worse answer")
     margin_column: str | None = Field(
@@ -187,7 +185,7 @@ class PairData(DataSettings):
 
 
 class RewardModelSettings(Settings):
-    """What is particular to training a reward model."""
+    """Settings particular to training a reward model."""
 
     padding_side: Literal["right", "left"] = Field(
         "right", description="side of the padding in training and scoring"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from learners.checkpoints import load_causal_lm
@@ -18,7 +16,7 @@ class SFTLearner(Learner):
     """One rank of SFT: the mean negative log-likelihood per answer token of the mini-batch."""
 
     def __init__(self, settings: LearnerSettings, total_steps: int, rank: Rank) -> None:
-        super().__init__(partial(load_causal_lm, settings.model), settings, rank, total_steps)
+        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, 1.0)
@@ -27,6 +25,3 @@ class SFTLearner(Learner):
         mask = batch.loss_mask
         loss = aggregate(-outputs, mask, how="token_mean", denominator=denominator)
         return loss, {"loss": (-outputs.detach()[mask].sum(), mask.sum())}
-
-    def loss_denominator(self, shard: Experience) -> float:
-        return shard.loss_denominator("token_mean")

@@ -14,17 +14,8 @@ from typing import Any
 from learners.errors import DataError
 
 
-def encode_texts(
-    tokenizer: Any, prompt: str, response: str, encoder: bool
-) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of a complete response, for a model that shares no ids with whoever wrote
-    them.
-    """
-    return encode_prompt(tokenizer, prompt), encode_response(tokenizer, response, encoder)
-
-
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Ids with the tokenizer's leading special tokens (once, even if the text has them), no
+    """Return ids with the tokenizer's leading special tokens (once, even if the text has them), no
     trailing ones.
     """
     encoded = tokenizer(text, return_special_tokens_mask=True)
@@ -38,15 +29,15 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-    """Text and ids of a conversation that the assistant is to go on with."""
+    """Return text and ids of a conversation that the assistant is to continue."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # the template has put in what it wants
+    # The template has written its special tokens; the tokenizer would add them twice.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
-    """Ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer has
-    none.
+    """Return ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer
+    has none.
     """
     end = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
     if end is None:
@@ -58,8 +49,8 @@ def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[in
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Changes when a text would become other ids: by another vocabulary, other special tokens or
-    other splitting.
+    """Return a digest that changes when a text would become other ids: by another vocabulary, other
+    special tokens or other splitting.
     """
     seen: list[Any] = [
         sorted(tokenizer.get_vocab().items()),

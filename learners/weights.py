@@ -1,8 +1,7 @@
-"""What becomes of trained weights: gathered group by group, exported, saved, loaded."""
+"""Trained weights: gathered layer by layer, exported, saved, loaded."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from learners.settings import LearnerSettings, Rank
 
 
 class TrainedWeights:
-    """What a Learner can do with its weights besides training them: a base of it, no more."""
+    """Base of Learner: everything it does with its weights besides training them."""
 
     model: Any
     engine: Any
@@ -24,55 +23,46 @@ class TrainedWeights:
     rank: Rank
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, full shape) of every parameter, in the order `iter_groups` yields them."""
-        named = dict(self.model.named_parameters())
+        """Return (name, dtype, full shape) of every parameter, in the order `iter_groups` yields
+        them.
+        """
         return [
-            (name, named[name].dtype, tuple(getattr(named[name], "ds_shape", named[name].shape)))
-            for names in self._layer_groups()
-            for name in names
+            (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            for layer in self._layers()
+            for name, p in layer.items()
         ]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all ranks
-        in lockstep.
+        """Yield full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all
+        ranks in lockstep.
         """
-        named = dict(self.model.named_parameters())
-        for names in self._layer_groups():
-            parameters = [named[name] for name in names]
-            sharded = self.settings.zero_stage == 3
-            with (
-                deepspeed.zero.GatheredParameters(parameters)
-                if sharded
-                else contextlib.nullcontext()
-            ):
-                clones = [p.detach().clone() for p in parameters]
-            yield names, clones
+        for layer in self._layers():
+            # does nothing to parameters that are not sharded
+            with deepspeed.zero.GatheredParameters(list(layer.values())):
+                clones = [p.detach().clone() for p in layer.values()]
+            yield list(layer), clones
 
-    def _layer_groups(self) -> list[list[str]]:
-        """Parameter names, grouped by the first number in them (the layer), embeddings and heads by
-        themselves.
+    def _layers(self) -> list[dict[str, Tensor]]:
+        """Group the parameters by the first number in their names (the layer); embeddings and heads
+        are by themselves.
         """
-        groups: dict[str, list[str]] = {}
-        for name, _ in self.model.named_parameters():
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
             parts = name.split(".")
-            layer = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            groups.setdefault(
-                ".".join(parts[: layer + 1] if layer is not None else parts[:-1]), []
-            ).append(name)
-        return list(groups.values())
+            number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+            layers.setdefault(".".join(parts[: number + 1]), {})[name] = parameter
+        return list(layers.values())
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0
         writes.
         """
-        state: dict[str, Tensor] = {}
+        known = self.model.state_dict()
+        state = {name: b.cpu() for name, b in self.model.named_buffers() if name in known}
         for names, tensors in self.iter_groups():
             if self.rank.index == 0:
                 state.update(zip(names, (t.cpu() for t in tensors), strict=True))
         if self.rank.index == 0:
-            state.update(
-                {n: b.cpu() for n, b in self.model.named_buffers() if n in self.model.state_dict()}
-            )
             self.model.save_pretrained(folder, state_dict=state)
 
     def save(self, folder: str) -> None:
@@ -95,7 +85,7 @@ class TrainedWeights:
             )
         path, client = self.engine.load_checkpoint(folder, tag="state")
         if path is None:
-            raise ValueError(f"{folder}: no checkpoint that DeepSpeed can read")
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint here that it can read")
         torch.set_rng_state(client["rng"])
 
     def _layout(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from learners.checkpoints import is_encoder, load_reward_model, load_tokenizer, 
 from learners.experience import Experience, map_rows
 from learners.forward import sequence_scores
 from learners.settings import ModelSettings
-from learners.tokenise import encode_texts
+from learners.tokenise import encode_prompt, encode_response
 
 
 class RewardWorker(FrozenModel):
@@ -48,4 +48,5 @@ class RewardWorker(FrozenModel):
     def _ids(self, sample: Sample) -> tuple[list[int], list[int]]:
         if self.same_ids:
             return sample.prompt_ids, sample.response_ids
-        return encode_texts(self.tokenizer, sample.prompt, sample.response, self.encoder)
+        prompt = encode_prompt(self.tokenizer, sample.prompt)
+        return prompt, encode_response(self.tokenizer, sample.response, self.encoder)

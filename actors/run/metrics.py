@@ -303,10 +303,7 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "well below 1",
             reduction="mean",
         ),
-        Metric("critic/value", "score", "Mean new value.", "near `critic/return`", "mean"),
-        Metric("critic/return", "score", "Mean return.", reduction="mean"),
-        Metric("critic/error_squared", "score²", "Mean of (value - return)².", "falls", "mean"),
-        Metric("critic/return_squared", "score²", "Mean of return².", reduction="mean"),
+        Metric("critic/value", "score", "Mean new value.", "near `return/mean`", "mean"),
     ),
     "Engine against Actor": (
         Metric(

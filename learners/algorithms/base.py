@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -42,21 +42,10 @@ class RolloutCorrectionSettings(Settings):
 
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
-OldLogprobs = Annotated[
-    Literal["actor", "engine"],
-    Field(
-        description="log-probs the ratio starts from: the Actor reads them anew, or the "
-        "engine's (saves a forward)"
-    ),
-]
-RolloutCorrection = Annotated[
-    RolloutCorrectionSettings | None,
-    Field(description="weigh tokens by Actor / engine probability; null: off"),
-]
 
 
 class AlgorithmSettings(Settings):
-    """Settings that every algorithm has. A subclass adds its own, and says what it needs."""
+    """Settings that every algorithm has. A subclass adds its own and says which models it needs."""
 
     needs_critic: ClassVar[bool] = False
     compares_groups: ClassVar[bool] = False  # a group of one response then teaches nothing
@@ -76,20 +65,26 @@ class AlgorithmSettings(Settings):
     loss_aggregation: Aggregation = Field(
         "token_mean", description="how the losses of tokens become one number"
     )
-    old_logprobs: OldLogprobs = "actor"
-    rollout_correction: RolloutCorrection = None
+    old_logprobs: Literal["actor", "engine"] = Field(
+        "actor",
+        description="log-probs the ratio starts from: the Actor reads them anew, or the "
+        "engine's (saves a forward)",
+    )
+    rollout_correction: RolloutCorrectionSettings | None = Field(
+        None, description="weigh tokens by Actor / engine probability; null: off"
+    )
 
     @property
     def needs_reference(self) -> bool:
-        """Tell whether `ref_logprobs` are read, so that a Reference is started."""
+        """True where `ref_logprobs` are read, so that a Reference is started."""
         return False
 
     def critic_arguments(self) -> dict[str, Any]:
-        """Return what the Critic's learner is told beside its own settings."""
+        """Return arguments of the Critic's learner beside its own settings."""
         return {}
 
     def problems(self, sequences: int) -> Iterator[Problem]:
-        """Yield what makes no sense together; a step has so many `sequences`."""
+        """Yield settings that contradict each other or a step of so many `sequences`."""
         yield from ()
 
 
@@ -97,7 +92,7 @@ S = TypeVar("S", bound=AlgorithmSettings)
 
 
 class Algorithm(Generic[S]):
-    """What makes one way of learning from scores.
+    """One way of learning from scores.
 
     The driver calls `advantages` once a step, and `after_step` unless the step is skipped; the
     Actor's ranks call `actor_loss` on every micro-batch.
@@ -110,16 +105,18 @@ class Algorithm(Generic[S]):
         self.group_size = group_size
 
     def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
-        """Fill `advantages` [B,T] from `scores` [B] and what else was read; return metrics too."""
+        """Fill `advantages` [B,T] from `scores` [B] and the log-probs and values; return metrics
+        too.
+        """
         raise NotImplementedError
 
     def after_step(self, batch: Experience) -> None:
-        """Adapt what follows from a step that was learned from; by default nothing does."""
+        """Adapt what depends on the step, unless it was skipped; by default nothing does."""
 
     def policy_objective(
         self, logprobs: Tensor, batch: Experience, ratio: str = "token"
     ) -> tuple[Tensor, Stats]:
-        """Return the clipped loss per token [B,T], weighed if the recipe says so, and
+        """Return the clipped loss per token [B,T], weighed if the recipe asks for it, and
         statistics.
         """
         from learners.losses import policy_loss, rollout_correction
@@ -157,15 +154,20 @@ class Algorithm(Generic[S]):
         from learners.losses import aggregate
 
         per_token, stats = self.policy_objective(logprobs, batch)
-        how = self.settings.loss_aggregation
-        return aggregate(per_token, batch.loss_mask, how=how, denominator=denominator), stats
+        loss = aggregate(
+            per_token,
+            batch.loss_mask,
+            how=self.settings.loss_aggregation,
+            denominator=denominator,
+        )
+        return loss, stats
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint must keep."""
+        """Return the numbers that a checkpoint must keep."""
         return {}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         assert not state
 
 
@@ -173,8 +175,10 @@ def find_algorithm(kind: str) -> type[Algorithm[Any]]:
     """Return the class that `algorithm.kind` names; raise UserError where there is none."""
     if ":" not in kind and kind not in ALGORITHMS:
         close = difflib.get_close_matches(kind, ALGORITHMS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"registered are {', '.join(ALGORITHMS)}"
-        raise UserError(f"there is no algorithm {kind!r}; {hint} A class of your own: module:Class")
+        hint = f"did you mean {close[0]}?" if close else f"registered are {', '.join(ALGORITHMS)}."
+        raise UserError(
+            f"there is no algorithm {kind!r}; {hint} Name a class of your own as module:Class"
+        )
     found = load_named(ALGORITHMS.get(kind, kind), "algorithm")
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise UserError(

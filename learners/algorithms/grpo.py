@@ -56,16 +56,15 @@ class GRPO(Algorithm[GRPOSettings]):
 
         assert batch.scores is not None
         per_sequence = group_advantages(batch.scores, self.group_size, kind=self.settings.advantage)
-        advantages = per_sequence[:, None] * batch.loss_mask.float()
-        spread = per_sequence.reshape(-1, self.group_size).any(1)
+        with_spread = per_sequence.reshape(-1, self.group_size).any(1)
         metrics = {
-            "group/with_spread": float(spread.float().mean()),
+            "group/with_spread": float(with_spread.float().mean()),
             "advantage/std": float(per_sequence.std()),
         }
         if batch.ref_logprobs is not None and batch.old_logprobs is not None:
             kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1", batch.loss_mask)
             metrics["kl/sequence"] = float(kl.sum() / batch.loss_mask.any(1).sum().clamp(min=1))
-        return replace(batch, advantages=advantages), metrics
+        return replace(batch, advantages=per_sequence[:, None] * batch.loss_mask.float()), metrics
 
     def policy_objective(
         self, logprobs: Tensor, batch: Experience, ratio: str = "token"

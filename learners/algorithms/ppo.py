@@ -44,7 +44,7 @@ class PPOSettings(AlgorithmSettings):
 
     @property
     def needs_reference(self) -> bool:
-        """Always: without a penalty too, the KL to the Reference is a metric."""
+        """Always true: without a penalty too, the KL to the Reference is a metric."""
         return True
 
     def critic_arguments(self) -> dict[str, Any]:
@@ -88,11 +88,11 @@ class PPO(Algorithm[PPOSettings]):
             returns = value_targets(
                 rewards, batch.values, mask, gamma=s.gamma, lam=s.lam, kind=s.critic_target
             )
-        sequences = mask.any(1)  # an unscorable or empty response counts in no mean
         metrics = {
             "kl/sequence": sequence_kl(batch),
             "kl/beta": self.beta,
-            "reward/per_sequence": mean(rewards.sum(1), sequences),
+            # an unscorable or empty response counts in no mean
+            "reward/per_sequence": mean(rewards.sum(1), mask.any(1)),
             "advantage/std": std(advantages, mask),
             "value/mean": mean(batch.values, mask),
             "return/mean": mean(returns, mask),
@@ -130,12 +130,12 @@ def sequence_kl(batch: Experience) -> float:
 
 
 def mean(x: Tensor, mask: Tensor) -> float:
-    """Return the mean of what the mask selects; 0 where it selects nothing."""
+    """Return the mean of the selected entries; 0 where the mask selects none."""
     return float(x[mask].mean()) if mask.any() else 0.0
 
 
 def std(x: Tensor, mask: Tensor) -> float:
-    """Return the population standard deviation of what the mask selects; 0 of nothing."""
+    """Return the population standard deviation of the selected entries; 0 where there are none."""
     return float(x[mask].std(correction=0)) if mask.any() else 0.0
 
 

@@ -33,7 +33,7 @@ class ReinforcePlusPlusSettings(AlgorithmSettings):
 
 
 class ReinforcePlusPlus(Algorithm[ReinforcePlusPlusSettings]):
-    """A policy gradient with token rewards, whose baseline is the mean return of the batch."""
+    """Policy gradient with token rewards; its baseline is the mean return of the batch."""
 
     Settings = ReinforcePlusPlusSettings
 

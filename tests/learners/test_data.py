@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from learners.errors import DataError
 from learners.rows import load_pairs, load_prompts, load_sft, read_rows
 from learners.settings import PairData, PromptData, SFTData
-from learners.tokenise import encode_prompt, encode_response, encode_texts
+from learners.tokenise import encode_prompt, encode_response
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "[CLS]", "[SEP]"]
 PAD, EOS, BOS, CLS, SEP = range(5)
@@ -101,7 +101,8 @@ def test_responses_end_with_exactly_one_eos(around):
 
 
 def test_an_encoder_reads_one_sequence_between_cls_and_sep(bert):
-    assert encode_texts(bert, "ab", "cd", encoder=True) == ([CLS, *ids("ab")], [*ids("cd"), SEP])
+    assert encode_prompt(bert, "ab") == [CLS, *ids("ab")]
+    assert encode_response(bert, "cd", encoder=True) == [*ids("cd"), SEP]
 
 
 def test_a_tokenizer_without_eos_is_refused(bert):

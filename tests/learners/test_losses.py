@@ -208,9 +208,6 @@ def test_value_loss_by_hand():
     assert values.grad.tolist() == [[0.0, -0.75, 0.75, 0.0]]
     assert_stat(stats["clip_fraction"], 2, 4)
     assert_stat(stats["value"], 1.25, 4)
-    assert_stat(stats["return"], 1.25, 4)
-    assert_stat(stats["error_squared"], 1 + 0.5625 + 0.5625 + 1, 4)
-    assert_stat(stats["return_squared"], 4 + 1 + 0.0625 + 4, 4)
 
 
 def test_value_loss_without_clip():
@@ -241,8 +238,7 @@ def test_value_loss_ignores_what_is_masked(clip, dtype, garbage):
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.tensor([[0.405, 0.0, 0.405], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(values.grad, torch.tensor([[-0.9, 0.0, -0.9], [0.0, 0.0, 0.0]]))
-    assert_stat(stats["return"], 2.0, 2)
-    assert_stat(stats["error_squared"], 1.62, 2)
+    assert_stat(stats["value"], 0.2, 2)
 
 
 def test_value_gradient_reaches_the_new_values_alone():
