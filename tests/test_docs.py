@@ -1,16 +1,26 @@
-"""The documents say which test proves what: every test they name exists, and every file they link
-to.
+"""The documents name tests, files, functions and options: every one of them exists, and the table
+of files in docs/design.md leaves none out.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
+import typer
+
+from launch.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DESIGN = ROOT / "docs" / "design.md"
+FOLDERS = "actors|learners|launch|tests|benchmarks|docker|docs"
+PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./*,{{}}-]*\w[}}/]?")
+FUNCTION = re.compile(r"([\w./]+\.py):([A-Za-z_][\w.]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -25,3 +35,64 @@ def test_named_tests_and_linked_files_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     missing |= {link for link in links if not (page.parent / link).exists()}
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    """A name may have choices, as {a,b}.py, or stand for several, as *.yaml."""
+    named = {path for found in PATH.findall(page.read_text()) for path in choices(found)}
+    assert not {path for path in named if not any(ROOT.glob(path))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_functions_exist(page: Path) -> None:
+    named = set(FUNCTION.findall(page.read_text()))
+    assert named or page != DESIGN
+    assert not {f"{file}:{name}" for file, name in named if name not in names_in(ROOT / file)}
+
+
+def test_the_design_names_every_file() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "actors", "learners", "launch"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = {name for name in listed.stdout.split() if name.endswith((".py", ".sh"))}
+    there = {name for name in files if (ROOT / name).is_file() and (ROOT / name).stat().st_size}
+    named = {path for found in PATH.findall(DESIGN.read_text()) for path in choices(found)}
+    unnamed = there - named
+    assert there and not unnamed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_commands_and_options_exist(page: Path) -> None:
+    commands = typer.main.get_command(app).commands
+    called = re.findall(
+        r"(?:bin/quatuor|`quatuor|-m launch) +([a-z]+)([^`\n#|]*)", page.read_text()
+    )
+    assert called or page.name != "README.md"
+    assert not {name for name, _ in called} - set(commands)
+    for name, rest in called:
+        options = {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)}
+        assert not set(re.findall(r"(?<!\S)--[a-z-]+", rest)) - options - {"--help"}, name
+
+
+def choices(path: str) -> list[str]:
+    """Return the paths that a name such as rooms/{a,b}.py stands for."""
+    parts = [part.split(",") for part in re.split(r"[{}]", path)]
+    return ["".join(chosen) for chosen in product(*parts)]
+
+
+def names_in(file: Path) -> set[str]:
+    """Return what a file defines: functions, classes, Class.method, and names given a value."""
+    found = set()
+    for node in ast.parse(file.read_text()).body if file.is_file() else ():
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{n.name}" for n in node.body if isinstance(n, ast.FunctionDef)}
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
