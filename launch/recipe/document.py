@@ -5,7 +5,7 @@ on top of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,16 @@ class RecipeLoader(yaml.SafeLoader):
 
 @dataclass
 class Document:
-    """`values` as written, `origins` of every written key ("file:line" or "command line"), the keys
-    `given` on the command line, and what was wrong.
+    """`values` by today's keys, `origins` of every written key ("file:line" or "command line"), the
+    keys `given` on the command line, the old names under which keys were `written`, and what was
+    wrong.
     """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -120,6 +122,26 @@ class Document:
         problem = _put(self.values, parts, value)
         if problem:
             self.problems.append(f"{COMMAND_LINE}: {key}: {problem}")
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Move what stands under an old key of a section to its new key. On the command line either
+        name replaces what the file says under the other; elsewhere both are a problem.
+        """
+        for old, new in names.items():
+            name, last = old.split(".")
+            section = self.values.get(name)
+            if not isinstance(section, dict) or last not in section:
+                continue
+            value = section.pop(last)
+            here = self.where(old)
+            there = self.origins.get(new)
+            if there is not None and (here == COMMAND_LINE) == (there == COMMAND_LINE):
+                self.problems.append(f"{here}: {old}: is now {new}, which is given too; keep one")
+            elif there is None or here == COMMAND_LINE:
+                section[new.rpartition(".")[2]] = value
+                self.origins[new] = here
+                self.given = [new if key == old else key for key in self.given]
+                self.written[new] = old
 
     def where(self, key: str, *others: str) -> str:
         """Where a problem of these keys comes from: the command line, if it gave any of them, for

@@ -31,6 +31,13 @@ KINDS: dict[str, Callable[[], type[Recipe]]] = {
 
 RL_KINDS = ("ppo", "grpo", "rl")
 
+OLD_KEYS = {
+    "sync.gate": "sync.max_logprob_diff",
+    "sync.mean_gate": "sync.mean_logprob_diff",
+    "sync.gate_prompts": "sync.agreement_prompts",
+}
+"""Keys of earlier versions, which recipes may go on using, and what they are called now."""
+
 
 class RecipeError(UserError):
     """What is wrong with a recipe: one line per problem, each with its place and what would be
@@ -67,6 +74,7 @@ def read_recipe(
         raise RecipeError(error.problems) from None
     for text in overrides:
         document.override(text)
+    document.rename(OLD_KEYS)
     model = _model(document, kind)
     recipe, problems, broken = _validated(document, model)
     if recipe is not None:
@@ -80,7 +88,8 @@ def read_recipe(
 
 def located(problem: Problem, document: Document) -> str:
     """A problem in one line: place, key, what is wrong and what would be right."""
-    return f"{document.where(*problem.keys)}: {problem.keys[0]}: {problem.message}"
+    named = document.written.get(problem.keys[0], problem.keys[0])
+    return f"{document.where(*problem.keys)}: {named}: {problem.message}"
 
 
 def annotated(recipe: Recipe, document: Document) -> str:
