@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging
 
 from launch.plan.shapes import Shape, size_of
-from launch.recipe.machine import is_encoder
+from learners.checkpoints import is_encoder
 
 SIZES = {  # a shape's sizes, by the names configs have for them
     "hidden": ("hidden_size",),
@@ -31,12 +31,12 @@ def count(family: str, config: dict[str, Any]) -> Shape:
     score. Raises ValueError when Transformers does not know the type, cannot build the model, or a
     size is nowhere written.
     """
-    encoder = is_encoder(config)
-    auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     values = {key: value for key, value in config.items() if key != "model_type"}
     logging.set_verbosity_error()
     try:
-        known = AutoConfig.for_model(family, **(values | {"num_labels": 1} if encoder else values))
+        known = AutoConfig.for_model(family, **(values | {"num_labels": 1}))
+        encoder = is_encoder(known)
+        auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
         sizes = _sizes(known.get_text_config())
         with torch.device("meta"):
             parts = _parts(auto.from_config(known), sizes["layers"])

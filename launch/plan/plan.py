@@ -20,7 +20,7 @@ from launch.plan.memory import Footprint, kv_room
 from launch.plan.nodes import Device, Kind, NodePlan
 from launch.plan.shapes import Model, Shape, find_shape, uneven
 from launch.plan.timing import step_seconds
-from launch.recipe.combinations import lacking_gpus
+from launch.recipe.combinations import lacking_gpus, position_problems
 from launch.recipe.document import Document
 from launch.recipe.read import located
 from learners.errors import Problem, UserError
@@ -123,18 +123,7 @@ def _engine_problems(
         return
     shape = models["engine"].shape
     generation = recipe.generation
-    wanted = generation.max_model_tokens or 0
-    positions = shape.positions
-    if wanted > positions:
-        yield (
-            f"generation.max_model_tokens: {wanted} is more than the model's {positions} positions"
-        )
-    if generation.max_new_tokens >= positions:
-        wanted = generation.max_new_tokens
-        yield (
-            f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's "
-            f"{positions} positions"
-        )
+    yield from map(str, position_problems(generation, shape.positions))
     parallel = generation.tensor_parallel
     if parts := uneven(shape, parallel):
         yield (

@@ -27,7 +27,7 @@ from learners.settings import ModelSettings
 TABLE = Path(__file__).with_name("model_shapes.yaml")
 SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+BERT = ("bert", "roberta", "xlm-roberta")  # encoders that are counted like it
 
 BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST = 10**9  # of any size of a model
@@ -157,7 +157,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
     family = str(config.get("model_type"))
     if family == "gpt2":
         return _gpt2(config)
-    if family in ENCODERS:
+    if family in BERT:
         return _encoder(family, config)
     if family in GATED:
         return _gated(family, config)

@@ -572,7 +572,7 @@ def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict)
             ["evaluation.prompts.path=p.jsonl"],
             "evaluation.prompts: needs the true score of a response",
         ),
-        ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to judge"),
+        ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to score"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
     ],
 )
@@ -616,6 +616,11 @@ def test_reward_names_are_unique(place: Path) -> None:
             "ppo",
             "generation.max_new_tokens=64",
             "64 leaves no room for a prompt in the model's 64 positions",
+        ),
+        (
+            "ppo",
+            "generation.max_model_tokens=65",
+            "generation.max_model_tokens: 65 is more than the model's 64 positions",
         ),
         ("ppo", "prompts.path=./none.jsonl", "./none.jsonl: no such data file"),
         (
