@@ -73,7 +73,7 @@ def write_page(
 
 
 def read_curve(metrics_jsonl: str | Path, metric: str) -> Curve:
-    """All finite values of a metric by step; where a step was logged twice, the later value."""
+    """Return all finite values of a metric by step; where a step was logged twice, the later value."""
     rows = [
         json.loads(line) for line in Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
     ]
@@ -89,7 +89,7 @@ def _table(table: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(title: str, curves: Mapping[str, Curve]) -> str:
-    """One chart with its legend. A run without values keeps its colour for the next chart."""
+    """Draw one chart with its legend. A run without values keeps its colour for the next chart."""
     keys = "".join(
         f'<span class="key s{i % 4}"><i></i>{escape(label)}</span>'
         for i, label in enumerate(curves)
@@ -141,7 +141,7 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
 
 
 def _ticks(values: Sequence[float], whole: bool = False) -> list[float]:
-    """About five round numbers around `values`; 0 to 1 for shares; whole numbers on request."""
+    """Return about five round numbers around `values`; 0 to 1 for shares; whole numbers on request."""
     low = min(values)
     high = max(values)
     if not whole and low >= 0 and high <= 1:

@@ -1,4 +1,4 @@
-"""Which keys help where a recipe does not fit, and what to do with them: tables, not a search. What
+"""Keys that help where a recipe does not fit, and what to do with them: tables, not a search. What
 a recipe has done already, or cannot do, is left out.
 """
 
@@ -90,8 +90,8 @@ def _engine_cannot_start(plan: Plan) -> list[Hint]:
 
 
 def _full_devices(plan: Plan) -> list[Hint]:
-    """Of every device that overflows: what fills it, the largest first, then where else processes
-    may lie.
+    """Return, for every device that overflows, hints for what fills it, the largest first, then
+    where else processes may lie.
     """
     roles = roles_of(plan.recipe)
     cluster = plan.recipe.cluster
@@ -125,7 +125,7 @@ def _full_devices(plan: Plan) -> list[Hint]:
 
 
 def _on_its_device(plan: Plan, role: Role, phase: str) -> list[Row]:
-    """Rows for where models lie: on GPUs, or in CPU memory where there are none."""
+    """Return the rows for where models lie: on GPUs, or in CPU memory where there are none."""
     cuda = plan.recipe.cluster.device == "cuda"
     fewer: Row = ("", role.count, "lower", not cuda and role.processes > 1)
     if role.model is None:
@@ -174,8 +174,8 @@ def _on_its_device(plan: Plan, role: Role, phase: str) -> list[Row]:
 
 
 def _beside_gpus(plan: Plan, role: Role, phase: str) -> list[Row]:
-    """Rows for the CPU memory of a node with GPUs: processes, and what is loaded, offloaded, or
-    waits there.
+    """Return the rows for the CPU memory of a node with GPUs: processes, and what is loaded,
+    offloaded, or waits there.
     """
     learner = role.learner
     if learner is None:

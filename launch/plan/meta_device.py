@@ -41,15 +41,15 @@ def count(family: str, config: dict[str, Any]) -> Shape:
         with torch.device("meta"):
             parts = _parts(auto.from_config(known), sizes["layers"])
     except Exception as error:  # a config.json may break a model's code in any way
-        told = " ".join(str(error).split())[:150]
-        raise ValueError(f"model_type {family} cannot be planned: {told}") from None
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
     tied = not encoder and not parts["own_head"]
     shape: dict[str, Any] = {**sizes, **parts}
     return Shape(family, tied=tied, encoder=encoder, **shape)
 
 
 def _sizes(config: Any) -> dict[str, int]:
-    """Raises ValueError with a size that the config does not say."""
+    """Return a shape's sizes. Raises ValueError with a size that the config does not say."""
     written = {
         names[0]: next(
             (v for name in names if (v := getattr(config, name, None)) is not None), None
@@ -68,8 +68,8 @@ def _sizes(config: Any) -> dict[str, int]:
 
 
 def _parts(model: Any, layers: int) -> dict[str, tuple[int, ...]]:
-    """The elements of each parameter of the embeddings, one layer, the head and what is left.
-    Raises ValueError when layers differ.
+    """Return the elements of each parameter of the embeddings, one layer, the head and what is
+    left. Raises ValueError when layers differ.
     """
     body = {id(p) for p in model.base_model.parameters()}
     embeddings = {

@@ -1,5 +1,5 @@
-"""What types cannot say about a recipe by itself: combinations that make no sense. Nothing but the
-recipe is read.
+"""Combinations of keys that make no sense, which types cannot say. Nothing but the recipe
+is read.
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A value that is not what its tag says is an error with a place, as all others."""
+        """Return a node's value. One that is not what its tag says is an error with a line, as all
+        others.
+        """
         try:
             value = super().construct_object(node, deep)
             if isinstance(node, yaml.ScalarNode):
@@ -72,7 +74,9 @@ class Document:
 
     @classmethod
     def read(cls, path: str | Path) -> Document:
-        """Raises UserError when the file cannot be read as YAML with keys at the top."""
+        """Return the file as a document. Raises UserError when it cannot be read as YAML with keys
+        at the top.
+        """
         name = str(path)
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -144,9 +148,9 @@ class Document:
                 self.written[new] = old
 
     def where(self, key: str, *others: str) -> str:
-        """Where a problem of these keys comes from: the command line, if it gave any of them, for
-        what the file says is fine without. Else where the first, or the section that should hold
-        it, was written.
+        """Return where a problem of these keys comes from: the command line, if it gave any of
+        them, for what the file says is fine without. Else where the first, or the section that
+        should hold it, was written.
         """
         for one in (key, *others):
             if any(f"{one}.".startswith(f"{given}.") for given in self.given):
@@ -216,21 +220,18 @@ class Document:
 
 
 def in_words(value: Any) -> str:
-    """A value as an error message names it."""
-    if value is None:
-        return "nothing"
+    """Return a value as an error message names it."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, dict):
-        return "a section"
-    if isinstance(value, list):
-        return "a list"
+    words = {type(None): "nothing", dict: "a section", list: "a list"}
+    if type(value) in words:
+        return words[type(value)]
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(value: Any) -> Any:
-    """A copy in which nothing is shared (YAML aliases share) and every key is text."""
+    """Return a copy in which nothing is shared (YAML aliases share) and every key is text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -240,22 +241,22 @@ def _plain(value: Any) -> Any:
 
 def _put(values: dict[str, Any], parts: list[str], value: Any) -> str | None:
     """Set one key, making sections on the way; returns what is wrong with the key, if anything."""
-    place: Any = values
+    holder: Any = values
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
-        if not isinstance(place, dict | list):
-            return f"{here} is {in_words(place)} and has no key {part}"
+        if not isinstance(holder, dict | list):
+            return f"{here} is {in_words(holder)} and has no key {part}"
         slot: Any = part
-        if isinstance(place, list):
-            if not part.isdecimal() or int(part) >= len(place):
-                return f"{here} is a list of {len(place)}; its entries are numbered from 0"
+        if isinstance(holder, list):
+            if not part.isdecimal() or int(part) >= len(holder):
+                return f"{here} is a list of {len(holder)}; its entries are numbered from 0"
             slot = int(part)
         if depth == len(parts) - 1:
-            place[slot] = value
+            holder[slot] = value
         else:
-            if isinstance(place, dict) and place.get(slot) is None:
-                place[slot] = {}
-            place = place[slot]
+            if isinstance(holder, dict) and holder.get(slot) is None:
+                holder[slot] = {}
+            holder = holder[slot]
     return None
 
 
