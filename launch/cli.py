@@ -70,7 +70,7 @@ class RecipeCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(
-            "\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n"
+            "\nRecipe keys (name, type, default, meaning; N is a position in a list, from 0):\n\n"
         )
         formatter.write(listing(KINDS[str(self.name)]()) + "\n")
         for kind in ALGORITHMS if self.name == "rl" else ():

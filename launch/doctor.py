@@ -172,7 +172,9 @@ def shared_memory(gib: float, memory_gib: float) -> Check:
 
 def ports(free: int, taken: Sequence[int]) -> Check:
     if free < LEAST_PORTS:
-        remedy = "see who holds them with ss -tan, or widen net.ipv4.ip_local_port_range"
+        remedy = (
+            "see which processes hold them with ss -tanp, or widen net.ipv4.ip_local_port_range"
+        )
         return Check("ports", f"only {free} of {LEAST_PORTS} could be had at once", remedy)
     heads = f"{', '.join(map(str, taken))} taken: perhaps by a Ray head"
     found = heads if taken else "a Ray head's 6379 and 8265 free"

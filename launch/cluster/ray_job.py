@@ -22,6 +22,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -320,15 +321,15 @@ async def follow(client: Any, job: str) -> Any:
         tail.cancel()
 
 
+@dataclass
 class Log:
     """A job's log on our stdout. Ray sends it from its beginning each time; what is printed is not
     printed again.
     """
 
-    def __init__(self, client: Any, job: str) -> None:
-        self.client = client
-        self.job = job
-        self.printed = 0
+    client: Any
+    job: str
+    printed: int = 0
 
     async def print(self) -> None:
         """Print what is new; return when the log ends or the connection is lost."""

@@ -111,32 +111,27 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - TOP)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in x_ticks:
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
-        )
+    parts += [
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>\n'
+        f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick in y_ticks
+    ]
+    parts += [
+        f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
+        for tick in x_ticks
+    ]
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
     )
     for i, (label, curve) in enumerate(curves.items()):
-        if not curve:
-            continue
-        line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
-        parts.append(f'<g class="s{i % 4}"><polyline points="{line}"/>')
-        for step, value in curve:
-            tip = f"{escape(label)}, step {step}: {value:.4g}"
-            parts.append(
-                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" '
-                f'r="2.2"><title>{tip}</title></circle>'
-            )
-        parts.append("</g>")
+        if curve:
+            line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
+            circles = [
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.2">'
+                f"<title>{escape(label)}, step {step}: {value:.4g}</title></circle>"
+                for step, value in curve
+            ]
+            parts += [f'<g class="s{i % 4}"><polyline points="{line}"/>', *circles, "</g>"]
     return "\n".join(parts) + "\n</svg>"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from learners.errors import UserError
+from learners.errors import UserError, first_wrong
 
 COMMAND_LINE = "command line"
 _DEEPEST = 50  # recipes are 5 deep; parsers of YAML and JSON give up at some hundreds
@@ -48,10 +48,8 @@ class RecipeLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if isinstance(node, yaml.ScalarNode):
-                str(
-                    value
-                    # half a surrogate pair is no text, and JSON has no numbers without bounds
-                ).encode()
+                # half a surrogate pair is no text, and JSON has no numbers without bounds
+                str(value).encode()
             return value
         except (ValueError, KeyError, AttributeError):
             problem = f"{in_words(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
@@ -105,7 +103,7 @@ class Document:
     def override(self, text: str) -> None:
         """Apply one `key.sub=value`; the value is YAML, a number among the keys indexes a list."""
         key, equals, written = text.partition("=")
-        # as problems name a place in a list, however it is written
+        # as problems name a position in a list, however it is written
         parts = [str(int(part)) if part.isdecimal() else part for part in key.split(".")]
         key = ".".join(parts)
         if not equals or not all(parts):
@@ -178,27 +176,21 @@ class Document:
         above: tuple[yaml.Node, ...],
     ) -> None:
         """Remember the origin of every key below a node; report keys that are written twice."""
-        if any(node is outer for outer in above):
-            raise yaml.constructor.ConstructorError(
-                None, None, "an alias that contains itself", node.start_mark
-            )
-        if len(above) > _DEEPEST:
-            raise yaml.constructor.ConstructorError(
-                None, None, "nested too deeply", node.start_mark
-            )
+        if wrong := first_wrong(
+            (any(node is outer for outer in above), "an alias that contains itself"),
+            (len(above) > _DEEPEST, "nested too deeply"),
+        ):
+            raise yaml.constructor.ConstructorError(None, None, wrong, node.start_mark)
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self._enter(f"{prefix}.{i}" if prefix else str(i), item, item, origin, above)
         elif isinstance(node, yaml.MappingNode):
-            merged = [value for key, value in node.value if key.tag == _MERGE]
-            for value in merged:
+            for value in (value for key, value in node.value if key.tag == _MERGE):
                 for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     self._note(one, prefix, origin, above)
             written: dict[str, str] = {}
-            for key, value in node.value:
-                if key.tag == _MERGE:
-                    continue
+            for key, value in ((k, v) for k, v in node.value if k.tag != _MERGE):
                 name = f"{prefix}.{key.value}" if prefix else str(key.value)
                 if name in written:
                     self.problems.append(

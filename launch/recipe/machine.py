@@ -115,10 +115,11 @@ def is_local(path: str) -> bool:
 def _no_run_to_resume(folder: str) -> str:
     """Return why the folder holds no run to go on with; nothing when it does."""
     path = Path(os.path.abspath(folder))
+    there = os.path.isdir(path)
     return first_wrong(
-        (not os.path.isdir(path), "does not exist: nothing to resume"),
+        (not there, "does not exist: nothing to resume"),
         (
-            not finished_checkpoints(path),
+            there and not finished_checkpoints(path),
             "holds no checkpoint to resume from (run.checkpoint_every_steps)",
         ),
     )

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Key:
-    """One key. In `name`, N stands for a place in a list. `default` begins with "required" where
+    """One key. In `name`, N stands for a position in a list. `default` begins with "required" where
     there is none. `stand_in` is a harmless value of the right type.
     """
 
@@ -133,9 +133,7 @@ def _resolve(shape: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _default(written: dict[str, Any]) -> str:
-    if "default" not in written:
-        return ""
-    default = written["default"]
+    default = written.get("default", "")
     return default if isinstance(default, str) else json.dumps(default)
 
 
