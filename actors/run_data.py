@@ -10,7 +10,7 @@ from typing import Any
 from actors.functions import load_function
 from actors.roles import Role, roles_of
 from actors.seeds import rows_of_step
-from actors.settings import RLRecipe, model_sampling_problem
+from actors.settings import RLRecipe, model_sampling_problems
 from learners.checkpoints import (
     length_problems,
     load_config,
@@ -59,8 +59,8 @@ class RunData:
         model, which may have a vocabulary of its own, must have the tokenizer it was trained with.
         """
         path = recipe.actor.model.path
-        if asked := model_sampling_problem(sampling_defaults(path), recipe.generation):
-            return [f"actor.model.path: {path}: {asked}"]
+        if asked := model_sampling_problems(path, sampling_defaults(path), recipe.generation):
+            return [str(problem) for problem in asked]
         roles = {r.model_key: r for r in roles_of(recipe).values() if r.model is not None}
         needed = self.longest_prompt() + recipe.generation.max_new_tokens
         problems = []

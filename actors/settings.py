@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
+from learners.errors import Problem
 from learners.settings import (
     Count,
     DeviceType,
@@ -147,19 +148,20 @@ def asked_by_model(defaults: Mapping[str, Any], generation: GenerationSettings) 
     )
 
 
-def model_sampling_problem(
-    defaults: Mapping[str, Any], generation: GenerationSettings
-) -> str | None:
-    """Why a model's generation_config.json cannot be left unmentioned, unless the recipe ignores
-    it.
+def model_sampling_problems(
+    path: str, defaults: Mapping[str, Any], generation: GenerationSettings
+) -> list[Problem]:
+    """Return why the generation_config.json of the Actor at `path` cannot be left unmentioned,
+    unless the recipe ignores it.
     """
     asked = asked_by_model(defaults, generation)
-    if not asked or generation.model_sampling == "ignore":
-        return None
-    return (
-        f"generation_config.json asks for {asked}, which would break the ratio; "
+    message = (
+        f"{path}: generation_config.json asks for {asked}, which would break the ratio; "
         "set generation.model_sampling: ignore to sample from the plain policy"
     )
+    refused = asked and generation.model_sampling == "refuse"
+    keys = ("actor.model.path", "generation.model_sampling")
+    return [Problem(keys, message)] if refused else []
 
 
 class SyncSettings(Settings):
@@ -178,7 +180,7 @@ class SyncSettings(Settings):
     mean_logprob_diff: float | None = Field(
         None,
         gt=0,
-        description="the same on average; null: what gate is in float32, 0.05 in bfloat16",
+        description="the same on average; null: max_logprob_diff in float32, 0.05 in bfloat16",
     )
     agreement_prompts: PositiveInt = Field(
         8, description="prompts sampled for the comparison before step 1"

@@ -41,7 +41,7 @@ def canonical(name: str) -> str:
 
 
 def requirements(variant: str) -> tuple[list[str], str]:
-    """The requirements of setup.cfg for one variant, and the torch version among them."""
+    """Return the requirements of setup.cfg for one variant, and the torch version among them."""
     config = configparser.ConfigParser()
     config.read(HERE.parent / "setup.cfg")
     extras = config["options.extras_require"]
@@ -52,7 +52,7 @@ def requirements(variant: str) -> tuple[list[str], str]:
 
 
 def stand_in(folder: Path, name: str, version: str, requires: list[str]) -> None:
-    """A wheel with metadata and nothing else, for the resolver."""
+    """Write a wheel with metadata and nothing else, for the resolver."""
     info = f"{name}-{version}.dist-info"
     metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
     metadata += [f"Requires-Dist: {requirement}" for requirement in requires]

@@ -70,7 +70,7 @@ class RecipeCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(
-            "\nRecipe keys (name, type, default, meaning; N is a place in a list, from 0):\n\n"
+            "\nRecipe keys (name, type, default, meaning; N is a position in a list, from 0):\n\n"
         )
         formatter.write(listing(KINDS[str(self.name)]()) + "\n")
         for kind in ALGORITHMS if self.name == "rl" else ():
@@ -105,7 +105,9 @@ def demo(
     ] = Path("runs/demo"),
     debug: Debug = False,
 ) -> None:
-    """SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores, in minutes."""
+    """Run SFT, reward model, PPO and GRPO on a small task, offline, on two CPU cores,
+    in minutes.
+    """
     ours = folder == Path("runs/demo") or os.path.exists(folder / ".quatuor-demo")
     if os.path.exists(folder) and (not ours or Path.cwd().is_relative_to(folder.resolve())):
         raise UserError(
@@ -122,8 +124,8 @@ def plan(
         Path | None, typer.Option("--json", metavar="FILE", help="also write the plan here")
     ] = None,
 ) -> None:
-    """What a recipe will do and need, before anything starts: batches, devices, memory, transfers.
-    Exit code 1 when it does not fit.
+    """Print what a recipe will do and need, before anything starts: batches, devices, memory,
+    transfers. Exit code 1 when it does not fit.
     """
     parsed, document = read_recipe(recipe, overrides or [])
     from launch.plan.table import show_plan
@@ -139,8 +141,8 @@ def doctor(
         bool, typer.Option(help="also start an engine and ZeRO (half a minute)")
     ] = True,
 ) -> None:
-    """Whether this machine can run: versions, devices, Ray, ports, disk, shared memory, engine,
-    ZeRO.
+    """Tell whether this machine can run: versions, devices, Ray, ports, disk, shared memory,
+    engine, ZeRO.
     """
     from launch.doctor import examine
 
@@ -235,13 +237,13 @@ def guarded(
     except Exception as error:
         if debug:
             raise
-        told = "--debug shows the traceback"
+        detail = "--debug shows the traceback"
         if os.path.isdir(folder):
             log = folder / "error.log"
             log.write_text(traceback.format_exc())
-            told = f"traceback in {log}"
+            detail = f"traceback in {log}"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"{reason} ({told})")
+        fail(f"{reason} ({detail})")
         raise typer.Exit(FAILED) from None
 
 
@@ -291,7 +293,7 @@ def _runner(recipe: Recipe) -> str:
 
 
 def _print_summary(summary: dict[str, Any], folder: str) -> None:
-    """What a run ended with: one row per metric, a column for each part of the summary."""
+    """Print a run's final metrics: one row per metric, a column for each part of the summary."""
     from rich.console import Console
     from rich.table import Table
 

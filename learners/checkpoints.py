@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from learners.errors import UserError
 from learners.settings import ModelSettings
+from learners.tokenise import pad_problem
 
 REWARD_MODEL = "ForSequenceClassification"
 CRITIC = "ForTokenClassification"
@@ -137,23 +138,12 @@ def is_encoder(config: Any) -> bool:
 def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
     """Raise UserError where plain Transformers would read a decoder's score at another token than
     we do.
-
-    It looks for the last token that is not PAD; a response that ends with PAD would lose its end.
     """
     if is_encoder(config):
         return
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        raise UserError(
-            "the tokenizer has no PAD token, which a reward model needs in plain Transformers; "
-            "add one"
-        )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if pad in (tokenizer.eos_token_id, *ends):
-        raise UserError(
-            f"PAD and EOS are the same token ({tokenizer.pad_token!r}): plain Transformers would "
-            "read the score before the EOS; give the tokenizer a PAD token of its own"
-        )
+    if wrong := pad_problem(tokenizer.pad_token_id, [tokenizer.eos_token_id, *ends]):
+        raise UserError(wrong)
 
 
 # --- loading --------------------------------------------------------------------------------------

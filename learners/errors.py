@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -32,3 +33,17 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.keys[0]}: {self.message}"
+
+
+Rule = tuple[object, tuple[str, ...], str]
+"""Whether something is wrong, and the keys and message of the problem it then is."""
+
+
+def problems_of(rules: Iterable[Rule]) -> Iterator[Problem]:
+    """Yield a problem for every rule that is broken."""
+    return (Problem(keys, message) for wrong, keys, message in rules if wrong)
+
+
+def first_wrong(*rules: tuple[object, str]) -> str:
+    """Return the message of the first rule that is broken; nothing when all hold."""
+    return next((message for wrong, message in rules if wrong), "")

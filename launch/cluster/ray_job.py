@@ -13,6 +13,7 @@ import contextlib
 import importlib.metadata
 import logging
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -21,6 +22,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,12 @@ def submit_job(kind: str, path: Path, overrides: Sequence[str], address: str, re
             "from there"
         )
     files = list(shipped_files(ROOT))
-    problems = [
-        located(p, document) for p in (*home_problems(document), *path_problems(recipe, files))
-    ]
-    problems += [
+    if problems := [
+        *(located(p, document) for p in home_problems(document)),
+        *(located(p, document) for p in path_problems(recipe, files)),
         *shadowing_problems(files, installed_modules()),
         *size_problems(sizes(ROOT, files)),
-    ]
-    if problems:
+    ]:
         raise RecipeError(problems)
     client = connect(address)
     job = f"quatuor-{kind}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -92,8 +92,8 @@ def submit_job(kind: str, path: Path, overrides: Sequence[str], address: str, re
 
 
 def shipped_files(root: Path) -> Iterator[str]:
-    """Files of the checkout, relative to it: all but what git or Ray are told to ignore, and what
-    is made here.
+    """Yield the files of the checkout, relative to it: all but what git or Ray are told to ignore,
+    and what is made here.
     """
     from pathspec import GitIgnoreSpec
 
@@ -122,7 +122,9 @@ def sizes(root: Path, files: Iterable[str]) -> dict[str, int]:
 
 
 def size_problems(sizes: Mapping[str, int], most_mib: float = MOST_MIB) -> Iterator[str]:
-    """Whether the job server will take it; it refuses after the upload, in words of HTTP."""
+    """Yield a problem if the job server will not take it; it refuses after the upload, in words of
+    HTTP.
+    """
     total = sum(sizes.values()) / 2**20
     if total > most_mib:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
@@ -135,7 +137,7 @@ def size_problems(sizes: Mapping[str, int], most_mib: float = MOST_MIB) -> Itera
 
 
 def installed_modules() -> dict[str, str]:
-    """Importable names that are not the checkout's own, each with where it comes from."""
+    """Return importable names that are not the checkout's own, each with where it comes from."""
     installed = {
         module: f"the installed package {packages[0]}"
         for module, packages in importlib.metadata.packages_distributions().items()
@@ -145,24 +147,19 @@ def installed_modules() -> dict[str, str]:
 
 
 def shadowing_problems(files: Iterable[str], installed: Mapping[str, str]) -> Iterator[str]:
-    """The checkout comes first on the path of every process of a job, so its names hide those of
-    packages.
+    """Yield names of the checkout that hide those of packages: it comes first on the path of every
+    process of a job.
     """
     for name in files:
-        parts = Path(name).parts
-        module = parts[0].removesuffix(".py") if len(parts) == 1 and name.endswith(".py") else ""
-        if len(parts) == 2 and parts[1] == "__init__.py":
-            module = parts[0]
-        if module in installed:
-            yield (
-                f"{name} would hide {installed[module]} ({module}) from every process of the "
-                "job: rename it"
-            )
+        found = re.fullmatch(r"(\w+)(\.py|/__init__\.py)", name)
+        if found and found[1] in installed:
+            hidden = f"{installed[found[1]]} ({found[1]})"
+            yield f"{name} would hide {hidden} from every process of the job: rename it"
 
 
 def home_problems(document: Document) -> Iterator[Problem]:
-    """`~` is expanded where the recipe is read, and a job reads it as another user on another
-    machine.
+    """Yield paths with `~`, which is expanded where the recipe is read: a job reads it as another
+    user on another machine.
     """
     for key, value in flat(document.values).items():
         if isinstance(value, str) and value.startswith("~"):
@@ -172,37 +169,30 @@ def home_problems(document: Document) -> Iterator[Problem]:
 
 
 def path_problems(recipe: Recipe, files: Sequence[str]) -> Iterator[Problem]:
-    """Paths that mean nothing in a job, or something that is lost with it."""
+    """Yield paths that mean nothing in a job, or something that is lost with it."""
     where = "give an absolute path on storage that every node sees"
     folder = recipe.run.folder
-    if not Path(folder).is_absolute():
-        message = (
-            f"{folder} is relative: a job would write it into a temporary folder that is lost "
-            f"with it; {where}"
-        )
-        yield Problem(("run.folder",), message)
+    if not os.path.isabs(folder):
+        lost = "a job would write it into a temporary folder that is lost with it"
+        yield Problem(("run.folder",), f"{folder} is relative: {lost}; {where}")
     shipped = {str(p) for name in files for p in (Path(name), *Path(name).parents)}
     for key, value in flat(recipe.model_dump(mode="json")).items():
         if not isinstance(value, str):
             continue
-        if key.endswith(".path") and not Path(value).is_absolute():
-            if is_local(value) and os.path.normpath(value) not in shipped:
-                yield Problem(
-                    (key,), f"{value} is relative and not among the files that are shipped; {where}"
-                )
-        elif key.endswith(".function"):
-            top = value.partition(":")[0].partition(".")[0]
-            here = [Path(f"{top}.py"), Path(top)]
-            if not any(str(p) in shipped for p in here) and any(p.exists() for p in here):
-                yield Problem(
-                    (key,),
-                    f"{top} is here, but not among the files that are shipped; put it into {ROOT}",
-                )
+        here = is_local(value) and os.path.normpath(value) not in shipped
+        if key.endswith(".path") and here and not os.path.isabs(value):
+            message = "is relative and not among the files that are shipped"
+            yield Problem((key,), f"{value} {message}; {where}")
+        top = value.partition(":")[0].partition(".")[0]
+        names = {f"{top}.py", top}
+        if key.endswith(".function") and not names & shipped and any(map(os.path.exists, names)):
+            message = "is here, but not among the files that are shipped"
+            yield Problem((key,), f"{top} {message}; put it into {ROOT}")
 
 
 def pack(root: Path, files: Iterable[str], recipe: Path, package: Path) -> None:
-    """The zip Ray unpacks on every node of the job: the checkout, and the recipe wherever it
-    lies.
+    """Write the zip that Ray unpacks on every node of the job: the checkout, and the recipe
+    wherever it lies.
     """
     with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name in files:
@@ -212,17 +202,11 @@ def pack(root: Path, files: Iterable[str], recipe: Path, package: Path) -> None:
 
 
 def entrypoint(kind: str, recipe: str, overrides: Sequence[str], resume: bool) -> str:
-    """What the cluster's shell runs, in the unpacked checkout, with the Python that is on its
-    PATH.
+    """Return what the cluster's shell runs, in the unpacked checkout, with the Python that is on
+    its PATH.
     """
-    command = [
-        "python",
-        "-m",
-        "launch",
-        kind,
-        *(["--resume"] if resume else []),
-        f"{FOLDER}/{recipe}",
-    ]
+    options = ["--resume"] if resume else []
+    command = ["python", "-m", "launch", kind, *options, f"{FOLDER}/{recipe}"]
     return shlex.join([*command, *overrides, "cluster.address=auto"])
 
 
@@ -230,12 +214,11 @@ def entrypoint(kind: str, recipe: str, overrides: Sequence[str], resume: bool) -
 
 
 def connect(address: str) -> Any:
-    """Ray's client of the job server; every request has a time limit, which Ray's own has not."""
-    for variable in (
-        "RAY_ADDRESS",
-        "RAY_API_SERVER_ADDRESS",
-    ):  # either would win over the address asked for
-        os.environ.pop(variable, None)
+    """Return Ray's client of the job server; every request has a time limit, which Ray's own has
+    not.
+    """
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(variable, None)  # either would win over the address asked for
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -283,21 +266,23 @@ def run_job(client: Any, job: str, command: str, package: Path) -> int:
             say(f"error: {job}: {first_line(error)}")
             return FAILED
     code = exit_code(str(info.status), info.driver_exit_code)
-    if (
-        code and info.driver_exit_code is None
-    ):  # the driver's own words are in the log; these are Ray's
-        say(f"error: {job}: {str(info.status).lower()}: {info.message}")
+    ended = str(info.status).lower()
+    if code and info.driver_exit_code is None:
+        # the driver's own words are in the log; these are Ray's
+        say(f"error: {job}: {ended}: {info.message}")
     if code == NOT_FOUND:
         say(
             f"error: {job}: start Ray on the cluster with the bin folder of its Python "
             "environment on PATH"
         )
-    say(f"{job}: {str(info.status).lower()}, exit code {code}")
+    say(f"{job}: {ended}, exit code {code}")
     return code
 
 
 def exit_code(status: str, driver: int | None) -> int:
-    """The driver's own where Ray knows it; one that a signal ended counts as a shell would."""
+    """Return the driver's own where Ray knows it; one that a signal ended counts as a
+    shell would.
+    """
     if driver is not None:
         return driver if driver >= 0 else 128 - driver
     return {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(status, FAILED)
@@ -308,7 +293,7 @@ async def follow(client: Any, job: str) -> Any:
     when the job server is silent for long: the job may go on without it.
     """
     log = Log(client, job)
-    heard = time.monotonic()
+    last_answer = time.monotonic()
     tail = asyncio.create_task(log.print())
     try:
         while True:
@@ -316,7 +301,7 @@ async def follow(client: Any, job: str) -> Any:
             try:
                 info = await asyncio.to_thread(client.get_job_info, job)
             except (OSError, RuntimeError) as error:
-                if time.monotonic() - heard > LOST_S:
+                if time.monotonic() - last_answer > LOST_S:
                     reason = (
                         f"nothing heard from the job server for {LOST_S:.0f} s; the job may "
                         "still run"
@@ -324,7 +309,7 @@ async def follow(client: Any, job: str) -> Any:
                     raise TimeoutError(f"{reason} ({error})") from error
                 await asyncio.sleep(POLL_S)
                 continue
-            heard = time.monotonic()
+            last_answer = time.monotonic()
             if info.status.is_terminal():
                 await asyncio.wait({tail}, timeout=LAST_LINES_S)
                 await asyncio.to_thread(log.print_rest)
@@ -336,22 +321,21 @@ async def follow(client: Any, job: str) -> Any:
         tail.cancel()
 
 
+@dataclass
 class Log:
     """A job's log on our stdout. Ray sends it from its beginning each time; what is printed is not
     printed again.
     """
 
-    def __init__(self, client: Any, job: str) -> None:
-        self.client = client
-        self.job = job
-        self.printed = 0
+    client: Any
+    job: str
+    printed: int = 0
 
     async def print(self) -> None:
-        """Returns when the log ends or the connection is lost."""
+        """Print what is new; return when the log ends or the connection is lost."""
         seen = 0
-        with contextlib.suppress(
-            Exception
-        ):  # of HTTP, of the socket, of Ray: `follow` finds out what it means
+        # of HTTP, of the socket, of Ray: `follow` finds out what it means
+        with contextlib.suppress(Exception):
             async for text in self.client.tail_job_logs(self.job):
                 new = text[max(0, self.printed - seen) :]
                 seen += len(text)
@@ -359,8 +343,8 @@ class Log:
                 print(new, end="", flush=True)
 
     def print_rest(self) -> None:
-        """What the connection has not brought when the job has ended: the last lines are the ones
-        that matter.
+        """Print what the connection has not brought when the job has ended: the last lines are the
+        ones that matter.
         """
         try:
             print(self.client.get_job_logs(self.job)[self.printed :], end="", flush=True)
@@ -377,9 +361,8 @@ def stop(client: Any, job: str) -> None:
     started = time.monotonic()
     known = False
     while time.monotonic() - started < STOP_S:
-        with contextlib.suppress(
-            OSError, RuntimeError
-        ):  # the server is away, or has not heard of the job yet
+        # the server is away, or does not know the job yet
+        with contextlib.suppress(OSError, RuntimeError):
             client.stop_job(job)
             known = True
             if client.get_job_info(job).status.is_terminal():
@@ -392,8 +375,8 @@ def stop(client: Any, job: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a parent process had switched SIGINT
-    off.
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, also where a parent process had switched
+    SIGINT off.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -410,5 +393,5 @@ def first_line(error: Exception) -> str:
 
 
 def say(line: str) -> None:
-    """About the job; its own words go to stdout."""
+    """Print a line about the job to stderr; its own words go to stdout."""
     print(line, file=sys.stderr, flush=True)

@@ -98,8 +98,8 @@ def sbatch_options(
     partition: str | None,
     account: str | None,
 ) -> dict[str, str]:
-    """sbatch's long options. Whole machines; a signal to the script before the time limit, and the
-    right to requeue.
+    """Return sbatch's long options. Whole machines; a signal to the script before the time limit,
+    and the right to requeue.
     """
     limit = seconds(time_limit)
     notice = f"B:USR1@{min(600, limit // 2)}"  # enough for one step and its checkpoint
@@ -127,8 +127,8 @@ def sbatch_options(
 
 
 def variables(recipe: Recipe, path: Path, overrides: Sequence[str], folder: Path) -> list[str]:
-    """What slurm.sh is told. Paths are absolute; relative ones inside the recipe count from the
-    present folder.
+    """Return the lines that set the variables of slurm.sh. Paths are absolute; relative ones inside
+    the recipe count from the present folder.
     """
     programs = Path(sys.executable).parent
     for program in ("quatuor", "ray"):
@@ -154,7 +154,7 @@ def submit(script: Path) -> str:
 
 
 def seconds(time_limit: str) -> int:
-    """Slurm's ways to write a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Return a time as Slurm writes it in seconds: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", time_limit):
         raise UserError(
             f"--time: {time_limit!r} is not a time: write hours:minutes:seconds or days-hours"
@@ -173,11 +173,11 @@ def seconds(time_limit: str) -> int:
 
 
 def least_cpus(recipe: Recipe) -> int:
-    """Logical CPUs that every node must offer, so that all bundles find room however few cores
-    there are.
+    """Return the logical CPUs that every node must offer, so that all bundles find room however few
+    cores there are.
 
-    On GPUs these decide who goes where, and CPUs must never be in the way. Several CPU nodes have a
-    bundle each.
+    On GPUs these decide which process goes where, and CPUs must never be in the way. Several CPU
+    nodes have a bundle each.
     """
     sizes = [int(bundle["CPU"]) for bundle in layout(recipe.cluster, roles_of(recipe)).bundles]
     return (
@@ -200,8 +200,8 @@ def wait_for_nodes(address: str, nodes: int, deadline_s: float) -> None:
 
 
 def living_nodes(address: str) -> int:
-    """How many nodes are alive, by their ids: two of them may share an address. 0 while the cluster
-    does not answer.
+    """Return how many nodes are alive, by their ids: two of them may share an address. 0 while the
+    cluster does not answer.
     """
     host, port = address.rsplit(":", 1)
     try:

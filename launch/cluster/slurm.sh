@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154
 # The second half of every script that `quatuor slurm` writes. The first half sets:
 #   bin         folder of the programs quatuor, ray and python, the same on every node
-#   command     what quatuor is told: kind, recipe, overrides
+#   command     arguments of quatuor: kind, recipe, overrides
 #   folder      the run folder; like the recipe and its data, on a file system that all nodes share
 #   least_cpus  logical CPUs a node must offer, however few cores it has, for all processes to find room
 
@@ -16,11 +16,11 @@ name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 first=$SLURMD_NODENAME # this script runs there, and so do Ray's head and the driver
 export bin least_cpus temp PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0
 unset RAY_ADDRESS
-# A token of the job's own: without one, whoever reaches the port could run code in this user's name.
+# A token of the job's own: without one, anybody that reaches the port could run code in this user's name.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 declare -A steps=() # node -> process id of the srun that holds its Ray
-watched= # process id of what the script waits for
+awaited= # process id of what the script waits for
 driver=
 leaving=
 
@@ -54,9 +54,9 @@ start_node() { # NODE, options of ray start
 
 # Wait for a process and return its exit code; a Ray node that ends before it is the end of the job. Polls, because
 # `wait -n` of older bashes misses a process that ended just before.
-watch() {
+await() {
     local node
-    watched=$1
+    awaited=$1
     while alive "$1"; do
         for node in "${!steps[@]}"; do
             alive "${steps[$node]}" || lost "$node"
@@ -76,7 +76,7 @@ lost() {
 
 wait_for_nodes() { # COUNT
     "$bin/python" -P -m launch.cluster.slurm "$address" "$1" "$start_seconds" &
-    watch $! || die "the Ray cluster did not come up"
+    await $! || die "the Ray cluster did not come up"
 }
 
 end() { # process ids: ask them to end, wait, then kill what is left
@@ -100,7 +100,7 @@ finish() {
     local code=$?
     trap '' USR1 TERM INT
     trap - EXIT
-    if [ -n "$watched" ]; then end "$watched"; fi
+    if [ -n "$awaited" ]; then end "$awaited"; fi
     end "${steps[@]}"
     if [ "$code" = 0 ] || [ "$code" = 75 ]; then
         timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap rm -rf "$temp" </dev/null || true
@@ -135,4 +135,4 @@ fi
 say "all nodes are there; quatuor ${command[*]}"
 (trap '' USR1 && exec "$bin/quatuor" "${command[@]}" cluster.address="$address") &
 driver=$!
-watch "$driver"
+await "$driver"

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from actors.cluster.connection import connect
 from actors.rollouts.sampling import sample_responses
 from actors.settings import GenerationSettings
 from launch.demo.page import write_page
+from launch.recipe.machine import flat
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 
@@ -94,7 +95,7 @@ class Demo:
         return summary
 
     def make_data(self) -> None:
-        """Tokenizer, untrained model, demonstrations and prompts; three disjoint sets of
+        """Write tokenizer, untrained model, demonstrations and prompts; three disjoint sets of
         prompts.
         """
         task.make_tokenizer(self.folder / "base")
@@ -131,11 +132,12 @@ class Demo:
         task.write_rows(self.data / "calibration.jsonl", answered[:CALIBRATION_RESPONSES])
 
     def recipe(self, phase: str) -> Any:
-        """The phase's recipe with this demo's folder and seed."""
+        """Return the phase's recipe with this demo's folder and seed."""
         path = RECIPES / f"demo_{phase}.yaml"
         moved = [
             f"{key}={self.folder / Path(value).relative_to('runs/demo')!s}"
-            for key, value in paths_in(yaml.safe_load(path.read_text()))
+            for key, value in flat(yaml.safe_load(path.read_text())).items()
+            if isinstance(value, str) and value.startswith("runs/demo/")
         ]
         return load_recipe(path, [*moved, f"run.seed={self.seed}"], phase)
 
@@ -147,7 +149,7 @@ class Demo:
         self.seconds[name] = time.perf_counter() - start
 
     def report(self, summary: dict[str, Any]) -> None:
-        """The table on the terminal, and the page with the curves."""
+        """Print the table, and write the page with the curves."""
         rows = table_rows(summary)
         table = Table(*rows[0], title="True accuracy on test prompts that nothing was tuned on")
         for row in rows[1:]:
@@ -168,16 +170,3 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         rows.append((label, f"{sampled:.3f}", f"{greedy:.3f}", f"{seconds[name]:.0f}"))
     rows.insert(2, ("reward model (pairs won)", f"{pairs:.3f}", "", f"{seconds['rm']:.0f}"))
     return rows
-
-
-def paths_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, path) of every string in a recipe that names a place under runs/demo."""
-    if isinstance(value, str) and value.startswith("runs/demo/"):
-        yield key, value
-    children: Sequence[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        children = list(value.items())
-    elif isinstance(value, list):
-        children = list(enumerate(value))
-    for name, child in children:
-        yield from paths_in(child, f"{key}.{name}" if key else str(name))

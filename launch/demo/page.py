@@ -73,7 +73,7 @@ def write_page(
 
 
 def read_curve(metrics_jsonl: str | Path, metric: str) -> Curve:
-    """All finite values of a metric by step; where a step was logged twice, the later value."""
+    """Return all finite values of a metric by step; where a step was logged twice, the later value."""
     rows = [
         json.loads(line) for line in Path(metrics_jsonl).read_text(encoding="utf-8").splitlines()
     ]
@@ -89,7 +89,7 @@ def _table(table: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(title: str, curves: Mapping[str, Curve]) -> str:
-    """One chart with its legend. A run without values keeps its colour for the next chart."""
+    """Draw one chart with its legend. A run without values keeps its colour for the next chart."""
     keys = "".join(
         f'<span class="key s{i % 4}"><i></i>{escape(label)}</span>'
         for i, label in enumerate(curves)
@@ -111,37 +111,32 @@ def _svg(title: str, curves: Mapping[str, Curve]) -> str:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - TOP)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for tick in x_ticks:
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
-        )
+    parts += [
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>\n'
+        f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        for tick in y_ticks
+    ]
+    parts += [
+        f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>'
+        for tick in x_ticks
+    ]
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
     )
     for i, (label, curve) in enumerate(curves.items()):
-        if not curve:
-            continue
-        line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
-        parts.append(f'<g class="s{i % 4}"><polyline points="{line}"/>')
-        for step, value in curve:
-            tip = f"{escape(label)}, step {step}: {value:.4g}"
-            parts.append(
-                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" '
-                f'r="2.2"><title>{tip}</title></circle>'
-            )
-        parts.append("</g>")
+        if curve:
+            line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
+            circles = [
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.2">'
+                f"<title>{escape(label)}, step {step}: {value:.4g}</title></circle>"
+                for step, value in curve
+            ]
+            parts += [f'<g class="s{i % 4}"><polyline points="{line}"/>', *circles, "</g>"]
     return "\n".join(parts) + "\n</svg>"
 
 
 def _ticks(values: Sequence[float], whole: bool = False) -> list[float]:
-    """About five round numbers around `values`; 0 to 1 for shares; whole numbers on request."""
+    """Return about five round numbers around `values`; 0 to 1 for shares; whole numbers on request."""
     low = min(values)
     high = max(values)
     if not whole and low >= 0 and high <= 1:

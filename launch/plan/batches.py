@@ -13,7 +13,7 @@ from actors.settings import Recipe, RLRecipe
 
 class Rows(NamedTuple):
     """Sequences that are read at a time (None: of data nobody has counted), those of a mini-batch,
-    and how many of them stay together.
+    and how many of them are a unit that is never parted.
     """
 
     read: int | None
@@ -33,7 +33,7 @@ class Load:
 
     @property
     def smallest(self) -> bool:
-        """Whether no budget makes it smaller."""
+        """True if no budget makes it smaller."""
         return self.tokens <= self.longest * self.rows_per_unit
 
 
@@ -47,8 +47,8 @@ def rows_of(recipe: Recipe) -> Rows:
 
 
 def longest_sequence(recipe: Recipe, positions: int) -> int:
-    """The longest sequence that may come, tokens. Prompts are as long as the model's positions
-    allow.
+    """Return the longest sequence that may come, in tokens. Prompts are as long as the model's
+    positions allow.
     """
     if not isinstance(recipe, RLRecipe):
         return min(recipe.data.max_tokens, positions)
@@ -57,8 +57,8 @@ def longest_sequence(recipe: Recipe, positions: int) -> int:
 
 
 def load(recipe: Recipe, role: Role, longest: int, learning: bool = False) -> Load:
-    """What one process of a role takes at once. Rows are shared evenly and cut to the budget, but
-    never below one row, or those that stay together.
+    """Return what one process of a role takes at once. Rows are shared evenly and cut to the
+    budget, but never below one row, or those of a unit.
     """
     read, learned, rows_per_unit = rows_of(recipe)
     tokens = max(role.micro_batch_tokens, longest * rows_per_unit)
@@ -69,13 +69,15 @@ def load(recipe: Recipe, role: Role, longest: int, learning: bool = False) -> Lo
 
 
 def batch(recipe: Recipe, roles: Iterable[Role], longest: int) -> dict[str, Any]:
-    """From what one step reads to optimizer steps. Micro-batches are those of longest rows."""
+    """Return the way from what one step reads to optimizer steps. Micro-batches are those of
+    longest rows.
+    """
     ranks = {role.name: _cut(recipe, role, longest) for role in roles if role.learner}
     return {**_step(recipe), "longest_sequence_tokens": longest, "ranks": ranks}
 
 
 def _step(recipe: Recipe) -> dict[str, Any]:
-    """How a step's sequences become optimizer steps."""
+    """Return how a step's sequences become optimizer steps."""
     sequences, rows, _ = rows_of(recipe)
     if not isinstance(recipe, RLRecipe):
         return {
@@ -104,13 +106,13 @@ def _step(recipe: Recipe) -> dict[str, Any]:
 
 
 def _share(rows: int, role: Role, rows_per_unit: int) -> int:
-    """Rows of one of the role's processes."""
+    """Return the rows of one of the role's processes."""
     return math.ceil(rows / rows_per_unit / role.processes) * rows_per_unit
 
 
 def _cut(recipe: Recipe, role: Role, longest: int) -> dict[str, int]:
-    """How a mini-batch is cut for one role: rows of a rank, and its micro-batches when every row is
-    a longest one.
+    """Return how a mini-batch is cut for one role: rows of a rank, and its micro-batches when every
+    row is a longest one.
     """
     _, rows, rows_per_unit = rows_of(recipe)
     budget = role.micro_batch_tokens

@@ -1,4 +1,4 @@
-"""What lies in every GPU and in every node's CPU memory, phase by phase, and what is too much."""
+"""Contents of every GPU and of every node's CPU memory, phase by phase, and what is too much."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Memory:
     there are.
     """
 
-    places: list[Device]
+    devices: list[Device]
     limit: int | None
     held: list[tuple[str, dict[str, Use], int]]
     phases: Sequence[str]
 
     @property
     def is_gpu(self) -> bool:
-        return self.places[0][1] is not None
+        return self.devices[0][1] is not None
 
     @cached_property
     def uses(self) -> dict[str, dict[str, Use]]:
-        """Phase -> role -> component -> bytes in one place."""
+        """Phase -> role -> component -> bytes on one device."""
         found: dict[str, dict[str, Use]] = {phase: {} for phase in self.phases}
         for role, use, count in self.held:
             for phase, roles in found.items():
@@ -60,7 +60,7 @@ class Memory:
 def footprints(
     recipe: Recipe, models: Mapping[str, Model], where: NodePlan, longest: int
 ) -> dict[Kind, Footprint]:
-    """What one process of every kind takes; functions are those that have no model."""
+    """Return what one process of every kind takes; functions are those that have no model."""
     found = {(name, False): memory.function() for name, _ in where.need}
     for name, model in models.items():
         found[name, False] = _footprint(recipe, model, longest)
@@ -70,7 +70,7 @@ def footprints(
 
 
 def _footprint(recipe: Recipe, model: Model, longest: int) -> Footprint:
-    """What one process of a role takes, but for sending weights."""
+    """Return what one process of a role takes, but for sending weights."""
     role = model.role
     reads = load(recipe, role, longest)
     if role.learner:
@@ -83,7 +83,7 @@ def _footprint(recipe: Recipe, model: Model, longest: int) -> Footprint:
 
 
 def memories(recipe: Recipe, held: Mapping[Kind, Footprint], where: NodePlan) -> list[Memory]:
-    """Every GPU in use, and every node's CPU memory; those that hold the same together."""
+    """Return every GPU in use, and every node's CPU memory; those that hold the same are one."""
     cluster = recipe.cluster
     gpu = int(cluster.gpu_memory_gib * GIB)
     node = cluster.node_memory_gib
@@ -92,18 +92,18 @@ def memories(recipe: Recipe, held: Mapping[Kind, Footprint], where: NodePlan) ->
     if not isinstance(recipe, RLRecipe):
         phases = ("start", "score", "learn") if recipe.held_out else ("start", "learn")
     found = []
-    for places, kinds in where.alike:
-        on_gpu = places[0][1] is not None
+    for devices, kinds in where.alike:
+        on_gpu = devices[0][1] is not None
         uses = [
             (kind[0], held[kind].device if on_gpu else held[kind].host, count)
             for kind, count in kinds.items()
         ]
-        found.append(Memory(places, gpu if on_gpu else host, uses, phases))
+        found.append(Memory(devices, gpu if on_gpu else host, uses, phases))
     return found
 
 
 def memory_problems(found: list[Memory]) -> Iterator[str]:
-    """One line for all devices that overflow alike."""
+    """Yield one line for all devices that overflow alike."""
     over: dict[tuple[str, int, bool], list[Memory]] = {}
     for one in found:
         if one.overflows:
@@ -123,12 +123,12 @@ def _largest_parts(use: Use) -> str:
 
 
 def where_are(memories: list[Memory]) -> str:
-    """Devices in a few words: node 0 GPU 0-3, node 1-3 GPU 0-7."""
-    places = [place for m in memories for place in m.places]
+    """Return devices in a few words: node 0 GPU 0-3, node 1-3 GPU 0-7."""
+    devices = [device for m in memories for device in m.devices]
     if not memories[0].is_gpu:
-        return f"node {ranges([node for node, _ in places])} CPU memory"
+        return f"node {ranges([node for node, _ in devices])} CPU memory"
     by_node: dict[int, list[int]] = {}
-    for node, gpu in places:
+    for node, gpu in devices:
         by_node.setdefault(node, []).append(gpu or 0)
     alike: dict[str, list[int]] = {}
     for node, gpus in by_node.items():
@@ -137,7 +137,7 @@ def where_are(memories: list[Memory]) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """0-3,5 for 0, 1, 2, 3, 5."""
+    """Return 0-3,5 for 0, 1, 2, 3, 5."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and n == runs[-1][1] + 1:

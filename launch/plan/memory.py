@@ -1,5 +1,4 @@
-"""How much memory every process of a recipe takes in every phase of a step: arithmetic on shapes,
-in bytes.
+"""Memory of every process of a recipe in every phase of a step: arithmetic on shapes, in bytes.
 
 Weights, gradients and optimizer states are what DeepSpeed allocates
 (tests/launch/test_plan_measured.py). Activations are what autograd keeps, exact for one layer and
@@ -56,8 +55,8 @@ class Footprint:
 
 
 def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
-    """Bytes of weights, gradients and optimizer states on one rank when they are largest, wherever
-    they lie.
+    """Return bytes of weights, gradients and optimizer states on one rank when they are largest,
+    wherever they lie.
 
     ZeRO 1-3 keep float32 master weights besides the weights even of a float32 model, and gradients
     in float32; bfloat16 under ZeRO-1 keeps both kinds of gradients whole.
@@ -84,7 +83,7 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
 
 
 def layer_activations(shape: Shape, dtype: str) -> int:
-    """Bytes per token that autograd keeps of one layer (fused attention, dropout 0)."""
+    """Return bytes per token that autograd keeps of one layer (fused attention, dropout 0)."""
     width = BYTES[dtype]
     if shape.family == "gpt2" or shape.encoder:
         return width * (8 * shape.hidden + 5 * shape.intermediate)
@@ -98,8 +97,8 @@ def layer_activations(shape: Shape, dtype: str) -> int:
 
 
 def training_activations(shape: Shape, head: Head, model: ModelSettings, load: Load) -> int:
-    """Bytes at the peak of forward and backward of one micro-batch, every position counted as a
-    response's.
+    """Return bytes at the peak of forward and backward of one micro-batch, every position counted
+    as a response's.
     """
     layer = layer_activations(shape, model.dtype) + _attention(shape, model, load)
     width = BYTES[model.dtype]
@@ -112,7 +111,7 @@ def training_activations(shape: Shape, head: Head, model: ModelSettings, load: L
 
 
 def reading_activations(shape: Shape, head: Head, model: ModelSettings, load: Load) -> int:
-    """Bytes at the peak of a forward pass without gradient: one layer at a time, then the
+    """Return bytes at the peak of a forward pass without gradient: one layer at a time, then the
     logits.
     """
     layer = layer_activations(shape, model.dtype) + _attention(shape, model, load)
@@ -124,14 +123,16 @@ def _reads(model: Model, load: Load) -> int:
 
 
 def _attention(shape: Shape, model: ModelSettings, load: Load) -> int:
-    """Bytes per token of attention weights, which only the eager kernel writes out."""
+    """Return bytes per token of attention weights, which only the eager kernel writes out."""
     return (
         shape.heads * load.longest * (4 + BYTES[model.dtype]) if model.attention == "eager" else 0
     )
 
 
 def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) -> int:
-    """Logits, with gradient a float32 copy or a gradient of them, and two float32 rows at work."""
+    """Return bytes of logits, with gradient a float32 copy or a gradient of them, and two float32
+    rows at work.
+    """
     if head != "lm":
         return 0
     per_position = (width + 4) if gradient else width
@@ -141,8 +142,8 @@ def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) ->
 def learner(
     model: Model, settings: LearnerSettings, reads: Load, learns: Load, cluster: ClusterSettings
 ) -> Footprint:
-    """One rank of a trained role. On shared GPUs it waits in CPU memory while engines generate, the
-    Critic also during a sync.
+    """Return one rank of a trained role. On shared GPUs it waits in CPU memory while engines
+    generate, the Critic also during a sync.
     """
     whole = model.parameters
     width = model.width
@@ -184,8 +185,8 @@ def learner(
 def _learning(
     model: Model, settings: LearnerSettings, states: Use, learns: Load, buffers: int
 ) -> Use:
-    """What learning takes besides weights and optimizer states: the last micro-batch or, if that is
-    more, the optimizer step.
+    """Return what learning takes besides weights and optimizer states: the last micro-batch or, if
+    that is more, the optimizer step.
     """
     stage = settings.zero_stage
     # With the optimizer offloaded, ZeRO-2 in bfloat16 still sums gradients in float32 on the GPU.
@@ -203,8 +204,8 @@ def _learning(
 
 
 def _step(whole: int, settings: LearnerSettings) -> int:
-    """Bytes the optimizer step works with: AdamW's denominator, and the gradient where DeepSpeed
-    flattens a copy.
+    """Return bytes the optimizer step works with: AdamW's denominator, and the gradient where
+    DeepSpeed flattens a copy.
     """
     stage = settings.zero_stage
     part = whole // settings.ranks
@@ -217,8 +218,8 @@ def _step(whole: int, settings: LearnerSettings) -> int:
 
 
 def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -> int:
-    """Bytes of the buffer gradients are reduced in, and of single gradients larger than it, which
-    ZeRO-2 in bfloat16 keeps. On CPU, pages of it that are never touched take no memory.
+    """Return bytes of the buffer gradients are reduced in, and of single gradients larger than it,
+    which ZeRO-2 in bfloat16 keeps. On CPU, pages of it that are never touched take no memory.
     """
     whole = model.parameters
     width = model.width
@@ -231,8 +232,8 @@ def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -
 
 
 def frozen(model: Model, reads: Load, cluster: ClusterSettings) -> Footprint:
-    """One process of the Reference or a reward model. On shared GPUs it waits in CPU memory unless
-    it scores.
+    """Return one process of the Reference or a reward model. On shared GPUs it waits in CPU memory
+    unless it scores.
     """
     weights = {"weights": model.width * model.parameters}
     on_device = dict.fromkeys(PHASES, weights)
@@ -242,8 +243,8 @@ def frozen(model: Model, reads: Load, cluster: ClusterSettings) -> Footprint:
 
 
 def engine(model: Model, generation: GenerationSettings, cluster: ClusterSettings) -> Footprint:
-    """One engine, seen from each of its devices. On a GPU it takes its share of the memory, and the
-    KV cache the rest.
+    """Return one engine, seen from each of its devices. On a GPU it takes its share of the memory,
+    and the KV cache the rest.
 
     On shared GPUs it starts before the others and sleeps while they work: its weights wait in CPU
     memory, its KV cache is given up, also during a sync.
@@ -274,8 +275,8 @@ def engine(model: Model, generation: GenerationSettings, cluster: ClusterSetting
 def kv_room(
     model: Model, longest: int, generation: GenerationSettings, cluster: ClusterSettings
 ) -> int:
-    """Sequences of the longest length that an engine's KV cache holds at once, counted in blocks as
-    vLLM does: without one block that it keeps.
+    """Return how many sequences of the longest length an engine's KV cache holds at once, counted
+    in blocks as vLLM does: without one block that it keeps.
     """
     footprint = engine(model, generation, cluster)
     room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
@@ -286,8 +287,8 @@ def kv_room(
 
 
 def sending(footprint: Footprint, model: Model, cluster: ClusterSettings) -> Footprint:
-    """An Actor rank that sends weights: on GPUs through packed buffers, one part of the model
-    gathered and copied; on CPUs by putting all of them into shared memory.
+    """Return an Actor rank that sends weights: on GPUs through packed buffers, one part of the
+    model gathered and copied; on CPUs by putting all of them into shared memory.
     """
     whole = model.width * model.parameters
     part = model.width * model.shape.largest_group("lm")
@@ -301,7 +302,7 @@ def sending(footprint: Footprint, model: Model, cluster: ClusterSettings) -> Foo
 
 
 def function() -> Footprint:
-    """One process that calls a Python function."""
+    """Return one process that calls a Python function."""
     return Footprint(host={phase: {"runtime": HOST_OTHERS["cpu"]} for phase in PHASES})
 
 
@@ -327,7 +328,7 @@ def _placed(
 
 
 def sum_of(*uses: Use) -> Use:
-    """Component by component; what is 0 is left out."""
+    """Add component by component; leave out what is 0."""
     found: Use = {}
     for use in uses:
         for component, size in use.items():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging
 
 from launch.plan.shapes import Shape, size_of
-from launch.recipe.machine import is_encoder
+from learners.checkpoints import is_encoder
 
 SIZES = {  # a shape's sizes, by the names configs have for them
     "hidden": ("hidden_size",),
@@ -31,25 +31,25 @@ def count(family: str, config: dict[str, Any]) -> Shape:
     score. Raises ValueError when Transformers does not know the type, cannot build the model, or a
     size is nowhere written.
     """
-    encoder = is_encoder(config)
-    auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     values = {key: value for key, value in config.items() if key != "model_type"}
     logging.set_verbosity_error()
     try:
-        known = AutoConfig.for_model(family, **(values | {"num_labels": 1} if encoder else values))
+        known = AutoConfig.for_model(family, **(values | {"num_labels": 1}))
+        encoder = is_encoder(known)
+        auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
         sizes = _sizes(known.get_text_config())
         with torch.device("meta"):
             parts = _parts(auto.from_config(known), sizes["layers"])
     except Exception as error:  # a config.json may break a model's code in any way
-        told = " ".join(str(error).split())[:150]
-        raise ValueError(f"model_type {family} cannot be planned: {told}") from None
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
     tied = not encoder and not parts["own_head"]
     shape: dict[str, Any] = {**sizes, **parts}
     return Shape(family, tied=tied, encoder=encoder, **shape)
 
 
 def _sizes(config: Any) -> dict[str, int]:
-    """Raises ValueError with a size that the config does not say."""
+    """Return a shape's sizes. Raises ValueError with a size that the config does not say."""
     written = {
         names[0]: next(
             (v for name in names if (v := getattr(config, name, None)) is not None), None
@@ -68,8 +68,8 @@ def _sizes(config: Any) -> dict[str, int]:
 
 
 def _parts(model: Any, layers: int) -> dict[str, tuple[int, ...]]:
-    """The elements of each parameter of the embeddings, one layer, the head and what is left.
-    Raises ValueError when layers differ.
+    """Return the elements of each parameter of the embeddings, one layer, the head and what is
+    left. Raises ValueError when layers differ.
     """
     body = {id(p) for p in model.base_model.parameters()}
     embeddings = {

@@ -1,4 +1,4 @@
-"""Where a recipe's processes come to lie on nodes that are alike, worked out without a cluster, for
+"""Assignment of a recipe's processes to nodes that are alike, worked out without a cluster, for
 `quatuor plan`.
 """
 
@@ -38,8 +38,8 @@ Device = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class NodePlan:
-    """Where all processes come to lie on nodes that are alike. What is asked of it is worked out
-    once.
+    """Assignment of all processes to nodes that are alike. What is asked of it is worked
+    out once.
     """
 
     cluster: ClusterSettings
@@ -61,15 +61,15 @@ class NodePlan:
 
     @cached_property
     def processes(self) -> list[Process]:
-        """The Actor's first rank sends the weights; on shared GPUs every rank, to the engine beside
-        it.
+        """Every process. The Actor's first rank sends the weights; on shared GPUs every rank, to
+        the engine beside it.
         """
-        places = self._bundle_places()
+        firsts = self._first_gpus()
         found = []
         shared = shares_gpus(self.cluster)
         for role, assignments in self.layout.assignments.items():
             for i, assignment in enumerate(assignments):
-                node, first = places[assignment.bundle]
+                node, first = firsts[assignment.bundle]
                 gpus = (
                     tuple(first + g for g in assignment.gpus)
                     if self.cluster.device == "cuda"
@@ -94,17 +94,17 @@ class NodePlan:
 
     @cached_property
     def alike(self) -> list[tuple[list[Device], Counter[Kind]]]:
-        """Places that hold equally many processes of every kind, and how many."""
+        """Devices that hold equally many processes of every kind, and how many."""
         groups: dict[tuple[bool, tuple[Kind, ...]], list[Device]] = {}
         for (node, gpu), processes in self.on.items():
             groups.setdefault((gpu is None, tuple(p.kind for p in processes)), []).append(
                 (node, gpu)
             )
-        return [(places, Counter(kinds)) for (_, kinds), places in groups.items()]
+        return [(devices, Counter(kinds)) for (_, kinds), devices in groups.items()]
 
-    def _bundle_places(self) -> list[tuple[int, int]]:
-        """Node and first GPU of every bundle: the first node with room, in order; beyond the last
-        if none has.
+    def _first_gpus(self) -> list[tuple[int, int]]:
+        """Return node and first GPU of every bundle: the first node with room, in order; beyond the
+        last if none has.
 
         Without GPUs, bundles are spread over the nodes.
         """
@@ -116,13 +116,13 @@ class NodePlan:
         first: dict[
             int, int
         ] = {}  # by size: the node to look at first, as those before have no room and never will
-        places = []
+        firsts = []
         for wanted in (int(bundle.get("GPU", 0)) for bundle in bundles):
             node = first.get(wanted, 0)
             while node < len(taken) and taken[node] + wanted > cluster.gpus_per_node:
                 node += 1
             taken += [0] * (node + 1 - len(taken))
             first[wanted] = node
-            places.append((node, taken[node]))
+            firsts.append((node, taken[node]))
             taken[node] += wanted
-        return places
+        return firsts

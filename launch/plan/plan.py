@@ -2,7 +2,7 @@
 heavy is imported but for a model that is not in the table of shapes.
 
 Batches come from batches.py, memory from memory.py and devices.py, times (rough) from timing.py,
-places from nodes.py over actors/cluster/layout.py, which also places the real run. docs/plan.md
+nodes from nodes.py over actors/cluster/layout.py, which also assigns the real run. docs/plan.md
 says what is exact and what is an estimate, and what the JSON holds.
 """
 
@@ -20,10 +20,10 @@ from launch.plan.memory import Footprint, kv_room
 from launch.plan.nodes import Device, Kind, NodePlan
 from launch.plan.shapes import Model, Shape, find_shape, uneven
 from launch.plan.timing import step_seconds
-from launch.recipe.combinations import lacking_gpus
+from launch.recipe.combinations import lacking_gpus, position_problems
 from launch.recipe.document import Document
 from launch.recipe.read import located
-from learners.errors import Problem, UserError
+from learners.errors import Problem, UserError, problems_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
-    """Raises UserError with every model whose shape is not known on this machine."""
+    """Return the plan. Raises UserError with every model whose shape is not known on
+    this machine.
+    """
     models = read_models(recipe, document)
     where = NodePlan(recipe.cluster, tuple(roles_of(recipe).items()))
     longest = longest_sequence(recipe, next(iter(models.values())).shape.positions)
@@ -81,12 +83,12 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
 
 
 def read_models(recipe: Recipe, document: Document | None = None) -> dict[str, Model]:
-    """Every role's model. Raises UserError with every model that cannot be planned, and where it is
-    written.
+    """Return every role's model. Raises UserError with every model that cannot be planned, and
+    where it is written.
     """
     found: dict[str, Model] = {}
     shapes: dict[str, Shape] = {}
-    problems: dict[str, str] = {}
+    problems: list[Problem] = []
     for role in roles_of(recipe).values():
         if role.model is None:
             continue
@@ -94,19 +96,20 @@ def read_models(recipe: Recipe, document: Document | None = None) -> dict[str, M
         try:
             shapes[path] = shapes.get(path) or find_shape(path)
         except UserError as error:
-            problems[f"{role.model_key}.path"] = error.problems[0]
+            problems.append(Problem((f"{role.model_key}.path",), error.problems[0]))
             continue
         found[role.name] = Model(role, role.model, shapes[path])
         if shapes[path].encoder and role.head != "score":
-            problems[f"{role.model_key}.path"] = f"{path} is an encoder; a decoder is needed"
+            decoder = f"{path} is an encoder; a decoder is needed"
+            problems.append(Problem((f"{role.model_key}.path",), decoder))
     if problems:
-        told = [Problem((key,), message) for key, message in problems.items()]
-        raise UserError([located(p, document) if document else str(p) for p in told])
+        lines = [located(p, document) if document else str(p) for p in problems]
+        raise UserError(list(dict.fromkeys(lines)))
     return found
 
 
 def _sync(recipe: Recipe, models: dict[str, Model]) -> dict[str, int]:
-    """What one weight sync moves."""
+    """Return what one weight sync moves."""
     if not isinstance(recipe, RLRecipe):
         return {"bytes": 0, "engines": 0, "devices": 0}
     engines = recipe.generation.engines
@@ -118,46 +121,43 @@ def _sync(recipe: Recipe, models: dict[str, Model]) -> dict[str, int]:
 def _engine_problems(
     recipe: Recipe, models: dict[str, Model], longest: int, room: int
 ) -> Iterator[str]:
-    """What keeps an engine from starting, whatever the memory."""
+    """Yield what keeps an engine from starting, whatever the memory."""
     if not isinstance(recipe, RLRecipe):
         return
     shape = models["engine"].shape
     generation = recipe.generation
-    wanted = generation.max_model_tokens or 0
-    positions = shape.positions
-    if wanted > positions:
-        yield (
-            f"generation.max_model_tokens: {wanted} is more than the model's {positions} positions"
-        )
-    if generation.max_new_tokens >= positions:
-        wanted = generation.max_new_tokens
-        yield (
-            f"generation.max_new_tokens: {wanted} leaves no room for a prompt in the model's "
-            f"{positions} positions"
-        )
+    yield from map(str, position_problems(generation, shape.positions))
     parallel = generation.tensor_parallel
-    if parts := uneven(shape, parallel):
-        yield (
-            f"generation.tensor_parallel: {parallel} does not divide the model's {', '.join(parts)}"
-        )
-    if room < 1:
-        one = f"one sequence of {longest} tokens"
-        share = f"{generation.gpu_memory_fraction:g} of {recipe.cluster.gpu_memory_gib:g} GiB"
-        if recipe.cluster.device == "cuda":
-            yield f"generation: an engine's {share} leaves no KV cache for {one}"
-        else:
-            cache = f"{generation.kv_cache_gib:g} GiB of KV cache"
-            yield f"generation.kv_cache_gib: {cache} do not hold {one}"
+    one = f"one sequence of {longest} tokens"
+    share = f"{generation.gpu_memory_fraction:g} of {recipe.cluster.gpu_memory_gib:g} GiB"
+    cuda = recipe.cluster.device == "cuda"
+    rules = [
+        (
+            uneven(shape, parallel),
+            ("generation.tensor_parallel",),
+            f"{parallel} does not divide the model's {', '.join(uneven(shape, parallel))}",
+        ),
+        (
+            room < 1 and cuda,
+            ("generation",),
+            f"an engine's {share} leaves no KV cache for {one}",
+        ),
+        (
+            room < 1 and not cuda,
+            ("generation.kv_cache_gib",),
+            f"{generation.kv_cache_gib:g} GiB of KV cache do not hold {one}",
+        ),
+    ]
+    yield from map(str, problems_of(rules))
 
 
 # --- output ---------------------------------------------------------------------------------------
 
 
 def as_json(plan: Plan, hints: Mapping[str, str]) -> dict[str, Any]:
-    """Everything as plain data; sizes in bytes, times in seconds. docs/plan.md lists the keys,
-    which stay.
+    """Return everything as plain data; sizes in bytes, times in seconds. docs/plan.md lists the
+    keys, which stay.
     """
-    seconds = plan.seconds
     whole = sum(plan.seconds.values())
     return {
         "kind": plan.recipe.kind,
@@ -173,21 +173,21 @@ def as_json(plan: Plan, hints: Mapping[str, str]) -> dict[str, Any]:
             {"process": p.name, "role": p.role, "node": p.node, "gpus": list(p.gpus)}
             for p in plan.where.processes
         ],
-        "memory": [_device(plan, m, place) for m in plan.memories for place in m.places],
+        "memory": [_device(plan, m, device) for m in plan.memories for device in m.devices],
         "sync": plan.sync,
         "estimated_phases": {
             phase: {"seconds": time, "share": time / whole if whole else 0.0}
-            for phase, time in seconds.items()
+            for phase, time in plan.seconds.items()
         },
     }
 
 
-def _device(plan: Plan, memory: Memory, place: Device) -> dict[str, Any]:
-    """One GPU or one node's CPU memory, process by process."""
-    held = {p.name: plan.footprints[p.kind] for p in plan.where.on[place]}
+def _device(plan: Plan, memory: Memory, device: Device) -> dict[str, Any]:
+    """Return one GPU or one node's CPU memory, process by process."""
+    held = {p.name: plan.footprints[p.kind] for p in plan.where.on[device]}
     return {
-        "node": place[0],
-        "gpu": place[1],
+        "node": device[0],
+        "gpu": device[1],
         "limit_bytes": memory.limit,
         "largest_phase": memory.peak[0],
         "peak_bytes": memory.peak[1],

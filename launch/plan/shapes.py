@@ -27,7 +27,7 @@ from learners.settings import ModelSettings
 TABLE = Path(__file__).with_name("model_shapes.yaml")
 SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+BERT = ("bert", "roberta", "xlm-roberta")  # encoders that are counted like it
 
 BYTES = {"float32": 4, "bfloat16": 2}
 LARGEST = 10**9  # of any size of a model
@@ -65,8 +65,8 @@ class Shape:
     own_head: tuple[int, ...] | None = None
 
     def head(self, head: Head) -> tuple[int, ...]:
-        """Elements of each parameter that a role's head adds: log-probs, one score a sequence, one
-        value a token.
+        """Return elements of each parameter that a role's head adds: log-probs, one score a
+        sequence, one value a token.
         """
         hidden = self.hidden
         if self.own_head is not None and (self.encoder or head == "lm"):
@@ -78,7 +78,7 @@ class Shape:
         return (hidden,) if head == "score" else (hidden, 1)
 
     def tensors(self, head: Head) -> Counter[int]:
-        """How many parameters of the model with this head have so many elements."""
+        """Return how many parameters of the model with this head have so many elements."""
         found = Counter((*self.embedding, *self.final, *self.head(head)))
         for elements in self.layer:
             found[elements] += self.layers
@@ -90,8 +90,8 @@ class Shape:
         )
 
     def largest_group(self, head: Head) -> int:
-        """Elements of the largest part that is gathered at once: a layer, an embedding or the
-        head.
+        """Return elements of the largest part that is gathered at once: a layer, an embedding or
+        the head.
         """
         return max(sum(self.embedding), sum(self.layer), sum(self.head(head)))
 
@@ -121,7 +121,9 @@ class Model:
 
 
 def uneven(shape: Shape, parallel: int) -> list[str]:
-    """What of a model cannot be cut into so many equal parts, one for each GPU of an engine."""
+    """Return what of a model cannot be cut into so many equal parts, one for each GPU of
+    an engine.
+    """
     parts = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
@@ -136,7 +138,9 @@ def uneven(shape: Shape, parallel: int) -> list[str]:
 
 
 def find_shape(path: str) -> Shape:
-    """The shape of a model. Raises UserError when it is nowhere to be read or makes no sense."""
+    """Return the shape of a model. Raises UserError when it is nowhere to be read or makes no
+    sense.
+    """
     config = read_json(Path(path) / "config.json") or _cached(path) or _tabled(path)
     if config is None:
         raise UserError(
@@ -151,13 +155,14 @@ def find_shape(path: str) -> Shape:
 
 
 def read_shape(config: dict[str, Any]) -> Shape:
-    """Raises ValueError for a family that cannot be counted and for a size that is missing or makes
-    no sense. A family that is not in the table takes seconds: it needs torch and Transformers.
+    """Return the shape that a config.json describes. Raises ValueError for a family that cannot be
+    counted and for a size that is missing or makes no sense. A family that is not in the table
+    takes seconds: it needs torch and Transformers.
     """
     family = str(config.get("model_type"))
     if family == "gpt2":
         return _gpt2(config)
-    if family in ENCODERS:
+    if family in BERT:
         return _encoder(family, config)
     if family in GATED:
         return _gated(family, config)
@@ -167,7 +172,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
 
 
 def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A size as it is written; the default where nothing is."""
+    """Return a size as it is written; the default where nothing is."""
     size = config.get(key)
     if size is None:
         size = default
@@ -280,7 +285,7 @@ def _encoder(family: str, config: dict[str, Any]) -> Shape:
 
 
 def _cached(path: str) -> dict[str, Any] | None:
-    """The config.json of a hub model that this machine has downloaded before."""
+    """Return the config.json of a hub model that this machine has downloaded before."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     found = sorted(
@@ -297,7 +302,7 @@ def _tabled(path: str) -> dict[str, Any] | None:
 
 @cache
 def model_table() -> dict[str, Any]:
-    """Name -> the keys of a config.json that decide sizes, or the name of a model of the same
-    shape.
+    """Return name -> the keys of a config.json that decide sizes, or the name of a model of the
+    same shape.
     """
     return yaml.safe_load(TABLE.read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def print_plan(plan: Plan, hints: Mapping[str, str]) -> None:
 
 
 def _models(plan: Plan) -> Iterator[str]:
-    """Roles that share a model share a line."""
+    """Yield the models; roles that share one share a line."""
     roles: dict[tuple[str, int, str], list[str]] = {}
     for role, m in plan.models.items():
         roles.setdefault((m.settings.path, m.parameters, m.settings.dtype), []).append(role)
@@ -117,7 +117,9 @@ def _sync(plan: Plan) -> Iterator[str]:
 
 
 def _memory_table(plan: Plan) -> Table:
-    """Devices that hold the same in their largest phase share rows; sizes in GiB."""
+    """Return memory as a table in GiB; devices that hold the same in their largest phase share
+    rows.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("GiB, largest phase")
     table.add_column("role", no_wrap=True)
@@ -131,19 +133,19 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _rows(one: Memory, gpus: bool) -> Iterator[list[str]]:
-    """One row per role, and one for all where several share the device. CPU memory beside GPUs is
-    one row.
+    """Yield one row per role, and one for all where several share the device. CPU memory beside
+    GPUs is one row.
     """
     phase, size = one.peak
     uses = one.uses[phase]
     bound = [_gib(size), _gib(one.limit), _gib(one.headroom)]
     if len(uses) == 1:
         yield from ([role, *_cells(use), *bound] for role, use in uses.items())
-        return
-    beside = gpus and not one.is_gpu
-    if not beside:
+    elif gpus and not one.is_gpu:
+        yield ["all", *_cells(sum_of(*uses.values())), *bound]
+    else:
         yield from ([role, *_cells(use), _gib(total(use)), "", ""] for role, use in uses.items())
-    yield ["all", *(_cells(sum_of(*uses.values())) if beside else [""] * len(COLUMNS)), *bound]
+        yield ["all", *[""] * len(COLUMNS), *bound]
 
 
 def _alike(memories: list[Memory]) -> Iterator[list[Memory]]:
@@ -183,7 +185,9 @@ def _size(size: int) -> str:
 
 
 def _gib(size: int | None) -> str:
-    """GiB with one decimal; nothing for nothing, three decimals for what would round to 0."""
+    """Return GiB with one decimal; nothing for nothing, three decimals for what would round
+    to 0.
+    """
     if size is None:
         return "?"
     if size == 0:

@@ -21,7 +21,7 @@ RESPONSE_SHARE = 0.5  # of max_new_tokens that a response has on average; prompt
 
 @dataclass(frozen=True)
 class Speed:
-    """What one process reaches of its device's peak: FLOP/s, bytes/s of its memory and of a weight
+    """Reach of one process of its device's peak: FLOP/s, bytes/s of its memory and of a weight
     sync. `call` is the least time of one layer of a forward pass, `trip` of asking a role for
     something and waiting; seconds.
     """
@@ -41,8 +41,8 @@ CPU_THREAD = Speed(flops=40e9, memory=5e9, transfer=1e9, call=3e-3, trip=0.1)
 def step_seconds(
     recipe: Recipe, models: Mapping[str, Model], longest: int, cached: float = 0
 ) -> dict[str, float]:
-    """Seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit an
-    engine's KV cache.
+    """Return seconds of each phase of one step. `longest` sequence in tokens; `cached` tokens fit
+    an engine's KV cache.
     """
     sequences, learned, _ = rows_of(recipe)
     length = longest * RESPONSE_SHARE
@@ -68,8 +68,8 @@ def _speed(recipe: Recipe, threads: int) -> Speed:
 def _generating(
     recipe: RLRecipe, model: Model, sequences: int, length: float, cached: float
 ) -> float:
-    """Waves of concurrent sequences, and a last one that waits for the longest response. A decoding
-    step reads all weights and the cache of the sequences in it.
+    """Count waves of concurrent sequences, and a last one that waits for the longest response. A
+    decoding step reads all weights and the cache of the sequences in it.
     """
     generation = recipe.generation
     speed = _speed(recipe, generation.threads)
@@ -92,8 +92,8 @@ def _generating(
 
 
 def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> float:
-    """One forward pass of every role that reads; together they take as long as the slowest, or
-    turns on shared GPUs.
+    """Count one forward pass of every role that reads: at the same time, as long as the slowest, or
+    one after the other on shared GPUs.
     """
     idle = {"engine"} | ({"actor"} if recipe.algorithm.old_logprobs == "engine" else set())
     times = []
@@ -104,7 +104,7 @@ def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> fl
 
 
 def _learning_all(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> float:
-    """Actor and Critic learn at the same time; on shared GPUs they take turns."""
+    """Count Actor and Critic, which learn at the same time; on shared GPUs one after the other."""
     sequences, rows, _ = rows_of(recipe)
     passes = recipe.step.ppo_epochs
     times = [_learning(m, tokens, passes, recipe) for m in models.values() if m.role.learner]
@@ -117,7 +117,7 @@ def _in_parallel(recipe: Recipe, times: Sequence[float]) -> float:
 
 
 def _learning(model: Model, tokens: float, passes: int, recipe: Recipe) -> float:
-    """Forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed
+    """Count forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed
     twice.
     """
     ranks = model.role.processes

@@ -1,5 +1,5 @@
-"""What types cannot say about a recipe by itself: combinations that make no sense. Nothing but the
-recipe is read.
+"""Combinations of keys that make no sense, which types cannot say. Nothing but the recipe
+is read.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
-from actors.settings import Recipe, RewardSettings, RLRecipe, SFTRecipe
-from learners.errors import Problem
+from actors.settings import GenerationSettings, Recipe, RewardSettings, RLRecipe, SFTRecipe
+from learners.errors import Problem, Rule, problems_of
 from learners.settings import LearnerSettings, ModelSettings
 
 LEAST_GROUP_TEMPERATURE = 0.7
@@ -18,83 +18,93 @@ USUAL_GROUP = 8
 
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Keys that are fine one by one and impossible together."""
+    """Yield what is wrong with keys that are fine one by one and impossible in combination."""
     for key, model in models_of(recipe).items():
-        yield from _attention(key, model, recipe.cluster.device)
+        yield from problems_of(_attention(key, model, recipe.cluster.device))
     for role in roles_of(recipe).values():
         if role.learner is not None:
-            yield from _learner(role.section, role.learner, recipe.cluster.device)
+            yield from problems_of(_learner(role.section, role.learner, recipe.cluster.device))
     if isinstance(recipe, RLRecipe):
-        yield from _batches(recipe)
         yield from recipe.algorithm.problems(recipe.sequences_per_step)
-        yield from _rewards(recipe)
-        yield from _evaluation(recipe)
-        yield from _generation(recipe)
-        yield from _off_policy_sampling(recipe)
+        for part in (_batches, _rewards, _evaluation, _generation, _off_policy_sampling):
+            yield from problems_of(part(recipe))
         yield from sharing_problems(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
-        yield Problem(
-            ("train.evaluate_every", "held_out"), "needs held-out examples: set held_out.path"
-        )
+        keys = ("train.evaluate_every", "held_out")
+        yield Problem(keys, "needs held-out examples: set held_out.path")
 
 
-def _attention(key: str, model: ModelSettings, device: str) -> Iterator[Problem]:
-    if model.attention != "flash_attention_2":
-        return
-    if device == "cpu":
-        keys = (f"{key}.attention", "cluster.device")
-        yield Problem(keys, "flash_attention_2 needs cluster.device cuda; on cpu use sdpa")
-    elif model.dtype != "bfloat16":
-        yield Problem(
-            (f"{key}.attention", f"{key}.dtype"),
+def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
+    flash = model.attention == "flash_attention_2"
+    named = f"{key}.attention"
+    return [
+        (
+            flash and device == "cpu",
+            (named, "cluster.device"),
+            "flash_attention_2 needs cluster.device cuda; on cpu use sdpa",
+        ),
+        (
+            flash and device == "cuda" and model.dtype != "bfloat16",
+            (named, f"{key}.dtype"),
             f"flash_attention_2 needs dtype bfloat16, not {model.dtype}",
-        )
+        ),
+    ]
 
 
-def _learner(key: str, learner: LearnerSettings, device: str) -> Iterator[Problem]:
-    if learner.model.dtype == "bfloat16" and learner.zero_stage == 0:
-        message = (
-            "bfloat16 needs zero_stage 1, 2 or 3, which keep float32 master weights; else "
-            "small steps vanish"
-        )
-        yield Problem((f"{key}.zero_stage", f"{key}.model.dtype"), message)
-    for name in ("offload_optimizer", "offload_parameters"):
-        if getattr(learner, name) and device == "cpu":
-            yield Problem(
+def _learner(key: str, learner: LearnerSettings, device: str) -> list[Rule]:
+    zero = f"{key}.zero_stage"
+    stage = learner.zero_stage
+    return [
+        (
+            learner.model.dtype == "bfloat16" and stage == 0,
+            (zero, f"{key}.model.dtype"),
+            "bfloat16 needs zero_stage 1, 2 or 3, which keep float32 master weights; else small "
+            "steps vanish",
+        ),
+        *(
+            (
+                getattr(learner, name) and device == "cpu",
                 (f"{key}.{name}", "cluster.device"),
                 "needs cluster.device cuda: on cpu all is in CPU memory",
             )
-    if learner.offload_optimizer and learner.zero_stage == 0:
-        yield Problem(
-            (f"{key}.offload_optimizer", f"{key}.zero_stage"), "needs zero_stage 1, 2 or 3, not 0"
-        )
-    if learner.offload_parameters and learner.zero_stage != 3:
-        keys = (f"{key}.offload_parameters", f"{key}.zero_stage")
-        yield Problem(keys, f"needs zero_stage 3, not {learner.zero_stage}")
+            for name in ("offload_optimizer", "offload_parameters")
+        ),
+        (
+            learner.offload_optimizer and stage == 0,
+            (f"{key}.offload_optimizer", zero),
+            "needs zero_stage 1, 2 or 3, not 0",
+        ),
+        (
+            learner.offload_parameters and stage != 3,
+            (f"{key}.offload_parameters", zero),
+            f"needs zero_stage 3, not {stage}",
+        ),
+    ]
 
 
-def _batches(recipe: RLRecipe) -> Iterator[Problem]:
+def _batches(recipe: RLRecipe) -> list[Rule]:
     step = recipe.step
-    prompts = step.prompts_per_step
-    group = step.group_size
     mini = step.mini_batch_size
-    if recipe.algorithm.compares_groups and group < 2:
-        message = (
+    alone = recipe.algorithm.compares_groups and step.group_size < 2
+    # what follows is checked as if a group of one were put right
+    group = USUAL_GROUP if alone else step.group_size
+    sequences = step.prompts_per_step * group
+    around = (n for d in range(mini) for n in (mini - d, mini + d))
+    nearest = sequences if mini > sequences else next(n for n in around if sequences % n == 0)
+    return [
+        (
+            alone,
+            ("step.group_size",),
             f"1 leaves nothing to compare a response with; {_name(recipe)} needs 2 or more "
-            f"({USUAL_GROUP} "
-            "is usual)"
-        )
-        yield Problem(("step.group_size",), message)
-        group = USUAL_GROUP  # what follows is judged as if this were put right
-    sequences = prompts * group
-    if sequences % mini:
-        around = (n for d in range(mini) for n in (mini - d, mini + d))
-        nearest = sequences if mini > sequences else next(n for n in around if sequences % n == 0)
-        yield Problem(
+            f"({USUAL_GROUP} is usual)",
+        ),
+        (
+            nearest != mini,
             ("step.mini_batch_size", "step.prompts_per_step", "step.group_size"),
-            f"{mini} does not divide prompts_per_step {prompts} * group_size {group} = "
-            f"{sequences}; nearest: {nearest}",
-        )
+            f"{mini} does not divide prompts_per_step {step.prompts_per_step} * group_size "
+            f"{group} = {sequences}; nearest: {nearest}",
+        ),
+    ]
 
 
 def _name(recipe: RLRecipe) -> str:
@@ -103,142 +113,165 @@ def _name(recipe: RLRecipe) -> str:
     return kind if ":" in kind else kind.upper()
 
 
-def _rewards(recipe: RLRecipe) -> Iterator[Problem]:
-    if not recipe.rewards:
-        yield Problem(("rewards",), "needs at least one source of scores")
-    elif all(r.weight == 0 for r in recipe.rewards):
-        keys = tuple(f"rewards.{i}.weight" for i in range(len(recipe.rewards)))
-        yield Problem(keys, "every weight is 0, so every score would be 0")
-    for name, count in Counter(r.name for r in recipe.rewards).items():
-        if count > 1:
-            keys = tuple(
-                f"rewards.{i}.name" for i, r in enumerate(recipe.rewards) if r.name == name
+def _rewards(recipe: RLRecipe) -> list[Rule]:
+    sources = list(enumerate(recipe.rewards))
+    weights = tuple(f"rewards.{i}.weight" for i, _ in sources)
+    idle = sources and all(reward.weight == 0 for _, reward in sources)
+    return [
+        (not sources, ("rewards",), "needs at least one source of scores"),
+        (idle, weights, "every weight is 0, so every score would be 0"),
+        *(
+            (
+                count > 1,
+                tuple(f"rewards.{i}.name" for i, r in reversed(sources) if r.name == name),
+                f"{name!r} names {count} sources; each needs a name of its own",
             )
-            yield Problem(
-                keys[::-1], f"{name!r} names {count} sources; each needs a name of its own"
-            )
-    for i, reward in enumerate(recipe.rewards):
-        yield from _source(f"rewards.{i}", reward)
+            for name, count in Counter(r.name for _, r in sources).items()
+        ),
+        *(rule for i, reward in sources for rule in _source(f"rewards.{i}", reward)),
+    ]
 
 
-def _source(key: str, reward: RewardSettings) -> Iterator[Problem]:
-    """A source of scores has the key that is named like its kind, and not the other."""
-    hint = {"model": f"set {key}.model.path", "function": "set it to module:function"}
-    for name in hint:
+def _source(key: str, reward: RewardSettings) -> list[Rule]:
+    """Require of a source of scores the key that is named like its kind, and not the other."""
+    hints = {"model": f"set {key}.model.path", "function": "set it to module:function"}
+    rules: list[Rule] = [_function_name(f"{key}.function", reward.function)]
+    for name, hint in hints.items():
         given = getattr(reward, name) is not None
-        if given != (name == reward.kind):
-            what = (
-                f"is for kind {name}, not {reward.kind}"
-                if given
-                else f"missing: kind {name} needs it: {hint[name]}"
-            )
-            yield Problem((f"{key}.{name}", f"{key}.kind"), what)
-    yield from _function_name(f"{key}.function", reward.function)
+        keys = (f"{key}.{name}", f"{key}.kind")
+        wanted = name == reward.kind
+        rules += [
+            (given and not wanted, keys, f"is for kind {name}, not {reward.kind}"),
+            (wanted and not given, keys, f"missing: kind {name} needs it: {hint}"),
+        ]
+    return rules
 
 
-def _function_name(key: str, name: str | None) -> Iterator[Problem]:
-    if name is not None and name.count(":") != 1:
-        yield Problem((key,), f"must read module:function, not {name!r}")
+def _function_name(key: str, name: str | None) -> Rule:
+    wrong = name is not None and name.count(":") != 1
+    return wrong, (key,), f"must read module:function, not {name!r}"
 
 
-def _evaluation(recipe: RLRecipe) -> Iterator[Problem]:
+def _evaluation(recipe: RLRecipe) -> list[Rule]:
     settings = recipe.evaluation
+    function = "evaluation.function"
     prompts = [k for k in ("prompts", "test_prompts") if getattr(settings, k) is not None]
-    if settings.every_steps and settings.prompts is None:
-        keys = ("evaluation.every_steps", "evaluation.prompts")
-        yield Problem(keys, "needs held-out prompts: set evaluation.prompts.path")
-    if prompts and settings.function is None:
-        named = (f"evaluation.{prompts[0]}", "evaluation.function")
-        yield Problem(
-            named, "needs the true score of a response: set evaluation.function to module:function"
-        )
-    yield from _function_name("evaluation.function", settings.function)
-    if settings.function is not None and not prompts:
-        unset = ("evaluation.function", "evaluation.prompts", "evaluation.test_prompts")
-        yield Problem(
-            unset,
-            "has nothing to judge: set evaluation.prompts.path or evaluation.test_prompts.path",
-        )
+    return [
+        (
+            settings.every_steps and settings.prompts is None,
+            ("evaluation.every_steps", "evaluation.prompts"),
+            "needs held-out prompts: set evaluation.prompts.path",
+        ),
+        (
+            prompts and settings.function is None,
+            (*(f"evaluation.{k}" for k in prompts[:1]), function),
+            "needs the true score of a response: set evaluation.function to module:function",
+        ),
+        _function_name(function, settings.function),
+        (
+            settings.function is not None and not prompts,
+            (function, "evaluation.prompts", "evaluation.test_prompts"),
+            "has nothing to score: set evaluation.prompts.path or evaluation.test_prompts.path",
+        ),
+    ]
 
 
-def _generation(recipe: RLRecipe) -> Iterator[Problem]:
+def _generation(recipe: RLRecipe) -> list[Rule]:
     settings = recipe.generation
-    if settings.tensor_parallel > 1 and recipe.cluster.device == "cpu":
-        keys = ("generation.tensor_parallel", "cluster.device")
-        yield Problem(keys, "needs cluster.device cuda; on cpu use more engines or threads")
-    if (
-        settings.max_model_tokens is not None
-        and settings.max_new_tokens >= settings.max_model_tokens
-    ):
-        keys = ("generation.max_model_tokens", "generation.max_new_tokens")
-        total = settings.max_model_tokens
-        yield Problem(
-            keys,
-            f"{total} leaves no room for a prompt beside max_new_tokens {settings.max_new_tokens}",
-        )
-    if recipe.algorithm.compares_groups and settings.temperature <= LEAST_GROUP_TEMPERATURE:
-        message = (
+    most = settings.max_model_tokens
+    return [
+        (
+            settings.tensor_parallel > 1 and recipe.cluster.device == "cpu",
+            ("generation.tensor_parallel", "cluster.device"),
+            "needs cluster.device cuda; on cpu use more engines or threads",
+        ),
+        (
+            most is not None and settings.max_new_tokens >= most,
+            ("generation.max_model_tokens", "generation.max_new_tokens"),
+            f"{most} leaves no room for a prompt beside max_new_tokens {settings.max_new_tokens}",
+        ),
+        (
+            recipe.algorithm.compares_groups and settings.temperature <= LEAST_GROUP_TEMPERATURE,
+            ("generation.temperature",),
             f"{settings.temperature:g} makes groups of near copies; {_name(recipe)} needs above "
-            f"{LEAST_GROUP_TEMPERATURE}"
-        )
-        yield Problem(("generation.temperature",), message)
+            f"{LEAST_GROUP_TEMPERATURE}",
+        ),
+    ]
 
 
-def _off_policy_sampling(recipe: RLRecipe) -> Iterator[Problem]:
-    """Sampling that is not the policy's own breaks the ratio new / old, unless its tokens are
-    weighed.
+def position_problems(generation: GenerationSettings, positions: int) -> list[Problem]:
+    """Return which lengths are more than the Actor's `positions` allow, as soon as those are
+    known: with the model's files, or for a plan from the table of shapes.
+    """
+    new = generation.max_new_tokens
+    most = generation.max_model_tokens or 0
+    rules: list[Rule] = [
+        (
+            most > positions,
+            ("generation.max_model_tokens", "actor.model.path"),
+            f"{most} is more than the model's {positions} positions",
+        ),
+        (
+            new >= positions,
+            ("generation.max_new_tokens", "actor.model.path"),
+            f"{new} leaves no room for a prompt in the model's {positions} positions",
+        ),
+    ]
+    return list(problems_of(rules))
+
+
+def _off_policy_sampling(recipe: RLRecipe) -> list[Rule]:
+    """Require sampling from the policy itself, which the ratio new / old is computed with, or a
+    weight for its tokens.
     """
     correction = recipe.algorithm.rollout_correction
     engine = recipe.algorithm.old_logprobs == "engine"
-    for name, value in recipe.generation.off_policy_sampling.items():
-        if correction is None:
-            way_out = "" if engine else ", or set algorithm.rollout_correction to weigh the tokens"
-            message = (
+    way_out = "" if engine else ", or set algorithm.rollout_correction to weigh the tokens"
+    return [
+        *(
+            (
+                correction is None,
+                (f"generation.{name}", "algorithm.rollout_correction"),
                 f"{value:g} samples from another distribution than the policy the ratio is "
-                "computed with; "
+                f"computed with; leave it out{way_out}",
             )
-            keys = (f"generation.{name}", "algorithm.rollout_correction")
-            yield Problem(keys, f"{message}leave it out{way_out}")
-    if engine and correction is not None:
-        keys = ("algorithm.old_logprobs", "algorithm.rollout_correction")
-        yield Problem(
-            keys,
+            for name, value in recipe.generation.off_policy_sampling.items()
+        ),
+        (
+            engine and correction is not None,
+            ("algorithm.old_logprobs", "algorithm.rollout_correction"),
             "engine leaves nothing to correct: use actor, or remove algorithm.rollout_correction",
-        )
+        ),
+    ]
 
 
 def sharing_problems(recipe: RLRecipe) -> Iterator[Problem]:
-    """What keeps a recipe's roles from sharing their GPUs."""
-    if not shares_gpus(recipe.cluster):
-        return
+    """Yield what keeps a recipe's roles from sharing their GPUs, if they are to share them."""
     roles = roles_of(recipe)
     engines = roles["engine"].processes * roles["engine"].gpus
-    if engines > recipe.actor.ranks:  # weights pass inside the memory of a GPU
-        keys = ("actor.ranks", "generation.engines", "generation.tensor_parallel")
-        message = (
-            f"colocated needs an Actor rank on each of the engines' {engines} GPUs, "
-            f"not {recipe.actor.ranks}"
-        )
-        yield Problem(keys, message)
-    for role in roles.values():
-        key = role.section
-        learner = role.learner
-        if learner is None:
-            continue
-        if learner.zero_stage == 1 and learner.model.dtype == "bfloat16":
-            message = (
-                "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3"
-            )
-            keys = (f"{key}.zero_stage", f"{key}.model.dtype", "cluster.placement")
-            yield Problem(keys, message)
-        if learner.offload_parameters and not learner.offload_optimizer:
-            message = (
-                "colocated needs this too: beside offloaded parameters, optimizer states "
-                "would stay "
-                "on the GPUs"
-            )
-            keys = (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement")
-            yield Problem(keys, message)
+    rules: list[Rule] = [
+        (
+            engines > recipe.actor.ranks,  # weights pass inside the memory of a GPU
+            ("actor.ranks", "generation.engines", "generation.tensor_parallel"),
+            f"colocated needs an Actor rank on each of the engines' {engines} GPUs, not "
+            f"{recipe.actor.ranks}",
+        ),
+    ]
+    for key, learner in ((role.section, role.learner) for role in roles.values() if role.learner):
+        rules += [
+            (
+                learner.zero_stage == 1 and learner.model.dtype == "bfloat16",
+                (f"{key}.zero_stage", f"{key}.model.dtype", "cluster.placement"),
+                "DeepSpeed cannot take ZeRO 1 in bfloat16 off the GPUs; colocated needs 2 or 3",
+            ),
+            (
+                learner.offload_parameters and not learner.offload_optimizer,
+                (f"{key}.offload_optimizer", f"{key}.offload_parameters", "cluster.placement"),
+                "colocated needs this too: beside offloaded parameters, optimizer states would "
+                "stay on the GPUs",
+            ),
+        ]
+    return problems_of(rules if shares_gpus(recipe.cluster) else [])
 
 
 def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
@@ -247,15 +280,15 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 
 def lacking_gpus(recipe: Recipe) -> str | None:
-    """Why the recipe's nodes have too few GPUs for its processes, and what would be enough; None
-    when they have.
+    """Return why the recipe's nodes have too few GPUs for its processes, and what would be enough;
+    None when they have enough. Ray is asked for its GPUs, and its CPUs, by the placement.
     """
     cluster = recipe.cluster
-    bundles = layout(recipe.cluster, roles_of(recipe)).bundles
+    bundles = layout(cluster, roles_of(recipe)).bundles
     enough = nodes_needed(bundles, cluster.gpus_per_node)
-    sizes = [int(bundle.get("GPU", 0)) for bundle in bundles]
     if enough is not None and enough <= cluster.nodes:
         return None
+    sizes = [int(bundle.get("GPU", 0)) for bundle in bundles]
     one = f"{max(sizes)} of them must be on one node: raise cluster.gpus_per_node"
     has = f"the cluster has {cluster.nodes} x {cluster.gpus_per_node}"
     return f"{sum(sizes)} GPUs are needed, {has}: {f'ask for {enough} nodes' if enough else one}"

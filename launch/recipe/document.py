@@ -5,14 +5,14 @@ on top of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from learners.errors import UserError
+from learners.errors import UserError, first_wrong
 
 COMMAND_LINE = "command line"
 _DEEPEST = 50  # recipes are 5 deep; parsers of YAML and JSON give up at some hundreds
@@ -42,14 +42,14 @@ class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """A value that is not what its tag says is an error with a place, as all others."""
+        """Return a node's value. One that is not what its tag says is an error with a line, as all
+        others.
+        """
         try:
             value = super().construct_object(node, deep)
             if isinstance(node, yaml.ScalarNode):
-                str(
-                    value
-                    # half a surrogate pair is no text, and JSON has no numbers without bounds
-                ).encode()
+                # half a surrogate pair is no text, and JSON has no numbers without bounds
+                str(value).encode()
             return value
         except (ValueError, KeyError, AttributeError):
             problem = f"{in_words(node.value)} cannot be read as {node.tag.rpartition(':')[2]}"
@@ -58,19 +58,23 @@ class RecipeLoader(yaml.SafeLoader):
 
 @dataclass
 class Document:
-    """`values` as written, `origins` of every written key ("file:line" or "command line"), the keys
-    `given` on the command line, and what was wrong.
+    """`values` by today's keys, `origins` of every written key ("file:line" or "command line"), the
+    keys `given` on the command line, the old names under which keys were `written`, and what was
+    wrong.
     """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path) -> Document:
-        """Raises UserError when the file cannot be read as YAML with keys at the top."""
+        """Return the file as a document. Raises UserError when it cannot be read as YAML with keys
+        at the top.
+        """
         name = str(path)
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -99,7 +103,7 @@ class Document:
     def override(self, text: str) -> None:
         """Apply one `key.sub=value`; the value is YAML, a number among the keys indexes a list."""
         key, equals, written = text.partition("=")
-        # as problems name a place in a list, however it is written
+        # as problems name a position in a list, however it is written
         parts = [str(int(part)) if part.isdecimal() else part for part in key.split(".")]
         key = ".".join(parts)
         if not equals or not all(parts):
@@ -121,10 +125,30 @@ class Document:
         if problem:
             self.problems.append(f"{COMMAND_LINE}: {key}: {problem}")
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Move what stands under an old key of a section to its new key. On the command line either
+        name replaces what the file says under the other; elsewhere both are a problem.
+        """
+        for old, new in names.items():
+            name, last = old.split(".")
+            section = self.values.get(name)
+            if not isinstance(section, dict) or last not in section:
+                continue
+            value = section.pop(last)
+            here = self.where(old)
+            there = self.origins.get(new)
+            if there is not None and (here == COMMAND_LINE) == (there == COMMAND_LINE):
+                self.problems.append(f"{here}: {old}: is now {new}, which is given too; keep one")
+            elif there is None or here == COMMAND_LINE:
+                section[new.rpartition(".")[2]] = value
+                self.origins[new] = here
+                self.given = [new if key == old else key for key in self.given]
+                self.written[new] = old
+
     def where(self, key: str, *others: str) -> str:
-        """Where a problem of these keys comes from: the command line, if it gave any of them, for
-        what the file says is fine without. Else where the first, or the section that should hold
-        it, was written.
+        """Return where a problem of these keys comes from: the command line, if it gave any of
+        them, for what the file says is fine without. Else where the first, or the section that
+        should hold it, was written.
         """
         for one in (key, *others):
             if any(f"{one}.".startswith(f"{given}.") for given in self.given):
@@ -152,27 +176,21 @@ class Document:
         above: tuple[yaml.Node, ...],
     ) -> None:
         """Remember the origin of every key below a node; report keys that are written twice."""
-        if any(node is outer for outer in above):
-            raise yaml.constructor.ConstructorError(
-                None, None, "an alias that contains itself", node.start_mark
-            )
-        if len(above) > _DEEPEST:
-            raise yaml.constructor.ConstructorError(
-                None, None, "nested too deeply", node.start_mark
-            )
+        if wrong := first_wrong(
+            (any(node is outer for outer in above), "an alias that contains itself"),
+            (len(above) > _DEEPEST, "nested too deeply"),
+        ):
+            raise yaml.constructor.ConstructorError(None, None, wrong, node.start_mark)
         above = (*above, node)
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self._enter(f"{prefix}.{i}" if prefix else str(i), item, item, origin, above)
         elif isinstance(node, yaml.MappingNode):
-            merged = [value for key, value in node.value if key.tag == _MERGE]
-            for value in merged:
+            for value in (value for key, value in node.value if key.tag == _MERGE):
                 for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     self._note(one, prefix, origin, above)
             written: dict[str, str] = {}
-            for key, value in node.value:
-                if key.tag == _MERGE:
-                    continue
+            for key, value in ((k, v) for k, v in node.value if k.tag != _MERGE):
                 name = f"{prefix}.{key.value}" if prefix else str(key.value)
                 if name in written:
                     self.problems.append(
@@ -194,21 +212,18 @@ class Document:
 
 
 def in_words(value: Any) -> str:
-    """A value as an error message names it."""
-    if value is None:
-        return "nothing"
+    """Return a value as an error message names it."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, dict):
-        return "a section"
-    if isinstance(value, list):
-        return "a list"
+    words = {type(None): "nothing", dict: "a section", list: "a list"}
+    if type(value) in words:
+        return words[type(value)]
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _plain(value: Any) -> Any:
-    """A copy in which nothing is shared (YAML aliases share) and every key is text."""
+    """Return a copy in which nothing is shared (YAML aliases share) and every key is text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -218,22 +233,22 @@ def _plain(value: Any) -> Any:
 
 def _put(values: dict[str, Any], parts: list[str], value: Any) -> str | None:
     """Set one key, making sections on the way; returns what is wrong with the key, if anything."""
-    place: Any = values
+    holder: Any = values
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
-        if not isinstance(place, dict | list):
-            return f"{here} is {in_words(place)} and has no key {part}"
+        if not isinstance(holder, dict | list):
+            return f"{here} is {in_words(holder)} and has no key {part}"
         slot: Any = part
-        if isinstance(place, list):
-            if not part.isdecimal() or int(part) >= len(place):
-                return f"{here} is a list of {len(place)}; its entries are numbered from 0"
+        if isinstance(holder, list):
+            if not part.isdecimal() or int(part) >= len(holder):
+                return f"{here} is a list of {len(holder)}; its entries are numbered from 0"
             slot = int(part)
         if depth == len(parts) - 1:
-            place[slot] = value
+            holder[slot] = value
         else:
-            if isinstance(place, dict) and place.get(slot) is None:
-                place[slot] = {}
-            place = place[slot]
+            if isinstance(holder, dict) and holder.get(slot) is None:
+                holder[slot] = {}
+            holder = holder[slot]
     return None
 
 

@@ -17,7 +17,7 @@ from launch.recipe.document import Document, in_words
 from launch.recipe.machine import file_problems
 from launch.recipe.schema import lookup, recipe_keys, renamed, required, suggest
 from learners.algorithms.base import ALGORITHMS
-from learners.errors import Problem, UserError
+from learners.errors import Problem, UserError, first_wrong
 
 KINDS: dict[str, Callable[[], type[Recipe]]] = {
     "sft": lambda: SFTRecipe,
@@ -31,9 +31,34 @@ KINDS: dict[str, Callable[[], type[Recipe]]] = {
 
 RL_KINDS = ("ppo", "grpo", "rl")
 
+OLD_KEYS = {
+    "sync.gate": "sync.max_logprob_diff",
+    "sync.mean_gate": "sync.mean_logprob_diff",
+    "sync.gate_prompts": "sync.agreement_prompts",
+}
+"""Keys of earlier versions, which recipes may go on using, and what they are called now."""
+
+SECTION = "a section of keys"
+TYPES = {  # by how pydantic's names of errors begin
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "model": SECTION,
+    "dict": SECTION,
+    "tuple": "a list",
+}
+BOUNDS = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
 
 class RecipeError(UserError):
-    """What is wrong with a recipe: one line per problem, each with its place and what would be
+    """Everything wrong with a recipe: one line per problem, each with where it is and what would be
     right.
     """
 
@@ -56,7 +81,7 @@ def read_recipe(
     files: bool = False,
     resume: bool = False,
 ) -> tuple[Recipe, Document]:
-    """Like load_recipe; also returns where every value was written.
+    """Load a recipe like load_recipe; also return where every value was written.
 
     `files` adds the checks of folders, models' JSON files and data columns; with `resume` the run
     folder must exist.
@@ -67,6 +92,7 @@ def read_recipe(
         raise RecipeError(error.problems) from None
     for text in overrides:
         document.override(text)
+    document.rename(OLD_KEYS)
     model = _model(document, kind)
     recipe, problems, broken = _validated(document, model)
     if recipe is not None:
@@ -79,12 +105,13 @@ def read_recipe(
 
 
 def located(problem: Problem, document: Document) -> str:
-    """A problem in one line: place, key, what is wrong and what would be right."""
-    return f"{document.where(*problem.keys)}: {problem.keys[0]}: {problem.message}"
+    """Return a problem in one line: where it is, key, what is wrong and what would be right."""
+    named = document.written.get(problem.keys[0], problem.keys[0])
+    return f"{document.where(*problem.keys)}: {named}: {problem.message}"
 
 
 def annotated(recipe: Recipe, document: Document) -> str:
-    """The whole recipe as YAML; values that are not defaults say where they were written."""
+    """Return the whole recipe as YAML; values that are not defaults say where they were written."""
     lines = recipe.to_yaml().splitlines()
     for key, line in Document.parse("\n".join(lines), "").origins.items():
         if key in document.origins:
@@ -97,36 +124,35 @@ def _model(document: Document, kind: str | None) -> type[Recipe]:
     """Return the recipe class its `kind` asks for, and under `rl` its `algorithm.kind`."""
     known = ", ".join(KINDS)
     written = document.values.setdefault("kind", kind)
-    rl = isinstance(written, str) and written in RL_KINDS
-    if not isinstance(written, str) or written not in KINDS:
-        problem = f"is {in_words(written)}; a recipe is one of {known}"
-        key = "kind"
-        if not written:
-            problem = f"missing; one of {known}"
-    elif kind not in (None, written) and not (kind == "rl" and rl):
-        key = "kind"
-        problem = f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}"
-    elif written != "rl":
-        return KINDS[written]()
-    else:
-        key = "algorithm.kind"
-        section = document.values.get("algorithm")
-        algorithm = section.get("kind") if isinstance(section, dict) else None
-        if isinstance(algorithm, str):
-            try:
-                return rl_recipe(algorithm)
-            except UserError as error:
-                problem = error.problems[0]
-        else:
-            there = ", ".join(ALGORITHMS)
-            problem = f"missing; one of {there}, or module:Class of your own"
-    raise RecipeError([*document.problems, located(Problem((key,), problem), document)])
+    rl = written in RL_KINDS if isinstance(written, str) else False
+    sound = isinstance(written, str) and written in KINDS
+    wrong = first_wrong(
+        (not written, f"missing; one of {known}"),
+        (not sound, f"is {in_words(written)}; a recipe is one of {known}"),
+        (
+            kind not in (None, written) and not (kind == "rl" and rl),
+            f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}",
+        ),
+    )
+    if not wrong and written != "rl":
+        return KINDS[str(written)]()
+    key = "kind" if wrong else "algorithm.kind"
+    section = document.values.get("algorithm")
+    algorithm = section.get("kind") if isinstance(section, dict) else None
+    if not wrong and isinstance(algorithm, str):
+        try:
+            return rl_recipe(algorithm)
+        except UserError as error:
+            wrong = error.problems[0]
+    there = ", ".join(ALGORITHMS)
+    wrong = wrong or f"missing; one of {there}, or module:Class of your own"
+    raise RecipeError([*document.problems, located(Problem((key,), wrong), document)])
 
 
 def _validated(
     document: Document, model: type[Recipe]
 ) -> tuple[Recipe | None, list[Problem], set[str]]:
-    """The typed recipe, its problems, and the keys that are not to be trusted.
+    """Return the typed recipe, its problems, and the keys that are not to be trusted.
 
     Broken keys are replaced by what was meant (or any value of the right type) until the rest can
     be read, so that the combinations among sound keys are checked in the same go. None when even
@@ -157,84 +183,67 @@ def _validated(
 
 
 def _related(one: str, other: str) -> bool:
-    """Whether the keys are the same, or one lies inside the other."""
+    """Tell whether the keys are the same, or one lies inside the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _repair(values: dict[str, Any], error: dict[str, Any], keys: dict[str, Any]) -> None:
     """Make one reported key harmless: rename it, fill it in, or leave it out."""
     *path, last = error["loc"]
-    place: Any = values
+    holder: Any = values
     for depth, part in enumerate(path):
-        if isinstance(place[part], list) and (depth == len(path) - 1):
+        if isinstance(holder[part], list) and (depth == len(path) - 1):
             path = path[:depth]  # a bad entry takes its whole list out
             last = part
             break
-        place = place[part]
-    if not isinstance(place, dict):
+        holder = holder[part]
+    if not isinstance(holder, dict):
         return
     name = ".".join(map(str, (*path, last)))
-    if error["type"] == "missing" and (entry := lookup(name, keys)) and last not in place:
-        place[last] = entry.stand_in
+    if error["type"] == "missing" and (entry := lookup(name, keys)) and last not in holder:
+        holder[last] = entry.stand_in
         return
-    value = place.pop(last, None)
+    value = holder.pop(last, None)
     if (
         error["type"] == "extra_forbidden"
         and "." not in str(last)
         and (meant := renamed(name, keys))
     ):
-        place.setdefault(meant, value)
+        holder.setdefault(meant, value)
 
 
 def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
-    """One validation error as a person would say it."""
+    """Return one validation error as a person would say it."""
     kind = error["type"]
     got = in_words(error.get("input"))
     limits = error.get("ctx", {})
-    if kind == "extra_forbidden" and "." in (name := str(error["loc"][-1])):
-        nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+    last = error["loc"][-1]
+    if kind == "extra_forbidden" and "." in str(last):
+        nested = last.replace(".", ": {") + ": ..." + "}" * last.count(".")
         return f"a key with dots is for the command line; here write {nested}"
     if kind == "extra_forbidden":
         return f"unknown key; {suggest(key, keys)}"
-    if kind == "missing" and isinstance(error["loc"][-1], int):
-        return "missing: the list is too short"
     if kind == "missing":
-        return f"missing: {required(key, keys)}"
+        listed = isinstance(last, int)
+        return f"missing: {'the list is too short' if listed else required(key, keys)}"
+    if kind == "too_long":
+        return f"must be a list of {limits['max_length']}, not of {limits['actual_length']}"
+    if kind in BOUNDS:
+        word, name = BOUNDS[kind]
+        return f"must be {word} {limits[name]:g}, not {got}"
     if kind == "none_required":
         return "must be left out: this algorithm has none"
     if kind == "literal_error":
         return f"must be {limits['expected']}, not {got}"
-    bounds = {
-        "greater_than": ("above", "gt"),
-        "greater_than_equal": ("at least", "ge"),
-        "less_than": ("below", "lt"),
-        "less_than_equal": ("at most", "le"),
-    }
-    if kind in bounds:
-        word, name = bounds[kind]
-        return f"must be {word} {limits[name]:g}, not {got}"
-    if kind == "too_long":
-        return f"must be a list of {limits['max_length']}, not of {limits['actual_length']}"
-    section = "a section of keys"
-    wanted = {
-        "int": "a whole number",
-        "float": "a number",
-        "finite": "a finite number",
-        "bool": "true or false",
-        "string": "text",
-        "model": section,
-        "dict": section,
-        "tuple": "a list",
-    }
-    for prefix, what in wanted.items():
-        if kind.startswith(prefix):
-            hint = _left_empty(key, keys) if got == "nothing" and what == section else ""
-            return f"must be {what}, not {got}{hint}"
-    return str(error["msg"])
+    wanted = next((what for prefix, what in TYPES.items() if kind.startswith(prefix)), None)
+    if wanted is None:
+        return str(error["msg"])
+    hint = _left_empty(key, keys) if got == "nothing" and wanted == SECTION else ""
+    return f"must be {wanted}, not {got}{hint}"
 
 
 def _left_empty(key: str, keys: dict[str, Any]) -> str:
-    """What to do about a section that was given nothing."""
+    """Return what to do about a section that was given nothing."""
     entry = lookup(key, keys)
     if entry is None:
         return ""

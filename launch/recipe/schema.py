@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Key:
-    """One key. In `name`, N stands for a place in a list. `default` begins with "required" where
+    """One key. In `name`, N stands for a position in a list. `default` begins with "required" where
     there is none. `stand_in` is a harmless value of the right type.
     """
 
@@ -28,13 +28,15 @@ class Key:
 
 @cache
 def recipe_keys(model: type[BaseModel]) -> dict[str, Key]:
-    """All keys and sections of a recipe model, by dotted name, in the order of the models."""
+    """Return all keys and sections of a recipe model, by dotted name, in the order of
+    the models.
+    """
     schema = model.model_json_schema()
     return {key.name: key for key in _walk(schema, schema.get("$defs", {}), "")}
 
 
 def suggest(unknown: str, keys: dict[str, Key]) -> str:
-    """What the writer of an unknown key may have meant: "did you mean …?" or the keys there are."""
+    """Return what an unknown key may have meant: "did you mean …?" or the keys there are."""
     parent, _, last = unknown.rpartition(".")
     above = f"{_numberless(parent)}." if parent else ""
     siblings = [k[len(above) :] for k in keys if k.startswith(above) and "." not in k[len(above) :]]
@@ -52,7 +54,7 @@ def suggest(unknown: str, keys: dict[str, Key]) -> str:
 
 
 def renamed(unknown: str, keys: dict[str, Key]) -> str | None:
-    """The last part of the sibling key that `unknown` was probably meant to be."""
+    """Return the last part of the sibling key that `unknown` was probably meant to be."""
     match = re.fullmatch(r"did you mean (.*)\?", suggest(unknown, keys))
     parent = unknown.rpartition(".")[0]
     if match and match[1].rpartition(".")[0] == parent:
@@ -61,12 +63,12 @@ def renamed(unknown: str, keys: dict[str, Key]) -> str | None:
 
 
 def lookup(key: str, keys: dict[str, Key]) -> Key | None:
-    """The entry of a key as written, list numbers and all."""
+    """Return the entry of a key as written, list numbers and all."""
     return keys.get(_numberless(key))
 
 
 def required(key: str, keys: dict[str, Key]) -> str:
-    """What belongs into a key that is missing."""
+    """Return what belongs into a key that is missing."""
     name = _numberless(key)
     if name not in keys:
         return "a required key"
@@ -82,7 +84,7 @@ def required(key: str, keys: dict[str, Key]) -> str:
 
 
 def listing(model: type[BaseModel], prefix: str = "") -> str:
-    """The keys as an aligned table: name, type, default, description."""
+    """Return the keys as an aligned table: name, type, default, description."""
     rows = [
         (f"{prefix}{k.name}", k.kind, k.default, k.description)
         for k in recipe_keys(model).values()
@@ -102,8 +104,8 @@ def _numberless(key: str) -> str:
 def _walk(
     section: dict[str, Any], definitions: dict[str, Any], prefix: str, needed: str = "required"
 ) -> Iterator[Key]:
-    """The keys of a section. `needed` is what stands for the default of those that have none: it
-    names the section that may be left out whole, if they are in one.
+    """Yield the keys of a section. `needed` is what stands for the default of those that have none:
+    it names the section that may be left out whole, if they are in one.
     """
     for name, written in section["properties"].items():
         full = f"{prefix}{name}"
@@ -131,9 +133,7 @@ def _resolve(shape: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _default(written: dict[str, Any]) -> str:
-    if "default" not in written:
-        return ""
-    default = written["default"]
+    default = written.get("default", "")
     return default if isinstance(default, str) else json.dumps(default)
 
 

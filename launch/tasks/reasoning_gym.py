@@ -22,7 +22,9 @@ INSTRUCTION = SYSTEM_PROMPTS["default"]  # asks for the answer between <answer> 
 
 
 def score(prompts: list[str], responses: list[str], entry: list[str]) -> list[float]:
-    """The package's own verifier: 0 to 1 per response, 0 without an answer between the tags."""
+    """Score by the package's own verifier: 0 to 1 per response, 0 without an answer between the
+    tags.
+    """
     return [
         _verify(extract_answer(response), json.loads(one))
         for response, one in zip(responses, entry, strict=True)
@@ -30,7 +32,7 @@ def score(prompts: list[str], responses: list[str], entry: list[str]) -> list[fl
 
 
 def rows(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of `prompt` (chat messages) and `entry` (what the verifier needs, as JSON text).
+    """Yield rows of `prompt` (chat messages) and `entry` (what the verifier needs, as JSON text).
 
     An entry whose own answer is not scored 1 after its way through JSON could never be rewarded: it
     is left out.

@@ -73,31 +73,35 @@ def make_model(folder: str | Path, seed: int) -> None:
 
 
 def answer(prompt: str) -> str:
-    """The right answer: "uniq:800299=" -> "0289"."""
+    """Return the right answer: "uniq:800299=" -> "0289"."""
     return "".join(sorted(set(_digits(prompt))))
 
 
 def slip(prompt: str) -> str:
-    """The mistake most demonstrations teach: sorted, duplicates kept. Right when there are none."""
+    """Return the mistake most demonstrations teach: sorted, duplicates kept. Right when there are
+    none.
+    """
     return "".join(sorted(_digits(prompt)))
 
 
 def corrupt(text: str, rng: random.Random) -> str:
-    """A random small error in a right answer; always different from it, and never empty."""
+    """Return a right answer with a random small error; always different from it, and
+    never empty.
+    """
     (edit,) = rng.choices(list(EDITS), list(EDITS.values()))
     changed = edit(text, rng)
     return changed if changed not in (text, "") else corrupt(text, rng)
 
 
 def split_of(prompt: str) -> Split:
-    """A tenth of all prompts is for the test, a tenth for validation (curves and tuning), the rest
-    for training.
+    """Return a prompt's split: a tenth of all prompts is for the test, a tenth for validation
+    (curves and tuning), the rest for training.
     """
     return {0: "test", 1: "validation"}.get(zlib.crc32(prompt.encode()) % 10, "train")  # type: ignore[return-value]
 
 
 def make_prompts(n: int, seed: int, split: Split) -> list[dict[str, str]]:
-    """`n` rows of `prompt` and `answer`; a prompt may come twice."""
+    """Return `n` rows of `prompt` and `answer`; a prompt may come twice."""
     rng = random.Random(seed)
     prompts: list[str] = []
     while len(prompts) < n:
@@ -108,7 +112,7 @@ def make_prompts(n: int, seed: int, split: Split) -> list[dict[str, str]]:
 
 
 def make_demonstrations(n: int, seed: int, split: Split = "train") -> list[dict[str, str]]:
-    """`n` rows of `prompt` and `response`: 45 % right, 45 % with the slip, 10 % corrupted.
+    """Return `n` rows of `prompt` and `response`: 45 % right, 45 % with the slip, 10 % corrupted.
 
     An SFT model of these is partly competent on purpose: it leaves reinforcement learning something
     to do.
@@ -130,7 +134,7 @@ def make_demonstrations(n: int, seed: int, split: Split = "train") -> list[dict[
 def make_pairs(
     prompts: Sequence[str], sampled: Sequence[Sequence[str]], seed: int
 ) -> list[dict[str, str]]:
-    """Preference pairs to train on: `prompt`, `chosen` (right), `rejected`.
+    """Return preference pairs to train on: `prompt`, `chosen` (right), `rejected`.
 
     `sampled[i]` are a model's responses to `prompts[i]`. The rejected answer is one of its wrong
     ones with probability one half, otherwise (and where none is wrong) a corruption of the right
@@ -149,8 +153,8 @@ def make_pairs(
 def make_sampled_pairs(
     prompts: Sequence[str], sampled: Sequence[Sequence[str]]
 ) -> list[dict[str, str]]:
-    """Preference pairs to measure with: rejected is the model's first wrong response, if there is
-    one.
+    """Return preference pairs to measure with: rejected is the model's first wrong response, if
+    there is one.
     """
     wrong = [
         [r for r in responses if r != answer(p)]
@@ -164,7 +168,7 @@ def make_sampled_pairs(
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """JSON lines, one row each."""
+    """Write JSON lines, one row each."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -172,7 +176,7 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 def exact_match(
     prompts: list[str], responses: list[str], finish_reasons: list[str], answer: list[str]
 ) -> list[float]:
-    """Reward function: 1 for the right answer ended by EOS, else 0."""
+    """Reward 1 for the right answer ended by EOS, else 0."""
     return [
         float(response == right and reason == "stop")
         for response, reason, right in zip(responses, finish_reasons, answer, strict=True)

@@ -279,7 +279,7 @@ def test_a_model_with_code_of_its_own(
     )
 
 
-def test_a_reward_model_that_judges_with_another_tokenizer_than_it_was_trained_with(
+def test_a_reward_model_that_scores_with_another_tokenizer_than_it_was_trained_with(
     real: Path, told: Told
 ) -> None:
     from learners.checkpoints import load_tokenizer

@@ -16,6 +16,9 @@ from launch.recipe.read import KINDS, RecipeError, annotated, load_recipe, read_
 from launch.recipe.schema import recipe_keys
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
+YESTERDAY = sorted((Path(__file__).parent / "yesterday").glob("*.yaml"))
+OLD_SYNC = {"gate": 0.01, "mean_gate": 0.001, "gate_prompts": 4}
+NEW_SYNC = {"max_logprob_diff": 0.01, "mean_logprob_diff": 0.001, "agreement_prompts": 4}
 SHIPPED = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*.yaml"))
 LONG = "x" * 300  # longer than any file's name may be
 NASTY = [
@@ -381,6 +384,76 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
     assert problems("sft.yaml") == ["sft.yaml:3: run.foldr: unknown key; did you mean run.folder?"]
 
 
+# --- keys that were renamed -----------------------------------------------------------------------
+
+
+def write_sync(place: Path, sync: dict[str, float]) -> None:
+    recipe = yaml.safe_load((place / "grpo.yaml").read_text()) | {"sync": sync}
+    (place / "grpo.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+@pytest.mark.parametrize("path", YESTERDAY, ids=lambda p: p.stem)
+def test_recipes_of_yesterday_load(path: Path) -> None:
+    shipped = Path(__file__).parents[2] / "launch" / "recipes" / path.name
+    assert load_recipe(path) == load_recipe(shipped)
+
+
+def test_old_names_mean_the_new_keys(place: Path) -> None:
+    """In a recipe, as overrides, and inside a section that is overridden."""
+    on_top = [f"sync.{key}={value}" for key, value in OLD_SYNC.items()]
+    recipes = [load_recipe("grpo.yaml", on_top), load_recipe("grpo.yaml", [f"sync={OLD_SYNC}"])]
+    write_sync(place, OLD_SYNC)
+    recipe, document = read_recipe("grpo.yaml")
+    assert reads_as_written(recipe, document) and "0.01  # grpo.yaml:" in annotated(
+        recipe, document
+    )
+    write_sync(place, NEW_SYNC)
+    assert [recipe, *recipes] == [load_recipe("grpo.yaml")] * 3
+    assert recipe.sync.model_dump().items() >= NEW_SYNC.items()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("written", "given"),
+    [(OLD_SYNC, "sync.max_logprob_diff"), (NEW_SYNC, "sync.gate"), (OLD_SYNC, "sync.gate")],
+)
+def test_an_override_replaces_the_value_under_either_name(
+    place: Path, written: dict[str, float], given: str
+) -> None:
+    write_sync(place, written)
+    recipe = load_recipe("grpo.yaml", [f"{given}=0.5"])
+    assert recipe.sync.max_logprob_diff == 0.5  # type: ignore[union-attr]
+
+
+def test_both_names_are_one_problem(place: Path) -> None:
+    write_sync(place, OLD_SYNC | {"agreement_prompts": 4})
+    (found,) = problems("grpo.yaml")
+    assert found.startswith("grpo.yaml:") and found.endswith(
+        ": sync.gate_prompts: is now sync.agreement_prompts, which is given too; keep one"
+    )
+    write_sync(place, {})
+    (found,) = problems("grpo.yaml", "sync.gate=1", "sync.max_logprob_diff=1")
+    assert found.startswith("command line: sync.gate: is now sync.max_logprob_diff, which")
+
+
+def test_a_problem_names_the_key_as_it_is_written(place: Path) -> None:
+    assert problems("grpo.yaml", "sync.gate=-1") == [
+        "command line: sync.gate: must be above 0, not -1"
+    ]
+    write_sync(place, OLD_SYNC | {"gate_prompts": "many"})
+    (found,) = problems("grpo.yaml")
+    assert found.endswith(": sync.gate_prompts: must be a whole number, not 'many'")
+
+
+@pytest.mark.parametrize("today", [OLD_SYNC, NEW_SYNC])
+def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict) -> None:
+    write_sync(place, today)
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    before = load_recipe("grpo.yaml").model_dump(mode="json")
+    before["sync"] = {"probe_tokens": 32, **OLD_SYNC, "deadline_s": 600.0}
+    (place / "runs/new/config.yaml").write_text(yaml.safe_dump(before))
+    assert problems("grpo.yaml", resume=True) == []
+
+
 # --- combinations ---------------------------------------------------------------------------------
 
 
@@ -499,7 +572,7 @@ def test_a_misspelt_required_key_is_one_problem(place: Path) -> None:
             ["evaluation.prompts.path=p.jsonl"],
             "evaluation.prompts: needs the true score of a response",
         ),
-        ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to judge"),
+        ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to score"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
     ],
 )
@@ -543,6 +616,11 @@ def test_reward_names_are_unique(place: Path) -> None:
             "ppo",
             "generation.max_new_tokens=64",
             "64 leaves no room for a prompt in the model's 64 positions",
+        ),
+        (
+            "ppo",
+            "generation.max_model_tokens=65",
+            "generation.max_model_tokens: 65 is more than the model's 64 positions",
         ),
         ("ppo", "prompts.path=./none.jsonl", "./none.jsonl: no such data file"),
         (

@@ -20,9 +20,9 @@ NETWORK = {"lo": "127.0.0.1", "eth0": "10.0.0.3"}
 
 def test_versions_are_those_of_the_lock_file() -> None:
     assert not doctor.versions(LOCK, LOCKED, dict(LOCKED)).remedy
-    finding = doctor.versions(LOCK, LOCKED, {**LOCKED, "ray": "2.59.0", "numpy": None})
-    assert "ray 2.59.0 (locked 2.60.0), numpy missing (locked 2.3.5)" in finding.found
-    assert finding.remedy == f"DEVICE=cpu make install (installs {LOCK})"
+    check = doctor.versions(LOCK, LOCKED, {**LOCKED, "ray": "2.59.0", "numpy": None})
+    assert "ray 2.59.0 (locked 2.60.0), numpy missing (locked 2.3.5)" in check.found
+    assert check.remedy == f"DEVICE=cpu make install (installs {LOCK})"
     assert "and 1 more" in doctor.versions(LOCK, LOCKED, {}).found
     assert "3.11 or 3.12" in doctor.versions("docker/requirements-cpu-py399.txt", {}, {}).remedy
 
@@ -34,7 +34,7 @@ def test_the_lock_file_of_this_python_is_read_and_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("finding", "remedy"),
+    ("check", "remedy"),
     [
         (doctor.shared_memory(0.06, 23.5), "--shm-size=8g"),
         (doctor.shared_memory(5.0, 512.0), "--shm-size=10g"),
@@ -49,14 +49,14 @@ def test_the_lock_file_of_this_python_is_read_and_kept() -> None:
         (doctor.ray_cluster("head:6379", False), "unset RAY_ADDRESS"),
     ],
 )
-def test_a_failed_line_says_what_to_do(finding: doctor.Finding, remedy: str) -> None:
-    assert remedy in finding.remedy
-    line = str(finding)
-    assert line.startswith("FAIL  ") and f"-> {finding.remedy}" in line and "\n" not in line
+def test_a_failed_line_says_what_to_do(check: doctor.Check, remedy: str) -> None:
+    assert remedy in check.remedy
+    line = str(check)
+    assert line.startswith("FAIL  ") and f"-> {check.remedy}" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(
-    "finding",
+    "check",
     [
         doctor.shared_memory(7.1, 23.5),
         doctor.shared_memory(12.0, 512.0),
@@ -70,8 +70,8 @@ def test_a_failed_line_says_what_to_do(finding: doctor.Finding, remedy: str) -> 
         doctor.ray_cluster("head:6379", True),
     ],
 )
-def test_a_passed_line(finding: doctor.Finding) -> None:
-    assert str(finding).startswith("pass  ") and finding.found and "->" not in str(finding)
+def test_a_passed_line(check: doctor.Check) -> None:
+    assert str(check).startswith("pass  ") and check.found and "->" not in str(check)
 
 
 def test_a_name_that_means_loopback_is_told_for_several_machines() -> None:
@@ -164,7 +164,7 @@ def test_no_gpu_here_is_told_within_seconds(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.timeout(300)
 def test_ray_an_engine_and_zero_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ray, engine, zero = (str(look()) for look in doctor.starts("cpu"))
+    ray, engine, zero = (str(start()) for start in doctor.starts("cpu"))
     assert ray.startswith("pass") and "answered from" in ray
     assert engine.startswith("pass") and "generated 16 tokens" in engine
     assert zero.startswith("pass") and "took an optimizer step" in zero
