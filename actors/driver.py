@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actors.cluster.rows import gather_rows, scatter_rows
-from actors.evaluation import mean
+from actors.evaluation import evaluate, mean
 from actors.loop import conduct
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
@@ -69,15 +69,14 @@ class Driver:
         dropped = {f"dropped/{why}": float(n) for why, n in self.data.prompts.dropped.items()}
         self.folder.log(0, dropped, phase="data")
         self.frozen = self.workers.fingerprints()
-        self.workers.connect_engines(self.version)
-        engines = self.workers.engines
-        gap = check_engine_agrees(engines, self.workers.actor, self.data.prompts, recipe)
+        self.workers.weights.connect(self.version)
+        gap = check_engine_agrees(
+            self.workers.engines, self.workers.actor, self.data.prompts, recipe
+        )
         known = of_recipe(recipe, sampling_defaults(recipe.actor.model.path))
         alarms = self.alarms.report(0, known) if first == 1 else {}
         self.folder.log(first - 1, {"mismatch/gate": gap} | alarms, phase="gate")
-        if first > 1:
-            return {}
-        return {"before": self.evaluate_all(0)}
+        return {} if first > 1 else {"before": self.evaluate_all(0)}
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Collect, learn, sync; return the step's metrics and its tokens."""
@@ -88,7 +87,7 @@ class Driver:
                 metrics |= self.learn(batch, step)
                 self.algorithm.after_step(batch)
             with self.folder.phase("sync", step):
-                metrics["sync/probe_difference"] = self.workers.sync(step)
+                metrics["sync/probe_difference"] = self.workers.weights.sync(step)
                 self.version = step
         metrics |= self.alarms.report(step, of_metrics(metrics, self.recipe))
         return metrics, int(batch.lengths.sum())
@@ -187,7 +186,10 @@ class Driver:
         return metrics
 
     def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-        metrics, failures = self.workers.evaluate(prompts, name)
+        workers = self.workers
+        metrics, failures = evaluate(
+            workers.engines, workers.evaluator, prompts, self.recipe, self.data.tokenizer, name
+        )
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
 
     def save(self, folder: Path, step: int) -> None:

@@ -109,7 +109,7 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
         "max_response_tokens": generation.max_new_tokens,
         "total_steps": recipe.updates,
     }
-    target = "actors.weights.synced_actor:SyncedActor"
+    target = "actors.weights.senders:SyncedActor"
     yield _learner("actor", "actor", recipe.actor, "lm", target, arguments)
     if recipe.critic is not None:
         arguments = {"total_steps": recipe.updates} | algorithm.critic_arguments()

@@ -79,10 +79,12 @@ def test_reinforcement_leaves_after_its_step(
         actor=None,
         learners={},
         fingerprints=list,
-        connect_engines=lambda version: None,
-        evaluate=lambda prompts, name: ({}, []),
+        weights=SimpleNamespace(connect=lambda version: None),
+        evaluator=None,
     )
-    data: Any = SimpleNamespace(prompts=SimpleNamespace(dropped={}), held_out=[], test=[])
+    data: Any = SimpleNamespace(
+        prompts=SimpleNamespace(dropped={}), held_out=[], test=[], tokenizer=None
+    )
     monkeypatch.setattr(driver, "check_engine_agrees", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
     folder = RunFolder.create(recipe.run, recipe.to_yaml())
