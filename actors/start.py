@@ -1,4 +1,4 @@
-"""Start the processes of a recipe: all at once, each with what the table of roles says it needs."""
+"""Start the processes of a recipe, all at once, as the table of roles describes them."""
 
 from __future__ import annotations
 
@@ -88,6 +88,8 @@ class Workers:
         ]
 
     def check_frozen(self, before: list[str]) -> None:
-        """Raise WorkerError unless Reference and Reward models are bit by bit what they were."""
+        """Raise WorkerError unless the fingerprints of Reference and Reward models are those of
+        `before`.
+        """
         if self.fingerprints() != before:
             raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")

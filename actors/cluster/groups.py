@@ -161,7 +161,7 @@ class WorkerGroup:
         ]
 
     def names(self) -> list[str]:
-        """Return what errors call the workers: role, index and node."""
+        """Return the names of the workers in errors: role, index and node."""
         return [f"{self.name}[{i}] on node {node}" for i, node in enumerate(self.nodes)]
 
 

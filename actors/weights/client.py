@@ -27,7 +27,7 @@ class EngineClient:
     (`actors.cluster.groups.Host`).
 
     Every call goes to all engines at once. All calls of one update end within `deadline_s`, or
-    SyncError says which of the engines, by their `names`, is late. `version` is the update's;
+    SyncError names the late engines, by their `names`. `version` is the update's;
     `received` are the engines' receipts of the last one.
     """
 

@@ -115,6 +115,7 @@ class GpuSender(Sender):
     """Sends with vLLM's own trainer engine, which a subclass describes."""
 
     def init_info(self) -> Any:
+        """Return vLLM's description of the sending rank."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from actors.weights.client import transfer_backend
 from actors.weights.proof import check_probe, verify
 from learners.rows import Prompt
 
-FAILURE_S = 10.0  # for an engine to say what an update failed with
+FAILURE_S = 10.0  # for an engine to answer with the error of an update
 
 
 class WeightSync:
