@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actors.cluster.rows import gather_rows, scatter_rows
-from actors.evaluation import mean
+from actors.evaluation import evaluate, mean
 from actors.loop import conduct
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
@@ -35,7 +35,7 @@ from learners.rows import Prompt
 
 
 def run(recipe: RLRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
-    """Train as the recipe says; return the summary."""
+    """Train by the recipe; return the summary."""
     return conduct(recipe, resume, config_yaml, read=RunData.load, start=Workers, training=Driver)
 
 
@@ -59,8 +59,8 @@ class Driver:
         self.seed = recipe.run.seed
         self.deadline_s = recipe.cluster.call_deadline_s
         self.total_steps = recipe.step.steps
-        settings = recipe.algorithm
-        self.algorithm = find_algorithm(settings.kind)(settings, recipe.step.group_size)
+        make_algorithm = find_algorithm(recipe.algorithm.kind)
+        self.algorithm = make_algorithm(recipe.algorithm, recipe.step.group_size)
         self.version = 0  # of the weights: the step they were learned in
 
     def begin(self, first: int) -> dict[str, Any]:
@@ -69,15 +69,14 @@ class Driver:
         dropped = {f"dropped/{why}": float(n) for why, n in self.data.prompts.dropped.items()}
         self.folder.log(0, dropped, phase="data")
         self.frozen = self.workers.fingerprints()
-        self.workers.connect_engines(self.version)
-        engines = self.workers.engines
-        gap = check_engine_agrees(engines, self.workers.actor, self.data.prompts, recipe)
+        self.workers.weights.connect(self.version)
+        gap = check_engine_agrees(
+            self.workers.engines, self.workers.actor, self.data.prompts, recipe
+        )
         known = of_recipe(recipe, sampling_defaults(recipe.actor.model.path))
         alarms = self.alarms.report(0, known) if first == 1 else {}
         self.folder.log(first - 1, {"mismatch/gate": gap} | alarms, phase="gate")
-        if first > 1:
-            return {}
-        return {"before": self.evaluate_all(0)}
+        return {} if first > 1 else {"before": self.evaluate_all(0)}
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Collect, learn, sync; return the step's metrics and its tokens."""
@@ -88,7 +87,7 @@ class Driver:
                 metrics |= self.learn(batch, step)
                 self.algorithm.after_step(batch)
             with self.folder.phase("sync", step):
-                metrics["sync/probe_difference"] = self.workers.sync(step)
+                metrics["sync/probe_difference"] = self.workers.weights.sync(step)
                 self.version = step
         metrics |= self.alarms.report(step, of_metrics(metrics, self.recipe))
         return metrics, int(batch.lengths.sum())
@@ -122,7 +121,7 @@ class Driver:
         return batch, metrics
 
     def read_models(self, batch: Experience) -> Experience:
-        """Add what Actor, Reference and Critic say of the batch; they read at the same time."""
+        """Add log-probs and values, which Actor, Reference and Critic compute at the same time."""
         workers = self.workers
         reading = {}
         if self.recipe.algorithm.old_logprobs == "actor":
@@ -137,14 +136,15 @@ class Driver:
         return replace(batch, **read)
 
     def learn(self, batch: Experience, step: int) -> dict[str, float]:
-        """`ppo_epochs` passes over shuffled mini-batches; Actor and Critic step at the same time.
+        """Pass `ppo_epochs` times over shuffled mini-batches; Actor and Critic step at the same
+        time.
 
         Returns the means (of maxima the largest, of skipped updates the number) over all
         mini-batches. Of the very first one it also gives the largest |ratio - 1| and the gradient
         norm: nothing is learned yet, the ratio must be 1, the gradient not 0. When the old
         log-probs are the engine's, that ratio is the step's mismatch.
         """
-        learners = self.workers.learners
+        learners = self.workers.learners.items()
         history: list[dict[str, float]] = []
         for epoch in range(self.recipe.step.ppo_epochs):
             shuffle = torch.Generator().manual_seed(
@@ -152,7 +152,7 @@ class Driver:
             )
             for rows in mini_batches(len(batch), self.recipe.step.mini_batch_size, shuffle):
                 part = batch.select(rows)
-                learning = {n: (g, scatter_rows(g, "train", part)) for n, g in learners.items()}
+                learning = {n: (g, scatter_rows(g, "train", part)) for n, g in learners}
                 metrics: dict[str, float] = {}
                 for name, (group, pending) in learning.items():
                     stats = group.gather(pending.refs, "learn", self.deadline_s)[0]
@@ -168,7 +168,7 @@ class Driver:
         return {k: reduce(k, [m[k] for m in history]) for k in history[0]} | first
 
     def evaluation_due(self, step: int) -> bool:
-        """The last step's evaluation is the one after the run."""
+        """Tell whether to evaluate after this step; the last one is evaluated after the run."""
         every = self.recipe.evaluation.every_steps
         return bool(every) and step % every == 0 and step < self.total_steps
 
@@ -187,14 +187,16 @@ class Driver:
         return metrics
 
     def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-        metrics, failures = self.workers.evaluate(prompts, name)
+        workers = self.workers
+        metrics, failures = evaluate(
+            workers.engines, workers.evaluator, prompts, self.recipe, self.data.tokenizer, name
+        )
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint from which the run goes on as if it had never stopped."""
         for name, group in self.workers.learners.items():
-            where = str(folder / name)
-            group.call("save", where, phase="checkpoint", deadline_s=self.deadline_s)
+            group.call("save", str(folder / name), phase="checkpoint", deadline_s=self.deadline_s)
         state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
         (folder / "driver.json").write_text(json.dumps(state))
 
@@ -207,11 +209,10 @@ class Driver:
         self.algorithm.load_state(state["algorithm"])
 
     def end(self) -> dict[str, Any]:
-        """Check that the frozen models are what they were, export the Actor and evaluate it."""
+        """Check that the frozen models have not changed, export the Actor and evaluate it."""
         self.workers.check_frozen(self.frozen)
         model = self.folder.path / "model"
-        deadline = self.deadline_s
-        self.workers.actor.call("export", str(model), phase="export", deadline_s=deadline)
+        self.workers.actor.call("export", str(model), phase="export", deadline_s=self.deadline_s)
         self.data.tokenizer.save_pretrained(model)
         return {"after": self.evaluate_all(self.total_steps)}
 
@@ -237,8 +238,8 @@ def with_scores(
 def rollout_metrics(
     batch: Experience, rollouts: Sequence[Rollout], by_source: Mapping[str, Sequence[Score]]
 ) -> dict[str, float]:
-    """What was sampled and how it was scored; and how far the engine's log-probs are from the
-    Actor's.
+    """Return metrics of the responses and their scores, and of the distance between the engine's
+    log-probs and the Actor's.
     """
     assert batch.scores is not None
     scored = batch.scores[~batch.scores.isnan()]
@@ -255,11 +256,11 @@ def rollout_metrics(
 
 
 def mismatch(batch: Experience) -> dict[str, float]:
-    """Engine against Actor log-probs on the same tokens: |difference| in nats, and k3 of KL(engine
-    || Actor) per token.
+    """Compare engine and Actor log-probs on the same tokens: |difference| in nats, and k3 of
+    KL(engine || Actor) per token.
 
-    Nothing when the engine's are the old log-probs: then the first mini-batch's ratio shows the
-    difference.
+    Returns nothing when the engine's are the old log-probs: then the first mini-batch's ratio shows
+    the difference.
     """
     old = batch.old_logprobs
     engine = batch.rollout_logprobs
@@ -277,7 +278,7 @@ def mismatch(batch: Experience) -> dict[str, float]:
 
 
 def sample_row(sample: Sample, rollout: Rollout, score: Score) -> dict[str, Any]:
-    """One line of the samples file."""
+    """Return one line of the samples file."""
     return {
         "prompt": sample.prompt,
         "response": sample.response,

@@ -23,7 +23,7 @@ def mean(scores: Sequence[float]) -> float:
 
 def evaluate(
     engines: Engines,
-    evaluator: WorkerGroup,
+    evaluator: WorkerGroup | None,
     prompts: Sequence[Prompt],
     recipe: RLRecipe,
     tokenizer: Any,
@@ -31,23 +31,21 @@ def evaluate(
 ) -> tuple[dict[str, float], list[str]]:
     """Score one response per prompt by the evaluation's function, with the same seeds every time.
 
-    Returns metrics, and what the function said where it failed; raises WorkerError when it failed
-    everywhere.
+    Returns metrics, none without prompts or evaluator, and the errors of the function where it
+    failed for single responses. Raises WorkerError when it failed for all.
 
-    Gives `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens and, where
-    there are any, the share of responses without a score, which count in no mean.
+    The metrics are `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens
+    and, where there are any, the share of responses without a score, which count in no mean.
     """
-    deadline = recipe.cluster.call_deadline_s
     metrics: dict[str, float] = {}
     failures: list[str] = []
+    if evaluator is None or not prompts:
+        return metrics, failures
+    deadline = recipe.cluster.call_deadline_s
+    on_policy = recipe.generation.on_policy()
+    seed = (recipe.run.seed, name)
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
-        requests = requests_for(
-            prompts,
-            recipe.generation.on_policy(),
-            1,
-            (recipe.run.seed, name),
-            greedy=kind == "greedy",
-        )
+        requests = requests_for(prompts, on_policy, 1, seed, greedy=kind == "greedy")
         rollouts = engines.generate(requests, deadline)
         samples = samples_of(rollouts, prompts, 1, tokenizer)
         (scores,) = evaluator.call("scores", samples, phase="evaluate", deadline_s=deadline)

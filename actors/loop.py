@@ -13,7 +13,7 @@ from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
-from actors.run.folder import RunFolder
+from actors.run.folder import RunFolder, finished_checkpoints
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.settings import Recipe
 from actors.weights.agreement import DisagreementError
@@ -24,7 +24,7 @@ W = TypeVar("W")  # its workers
 
 
 class Training(Protocol):
-    """One kind of training, as the loop conducts it."""
+    """One kind of training, as the loop calls it."""
 
     total_steps: int
 
@@ -32,10 +32,10 @@ class Training(Protocol):
     def groups(self) -> Mapping[str, WorkerGroup]: ...
 
     def begin(self, first: int) -> dict[str, Any]:
-        """Prepare for step `first`; return what the summary begins with."""
+        """Prepare for step `first`; return the beginning of the summary."""
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
-        """Train one step; return its metrics and how many tokens it learned from."""
+        """Train one step; return its metrics and the number of tokens it learned from."""
 
     def evaluation_due(self, step: int) -> bool: ...
 
@@ -49,7 +49,7 @@ class Training(Protocol):
         """Go on from what `save` wrote."""
 
     def end(self) -> dict[str, Any]:
-        """Export the model; return what the summary ends with."""
+        """Export the model; return the end of the summary."""
 
 
 def conduct(
@@ -63,9 +63,9 @@ def conduct(
 ) -> dict[str, Any]:
     """Run a recipe from its data to its summary, and return that.
 
-    `read` reads and checks the data before anything starts, `start` brings the processes up, and
-    `training` is made of all of them. `config_yaml` is the recipe as it is saved with the run, when
-    it has comments to keep.
+    `read` reads and checks the data before anything starts, `start` starts the processes, and
+    `training` is made of all of them. `config_yaml` is the recipe's own text, kept with the run for
+    its comments.
     """
     clock = time.perf_counter()
     RunFolder.check(recipe.run, resume)
@@ -81,14 +81,14 @@ def conduct(
                 summary = Loop(recipe, made, folder, alarms, clock).run(resume)
             except DisagreementError:
                 if not resume:
-                    folder.discard()  # nothing was begun: the name is free for another try
+                    folder.discard()  # nothing was trained: leave the name free for another try
                 raise
             folder.finish(summary)
     return summary
 
 
 class Loop:
-    """Conducts one run; `clock` is when it began, as time.perf_counter tells."""
+    """One run of a training; `clock` is time.perf_counter at its beginning."""
 
     def __init__(
         self, recipe: Recipe, training: Training, folder: RunFolder, alarms: AlarmLog, clock: float
@@ -111,8 +111,8 @@ class Loop:
             metrics = self.step(step)
             stopping = stop_requested()
             every = self.recipe.run.checkpoint_every_steps
-            due = every and step % every == 0
-            self.record(step, metrics, checkpoint=bool(due or stopping or self.alarms.full))
+            leaving = stopping or self.alarms.full
+            self.record(step, metrics, checkpoint=leaving or bool(every and step % every == 0))
             if self.alarms.full:
                 raise self.alarms.stop(step)
             if stopping:
@@ -132,7 +132,7 @@ class Loop:
         return metrics
 
     def record(self, step: int, metrics: dict[str, float], checkpoint: bool) -> None:
-        """Log the step, with a checkpoint if asked: the log is part of it, so it is written
+        """Log the step, with a checkpoint if wanted: the log is part of it, so it is written
         first.
         """
         with self.folder.checkpoint(step) if checkpoint else nullcontext() as path:
@@ -145,8 +145,6 @@ class Loop:
 
     def restore(self) -> int:
         """Load the newest checkpoint and return its step."""
-        found = self.folder.latest_checkpoint()
-        assert found is not None, "RunFolder.resume has checked that a checkpoint exists"
-        step, path = found
+        step, path = finished_checkpoints(self.folder.path)[-1]  # RunFolder.check wants one
         self.training.load(path)
         return step

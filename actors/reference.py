@@ -1,4 +1,4 @@
-"""Frozen models: what never changes and can prove it, and the Reference that is one of them."""
+"""Frozen models, which prove that they never change; and the Reference, which is one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learners.settings import ModelSettings
 
 
 class FrozenModel:
-    """A model that never changes, and can prove it."""
+    """A model that never changes, and proves it with its fingerprint."""
 
     def __init__(self, model: nn.Module, micro_batch_tokens: int, device: str) -> None:
         self.device = device
@@ -31,7 +31,7 @@ class FrozenModel:
         self.model.to(self.device)
 
     def fingerprint(self) -> str:
-        """Digest of every parameter and buffer, bit by bit."""
+        """Return the XXH3-128 digest of all parameters and buffers."""
         digest = xxhash.xxh3_128()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -49,7 +49,7 @@ class ReferenceWorker(FrozenModel):
         self.temperature = temperature
 
     def logprobs(self, shard: Experience) -> Tensor:
-        """`ref_logprobs` [b,T] at the sampling temperature."""
+        """Return `ref_logprobs` [b,T] at the sampling temperature."""
         return map_rows(
             shard,
             self.micro_batch_tokens,

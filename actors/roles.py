@@ -1,4 +1,4 @@
-"""The table of roles: which processes a recipe needs, and everything about each of them.
+"""The table of roles: the processes a recipe needs, and everything about each of them.
 
 Placement, start, model checks, `plan` and the learners are loops over it. Nothing heavy is
 imported.
@@ -32,10 +32,9 @@ Head = Literal["lm", "score", "value"]
 class Role(Demand):
     """One role of a recipe: its processes (see Demand), its model, and how a process is built.
 
-    `section` is the recipe's key that describes it, and in it `count` the one that says how many
-    processes there are. `target` names the class as "module:Class"; its constructor gets
-    `arguments`, those of `each` process, and what only the data know: the facts named in
-    `from_data`.
+    `section` is the recipe's key that describes it, and `count` the key in it of the number of
+    processes. `target` names the class as "module:Class"; its constructor gets `arguments`, those
+    of `each` process, and the facts about the data named in `from_data`.
     """
 
     name: str
@@ -54,14 +53,12 @@ class Role(Demand):
 
     @property
     def count_key(self) -> str:
-        """Return the key that says how many processes there are."""
+        """The recipe's key of the number of processes."""
         return f"{self.section}.{self.count}"
 
     @property
     def kind(self) -> Literal["engine", "learner", "frozen", "function"]:
-        """Tell what its processes do with a model: generate, train it, only read it, or have
-        none.
-        """
+        """The use its processes make of a model: generate, train it, only read it, or none."""
         if self.name == "engine":
             return "engine"
         if self.learner is not None:
@@ -109,7 +106,7 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
         "max_response_tokens": generation.max_new_tokens,
         "total_steps": recipe.updates,
     }
-    target = "actors.weights.synced_actor:SyncedActor"
+    target = "actors.weights.senders:SyncedActor"
     yield _learner("actor", "actor", recipe.actor, "lm", target, arguments)
     if recipe.critic is not None:
         arguments = {"total_steps": recipe.updates} | algorithm.critic_arguments()

@@ -1,5 +1,5 @@
-"""What an RL run reads and checks before a model loads: tokenizer, prompts, functions, models'
-files.
+"""The data of an RL run, read and checked before a model loads: tokenizer, prompts, functions,
+models' files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.functions import load_function
-from actors.roles import Role, roles_of
+from actors.roles import Head, roles_of
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problems
 from learners.checkpoints import (
@@ -52,7 +52,7 @@ class RunData:
         return data
 
     def model_problems(self, recipe: RLRecipe) -> list[str]:
-        """Return what speaks against the recipe's models.
+        """Return the problems of the recipe's models, one line each.
 
         Every model must be there and have positions enough; those that read the Actor's ids must
         know them; the Actor may bring no sampling defaults that would break the ratio; a reward
@@ -61,34 +61,32 @@ class RunData:
         path = recipe.actor.model.path
         if asked := model_sampling_problems(path, sampling_defaults(path), recipe.generation):
             return [str(problem) for problem in asked]
-        roles = {r.model_key: r for r in roles_of(recipe).values() if r.model is not None}
+        models = {r.model_key: (r.model, r.head) for r in roles_of(recipe).values() if r.model}
         needed = self.longest_prompt() + recipe.generation.max_new_tokens
-        problems = []
-        for key, role in roles.items():
-            assert role.model is not None
-            problems += length_problems(key, role.model, needed)
-        if problems:
-            return problems
-        return [p for key, role in roles.items() for p in self._id_problems(key, role, path)]
+        too_short = [p for key, (m, _) in models.items() for p in length_problems(key, m, needed)]
+        return too_short or [
+            problem
+            for key, (model, head) in models.items()
+            for problem in self._id_problems(key, model, head, path)
+        ]
 
-    def _id_problems(self, key: str, role: Role, actor: str) -> list[str]:
-        """Return what keeps a model from reading what it will be given."""
-        assert role.model is not None
-        path = role.model.path
-        if role.head == "score":
-            if scores_as_trained(role.model):
+    def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
+        """Return the problems a model would have with the token ids that it is to read."""
+        path = model.path
+        if head == "score":
+            if scores_as_trained(model):
                 return []
-            message = "was trained with another tokenizer than lies beside it"
+            message = "was trained with another tokenizer than the one in its folder"
             return [f"{key}.path: {path} {message}, so its scores would mean nothing"]
         vocabulary = self.tokenizer.get_vocab()
-        if path != actor and load_tokenizer(role.model).get_vocab() != vocabulary:
+        if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         eos = self.tokenizer.eos_token_id
         prompts = (p.ids for p in [*self.prompts, *self.held_out, *self.test])
-        return vocabulary_problems(key, role.model, [[] if eos is None else [eos], *prompts])
+        return vocabulary_problems(key, model, [[] if eos is None else [eos], *prompts])
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
-        """Return what constructors of workers need to know of the data (`Role.from_data`)."""
+        """Return the facts about the data that constructors of workers take (`Role.from_data`)."""
         generation = recipe.generation
         longest = self.longest_prompt() + generation.max_new_tokens
         return {
@@ -107,8 +105,8 @@ class RunData:
 
 
 def scores_as_trained(model: ModelSettings) -> bool:
-    """Tell whether a reward model's tokenizer is the one it was trained with, as far as its config
-    remembers.
+    """Tell whether a reward model's tokenizer is the one it was trained with; true when its config
+    has no digest of that.
     """
     digest = getattr(load_config(model), "tokenizer_digest", None)
     return digest is None or digest == tokenizer_digest(load_tokenizer(model))

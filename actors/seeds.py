@@ -1,5 +1,5 @@
-"""Every random draw of a run is a function of the recipe's seed and of where in the run it
-happens.
+"""Seeds: every random draw of a run is a function of the recipe's seed and of its own position in
+the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def rows_of_step(step: int, count: int, size: int, *seed: int | str) -> list[int]:
-    """Return which `count` of `size` rows belong to a step (from 1).
+    """Return the `count` of `size` rows that belong to a step (from 1).
 
     The steps pass over the data again and again, each time in an order of its own.
     """

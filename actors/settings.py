@@ -1,5 +1,4 @@
-"""What a recipe may say about processes, and the four kinds of recipe composed of both packages'
-settings.
+"""The settings of processes, and the kinds of recipe composed of these and the learners' settings.
 
 Pydantic only: imports in milliseconds.
 """
@@ -107,7 +106,9 @@ class GenerationSettings(Settings):
     )
 
     def on_policy(self) -> GenerationSettings:
-        """The same without truncation and penalties: tokens are sampled from the policy itself."""
+        """Return the settings without truncation and penalties, which sample from the policy
+        itself.
+        """
         return self.model_copy(
             update={
                 name: GenerationSettings.model_fields[name].default for name in OFF_POLICY_SAMPLING
@@ -135,8 +136,8 @@ OFF_POLICY_SAMPLING = (
 
 
 def asked_by_model(defaults: Mapping[str, Any], generation: GenerationSettings) -> str:
-    """What a model's generation_config.json asks for that would break the ratio, in words; empty
-    when nothing.
+    """List the settings in a model's generation_config.json that would break the ratio, in words;
+    empty when there are none.
     """
     off = {name: (None, getattr(generation.on_policy(), name)) for name in OFF_POLICY_SAMPLING} | {
         "top_k": (None, 0, -1)
@@ -278,7 +279,7 @@ class RunSettings(Settings):
 
 
 class SupervisedRecipe(Settings):
-    """What SFT and reward-model training share."""
+    """The sections that SFT and reward-model training share."""
 
     run: RunSettings
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
@@ -349,7 +350,7 @@ Recipe = SFTRecipe | RMRecipe | RLRecipe
 def rl_recipe(algorithm: str, kind: str = "rl") -> type[RLRecipe]:
     """Return the recipe class of an algorithm: its own settings, and a critic if it needs one.
 
-    `kind` is what such recipes call themselves. Raises UserError when there is no such algorithm.
+    `kind` is the recipes' own `kind`. Raises UserError when there is no such algorithm.
     """
     settings = find_algorithm(algorithm).Settings
     this_kind: Any = Literal.__getitem__(kind)

@@ -39,7 +39,7 @@ from learners.tokenise import tokenizer_digest
 def run(
     recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None
 ) -> dict[str, Any]:
-    """Train as the recipe says; return the summary."""
+    """Train by the recipe; return the summary."""
     return conduct(
         recipe,
         resume,
@@ -88,7 +88,7 @@ class SupervisedData:
 def start_learner(
     recipe: SFTRecipe | RMRecipe, data: SupervisedData, placement: Placement
 ) -> WorkerGroup:
-    """Load the model on every rank."""
+    """Start the learner's ranks, each with its model; return their group."""
     facts = {
         "total_steps": steps_of(recipe, data),
         "pad_token_id": data.tokenizer.pad_token_id,
@@ -195,7 +195,7 @@ def examples_batch(rows: Sequence[Any]) -> Experience:
 
 
 def pairs_batch(rows: Sequence[Any]) -> Experience:
-    """Row 2i is the chosen answer of pair i, row 2i+1 the rejected one."""
+    """Return a batch in which row 2i is the chosen answer of pair i, row 2i+1 the rejected one."""
     batch = Experience.from_ids(
         [r.prompt_ids for r in rows for _ in range(2)],
         [ids for r in rows for ids in (r.chosen_ids, r.rejected_ids)],

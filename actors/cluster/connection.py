@@ -19,12 +19,11 @@ HTTP2_SETTINGS = b"\x04"  # the type of a frame, after three bytes of length
 def connect(address: str | None, cpus: int) -> None:
     """Join the Ray cluster at `address`, or start one here with room for `cpus` threads.
 
-    Raises UserError within seconds when nobody answers at `address`; Ray itself would try for long.
+    Raises UserError within seconds when nothing answers at `address`; Ray would try for long.
     """
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if (
-        not address
-    ):  # CPUs are logical in Ray: a dry run may have more processes than the machine has cores
+    if not address:
+        # CPUs are logical in Ray: a dry run may have more processes than the machine has cores.
         ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         return
     try:
@@ -39,11 +38,11 @@ def connect(address: str | None, cpus: int) -> None:
 
 
 def reach(address: str) -> None:
-    """Return when Ray's head listens at host:port; else OSError or ValueError.
+    """Return when Ray's head listens at host:port; raise OSError or ValueError if it does not.
 
-    Ray itself would wait for minutes at a port that is somebody else's. Its server speaks gRPC, and
-    so begins with the settings of an HTTP/2 connection, without being asked (RFC 9113, 3.4), unless
-    it speaks TLS.
+    Ray itself would wait for minutes at the port of another server. Ray's server speaks gRPC, and
+    so begins with the settings of an HTTP/2 connection unprompted (RFC 9113, 3.4), unless it speaks
+    TLS.
     """
     host, port = address.rsplit(":", 1)
     with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S) as head:

@@ -1,7 +1,7 @@
 """WorkerGroup: plain classes run as Ray actors; start, call, scatter, gather, each with a deadline.
 
-A plain class is named as "module:Class" and imported only inside its own process, so that whoever
-conducts a run never loads vLLM, DeepSpeed or Transformers.
+A plain class is named as "module:Class" and imported only inside its own process, so that the
+driver never loads vLLM, DeepSpeed or Transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WorkerError(RuntimeError):
 
 
 class Node(NamedTuple):
-    """A machine as Ray knows it, and as its owner calls it. Two nodes may share a host."""
+    """A machine: Ray's id of it, and its host name. Two nodes may share a host."""
 
     id: str
     host: str
@@ -52,8 +52,8 @@ class Host:
         return Node(ray.get_runtime_context().get_node_id(), socket.gethostname())
 
     def free_address(self) -> tuple[str, int]:
-        """This node's address and a port that was free a moment ago, for a process-group
-        rendezvous.
+        """Return this node's address and a port that was free a moment ago, for the rendezvous of
+        a process group.
         """
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -75,20 +75,22 @@ class WorkerGroup:
     placement).
 
     Before any work it calls `acquire_gpus`, which does nothing unless roles share their GPUs
-    (`actors.cluster.placement.GpuSharing`).
+    (`actors.cluster.sharing.GpuSharing`).
     """
 
-    def __init__(
-        self, name: str, target: str, options: Sequence[dict[str, Any]], concurrency: int = 1
-    ) -> None:
+    concurrency = 1  # calls that one process answers at the same time
+
+    def __init__(self, name: str, target: str, options: Sequence[dict[str, Any]]) -> None:
         self.name = name
+        # Ray calls a process after its class, in `ps` and in its own reports.
+        classes = [ray.remote(type(f"{name}[{i}]", (Host,), {})) for i in range(len(options))]
         self.handles = [
-            _named(f"{name}[{i}]").options(max_concurrency=concurrency, **one).remote(target)
-            for i, one in enumerate(options)
+            one.options(max_concurrency=self.concurrency, **own).remote(target)
+            for one, own in zip(classes, options, strict=True)
         ]
         self.nodes = [Node("?", "?")] * len(self.handles)
-        self.acquire_gpus: Callable[[], None] = _no_need
-        # What each process was built with, so that it can be built again.
+        self.acquire_gpus: Callable[[], None] = lambda: None
+        # the arguments of each process, so that it can be built again
         self.started_with: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
@@ -102,11 +104,11 @@ class WorkerGroup:
         distributed: tuple[DeviceType, float] | None = None,
         each: Sequence[Mapping[str, Any]] = (),
     ) -> list[Any]:
-        """Begin building the plain object in every process; returns pending results for `gather`.
+        """Begin building the plain object in every process; return pending results for `gather`.
 
-        The processes themselves were begun by the constructor, and are waited for here. `each` has
-        the arguments that are not the same for all workers. With `distributed` (device, collective
-        time-out in seconds) each worker also gets its `rank` among the ranks.
+        Waits for the processes themselves, which the constructor began. `each` has the arguments
+        that are not the same for all workers. With `distributed` (device, collective time-out in
+        seconds) each worker also gets its `rank`.
         """
         arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
         self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
@@ -120,40 +122,28 @@ class WorkerGroup:
         return [h.start.remote(one) for h, one in zip(self.handles, self.started_with, strict=True)]
 
     def free_address(self, deadline_s: float) -> tuple[str, int]:
-        """Where the first worker's node can be reached, with a port that was free a moment ago."""
+        """Return the address of the first worker's node, and a port that was free a moment ago."""
         return self.gather([self.handles[0].free_address.remote()], "start", deadline_s)[0]
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call `method` with the same arguments on every worker; returns pending results for
+        """Call `method` with the same arguments on every worker; return pending results for
         `gather`.
         """
         self.acquire_gpus()
         return self.submit_without_swap(method, *args, **kwargs)
 
     def submit_without_swap(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """`submit` for whoever conducts the sharing: without asking for GPUs."""
+        """Submit without acquiring the GPUs: for calls that move a group on or off them."""
         return [h.call.remote(method, *args, **kwargs) for h in self.handles]
 
     def scatter(self, method: str, shares: Sequence[Any], *args: Any) -> list[Any]:
-        """Call `method` with one share per worker; returns pending results for `gather`."""
+        """Call `method` with one share per worker; return pending results for `gather`."""
         self.acquire_gpus()
         return [h.call.remote(method, s, *args) for h, s in zip(self.handles, shares, strict=True)]
 
     def gather(self, pending: Sequence[Any], phase: str, deadline_s: float) -> list[Any]:
-        """Wait for pending results, in order. Raises WorkerError naming phase, worker and node."""
-        until = time.monotonic() + deadline_s
-        results: dict[int, Any] = {}
-        waiting = dict(enumerate(pending))
-        while waiting:  # the first failure ends the wait, whichever worker it comes from
-            done, _ = ray.wait(
-                list(waiting.values()), num_returns=1, timeout=max(0.0, until - time.monotonic())
-            )
-            if not done:
-                late = ", ".join(self._who(i) for i in waiting)
-                raise WorkerError(f"{phase}: {late} did not answer within {deadline_s:.0f} s")
-            index = next(i for i, ref in waiting.items() if ref == done[0])
-            results[index] = self.fetch(waiting.pop(index), index, phase)
-        return [results[i] for i in range(len(pending))]
+        """Wait for pending results; return them in order. Raises WorkerError."""
+        return gather(pending, self.names(), phase, deadline_s)
 
     def call(
         self, method: str, *args: Any, phase: str, deadline_s: float, **kwargs: Any
@@ -161,7 +151,7 @@ class WorkerGroup:
         return self.gather(self.submit(method, *args, **kwargs), phase, deadline_s)
 
     def streams(self, method: str, shares: Sequence[Any]) -> list[Any]:
-        """Start a generator method on every worker; returns Ray's generators of object
+        """Start a generator method on every worker; return Ray's generators of object
         references.
         """
         self.acquire_gpus()
@@ -170,46 +160,57 @@ class WorkerGroup:
             for h, s in zip(self.handles, shares, strict=True)
         ]
 
-    def fetch(self, ref: Any, index: int, phase: str) -> Any:
-        """The value of a finished result of worker `index`. A failure becomes a WorkerError, bad
-        input a UserError.
-        """
-        who = self._who(index)
-        try:
-            return ray.get(ref, timeout=60)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(error.cause.problems) from error
-            raise WorkerError(f"{phase}: {who} failed: {error.cause!r}\n{error}") from error
-        except RayActorError as error:
-            raise WorkerError(f"{phase}: {who} died: {error}") from error
-        except GetTimeoutError as error:
-            raise WorkerError(
-                f"{phase}: the answer of {who} could not be fetched within 60 s"
-            ) from error
-        except OutOfMemoryError as error:
-            raise WorkerError(
-                f"{phase}: {who} was ended, its node ran out of memory: use fewer processes per "
-                f"node, smaller micro_batch_tokens, or nodes with more memory\n{error}"
-            ) from error
-        except RayError as error:
-            what = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-            raise WorkerError(f"{phase}: the answer of {who} is lost: {what}\n{error}") from error
-
     def names(self) -> list[str]:
-        """What errors call the workers."""
-        return [self._who(i) for i in range(len(self))]
-
-    def _who(self, index: int) -> str:
-        return f"{self.name}[{index}] on node {self.nodes[index]}"
+        """Return the names of the workers in errors: role, index and node."""
+        return [f"{self.name}[{i}] on node {node}" for i, node in enumerate(self.nodes)]
 
 
-def _named(name: str) -> Any:
-    """The remote class of one process. Ray calls a process after its class, in `ps` and in its own
-    reports.
+def gather(
+    pending: Sequence[Any],
+    names: Sequence[str],
+    phase: str,
+    deadline_s: float,
+    began: float | None = None,
+) -> list[Any]:
+    """Wait for the pending results of the workers `names`; return them in order.
+
+    The time runs from `began` (by time.monotonic), or from now. Raises WorkerError that names
+    phase, worker and node.
     """
-    return ray.remote(type(name, (Host,), {}))
+    until = (time.monotonic() if began is None else began) + deadline_s
+    workers = dict(zip(pending, names, strict=False))  # there may be more workers than results
+    results: dict[Any, Any] = {}
+    while waiting := [ref for ref in pending if ref not in results]:
+        done, _ = ray.wait(waiting, timeout=max(0.0, until - time.monotonic()))
+        if not done:
+            late = ", ".join(workers[ref] for ref in waiting)
+            raise WorkerError(f"{phase}: {late} did not answer within {deadline_s:.0f} s")
+        # the first failure ends the wait, whichever worker it comes from
+        results[done[0]] = fetch(done[0], workers[done[0]], phase)
+    return [results[ref] for ref in pending]
 
 
-def _no_need() -> None:
-    """Every role has its GPUs to itself."""
+def fetch(ref: Any, name: str, phase: str) -> Any:
+    """Return the value of a finished result of worker `name`. Raises WorkerError for a failure,
+    UserError for bad input.
+    """
+    try:
+        return ray.get(ref, timeout=60)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(error.cause.problems) from error
+        raise WorkerError(f"{phase}: {name} failed: {error.cause!r}\n{error}") from error
+    except RayActorError as error:
+        raise WorkerError(f"{phase}: {name} died: {error}") from error
+    except GetTimeoutError as error:
+        raise WorkerError(
+            f"{phase}: the answer of {name} could not be fetched within 60 s"
+        ) from error
+    except OutOfMemoryError as error:
+        raise WorkerError(
+            f"{phase}: {name} was ended, its node ran out of memory: use fewer processes per "
+            f"node, smaller micro_batch_tokens, or nodes with more memory\n{error}"
+        ) from error
+    except RayError as error:
+        what = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        raise WorkerError(f"{phase}: the answer of {name} is lost: {what}\n{error}") from error

@@ -1,4 +1,4 @@
-"""Which process of a recipe runs on which device: arithmetic alone, nothing heavy, nothing started.
+"""The layout of a recipe's processes on devices: arithmetic alone, nothing heavy, nothing started.
 
 `quatuor plan` prints it and `actors.cluster.placement` carries it out, so the two cannot disagree.
 """
@@ -16,7 +16,7 @@ from actors.settings import ClusterSettings
 
 @dataclass(frozen=True)
 class Demand:
-    """What one role needs: so many processes, each with so many CPU threads and GPUs."""
+    """The needs of one role: a number of processes, and the CPU threads and GPUs of each."""
 
     processes: int
     threads: int
@@ -24,7 +24,7 @@ class Demand:
 
 
 class Assignment(NamedTuple):
-    """One process: the bundle it runs in, and which of the bundle's GPUs it uses."""
+    """One process: the bundle it runs in, and the ones of the bundle's GPUs that it uses."""
 
     bundle: int
     gpus: tuple[int, ...]
@@ -32,8 +32,8 @@ class Assignment(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`bundles` are what must be reserved, each on one node: CPU threads and whole GPUs.
-    `assignments[role][i]` is where process i of a role sits.
+    """`bundles` must be reserved, each on one node: CPU threads and whole GPUs.
+    `assignments[role][i]` is the assignment of process i of a role.
     """
 
     bundles: list[dict[str, float]]
@@ -48,10 +48,11 @@ def shares_gpus(cluster: ClusterSettings) -> bool:
 
 
 def layout(cluster: ClusterSettings, need: Mapping[str, Demand]) -> Layout:
-    """Separate: every process has a bundle, and its GPUs, to itself; several CPU nodes have one
-    bundle each, and the processes take the nodes in turn. Colocated: all roles share the same GPUs,
-    process i of each role on the i-th, and an engine on as many neighbours as it has
-    tensor-parallel ranks.
+    """Return the layout of the roles' processes.
+
+    Separate: every process has a bundle, and its GPUs, to itself; several CPU nodes have one bundle
+    each, and the processes go round the nodes. Colocated: all roles share the same GPUs, process i
+    of each role on the i-th, and an engine on as many neighbours as it has tensor-parallel ranks.
     """
     if shares_gpus(cluster):
         return _colocated(need)
@@ -63,11 +64,11 @@ def layout(cluster: ClusterSettings, need: Mapping[str, Demand]) -> Layout:
 def misfit(
     bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]
 ) -> str | None:
-    """Why these bundles can never all lie on nodes with these resources, as arithmetic; None if
-    nothing proves it.
+    """Return the arithmetic by which these bundles can never all lie on nodes with these resources;
+    None if there is none.
 
-    A bundle lies on one node: enough GPUs in all is not enough where each node has one too few for
-    a bundle.
+    A bundle lies on one node: enough GPUs in all do not help where each node has one too few for a
+    bundle.
     """
     for kind in ("CPU", "GPU"):
         have = [int(n.get(kind, 0)) for n in nodes]
@@ -87,7 +88,9 @@ def misfit(
 
 
 def nodes_needed(bundles: Sequence[Mapping[str, float]], gpus_per_node: int) -> int | None:
-    """How many nodes have GPUs for all bundles; None when a bundle needs more than one node has."""
+    """Return the number of nodes with GPUs for all bundles; None when a bundle needs more than one
+    node has.
+    """
     sizes = Counter(int(bundle.get("GPU", 0)) for bundle in bundles)
     if max(sizes) > gpus_per_node:
         return None

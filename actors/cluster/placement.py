@@ -1,5 +1,5 @@
-"""Cluster settings -> which process runs where, with what environment, and when. The driver asks;
-it never decides.
+"""Placement: each process of a run gets its node, its GPUs and its environment. The driver asks for
+them and never decides.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpu
 from actors.settings import ClusterSettings
 from learners.errors import UserError
 
-# for resources that are there, but in use: a run that has just ended gives them back in a moment
+# for resources that exist but are in use: a run that has just ended gives them back in a moment
 PATIENCE_S = 30.0
 
 
 class GpuReservation:
-    """Holds all GPUs of a bundle for the processes that share them, and knows their ids on that
-    node.
-    """
+    """Holds all GPUs of a bundle for the processes that share them."""
 
     def gpus(self) -> list[str]:
+        """Return the GPUs' ids on their node."""
         return [str(i) for i in ray.get_gpu_ids()]
 
 
@@ -37,9 +36,9 @@ class Placement:
     the rest at once.
 
     Separate: Ray gives every process GPUs of its own. Colocated: one GpuReservation per bundle
-    takes all its GPUs, and the processes of the roles, which ask Ray for none, are told by
-    environment which of them to see. A context manager: leaving it gives the resources back, and
-    stops Ray if it was started here.
+    takes all its GPUs; the processes of the roles ask Ray for none, and their environment lists
+    those they see. A context manager: leaving it gives the resources back, and stops Ray if it was
+    started here.
     """
 
     def __init__(self, cluster: ClusterSettings, demands: Mapping[str, Demand]) -> None:
@@ -50,7 +49,7 @@ class Placement:
         self.started_here = False
         self.group: Any = None
         self.reservations: dict[int, Any] = {}  # by bundle
-        self.devices: dict[int, list[str]] = {}  # by bundle: its GPUs, as its node calls them
+        self.devices: dict[int, list[str]] = {}  # by bundle: the ids of its GPUs on their node
 
     def __enter__(self) -> Placement:
         cpus = sum(d.processes * d.threads for d in self.demands.values())
@@ -73,7 +72,7 @@ class Placement:
             ray.shutdown()
 
     def options(self, role: str) -> list[dict[str, Any]]:
-        """Ray options for each process of the role."""
+        """Return the Ray options of each process of the role."""
         threads = self.demands[role].threads
         return [
             {
@@ -89,8 +88,8 @@ class Placement:
         ]
 
     def _visible(self, assignment: Assignment) -> dict[str, str]:
-        """Which GPUs a process sees where Ray does not say so: a process that asks Ray for none
-        would see them all.
+        """Return the environment that limits a process to its GPUs, where Ray does not: a process
+        that asks Ray for none would see them all.
         """
         if self.cluster.device == "cpu" or (assignment.gpus and not self.shared):
             return {}
@@ -104,8 +103,8 @@ class Placement:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
 
     def _reserve(self) -> None:
-        """One placement group for all. It would wait for ever for what can never be, so that is
-        refused before.
+        """Reserve one placement group for all processes. Raises UserError before it is asked for
+        what can never fit: it would wait for that for ever.
         """
         bundles = self.layout.bundles
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -133,7 +132,7 @@ class Placement:
             )
 
     def _reserve_shared_gpus(self) -> None:
-        """Take all GPUs of every bundle that has some, and ask what they are called."""
+        """Take all GPUs of every bundle that has some, and ask for their ids."""
         for index, bundle in enumerate(self.layout.bundles):
             if gpus := bundle.get("GPU", 0):
                 options = {
@@ -156,16 +155,16 @@ class Placement:
 
 
 def strategy(cluster: ClusterSettings) -> str:
-    """PACK keeps neighbours on one node, where GPUs talk fastest. CPU nodes are there for their
-    cores and memory, of which Ray's logical CPUs say little: each of several gets one bundle, and
-    no node gets two.
+    """Return Ray's placement strategy. PACK keeps neighbours on one node, where GPUs talk fastest.
+    CPU nodes are used for their cores and memory, of which Ray's logical CPUs say little: each of
+    several gets one bundle, and no node gets two.
     """
     return "STRICT_SPREAD" if cluster.device == "cpu" and cluster.nodes > 1 else "PACK"
 
 
 def environment(device: str, threads: int) -> dict[str, str]:
-    """Environment of one worker process. Ray would set OMP_NUM_THREADS to 1, so it is said
-    explicitly.
+    """Return the environment of one worker process. OMP_NUM_THREADS is explicit, because Ray would
+    set it to 1.
     """
     return {
         "OMP_NUM_THREADS": str(threads),

@@ -15,9 +15,7 @@ from learners.experience import Experience
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Work on the rows of a batch that is under way on a group: one result per worker, for the rows
-    it was given.
-    """
+    """Pending work of a group on the rows of a batch: one result per worker, for its own rows."""
 
     group: WorkerGroup
     rows: list[list[int]]
@@ -27,8 +25,8 @@ class PendingRows:
 def scatter_rows(
     group: WorkerGroup, method: str, batch: Experience, rows_per_unit: int = 1
 ) -> PendingRows:
-    """Call `method` on every worker with its share of the batch, balanced by tokens; a share may be
-    empty.
+    """Call `method` on every worker with its share of the batch, balanced by tokens; return the
+    pending results. A share may be empty.
     """
     rows = batch.shard(len(group), rows_per_unit)
     return PendingRows(group, rows, group.scatter(method, [batch.select(r) for r in rows]))
@@ -37,7 +35,7 @@ def scatter_rows(
 def gather_rows(
     pending: PendingRows, batch: Experience, phase: str, deadline_s: float
 ) -> torch.Tensor:
-    """The workers' rows put back in the batch's order: [B] or [B,T]."""
+    """Wait for the workers' rows; return them in the batch's order: [B] or [B,T]."""
     results = pending.group.gather(pending.refs, phase, deadline_s)
     shape = (len(batch),) if results[0].ndim == 1 else batch.loss_mask.shape
     out = torch.zeros(shape)

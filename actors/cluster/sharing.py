@@ -1,4 +1,4 @@
-"""GPUs that several roles share: who has them now, and who leaves for whom."""
+"""GPU sharing: the roles on the GPUs now, and those that leave for others."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from actors.cluster.groups import WorkerGroup
 
 
 class GpuSharing:
-    """Who has the GPUs that roles share. With none to share nobody waits for anybody.
+    """The roles that have the shared GPUs. With no shared GPUs no role waits for another.
 
-    A group takes its turn by itself before it works (`WorkerGroup.acquire_gpus`): the engines have
-    the GPUs alone, all other roles may have them together. Who leaves keeps what it needs in CPU
-    memory. Only two moments must be named, by whoever conducts the step: `learn` and `sync`.
+    A group acquires the GPUs by itself before it works (`WorkerGroup.acquire_gpus`): the engines
+    have them alone, all other roles may have them at the same time. A role that leaves keeps its
+    state in CPU memory. Only `learn` and `sync` must be called, by the driver's step.
     """
 
-    ENGINES = "engine"  # awake; awake but for their KV cache, so that weights can arrive
-    WEIGHTS = "engine weights"
+    ENGINES = "engine"  # awake
+    WEIGHTS = "engine weights"  # awake but for their KV cache, so that weights can arrive
 
     def __init__(
         self, groups: Mapping[str, WorkerGroup] | None = None, deadline_s: float = 600
     ) -> None:
-        """`groups` that share, as they are when all have started: the engines asleep, everyone else
-        loaded.
+        """Take over the `groups` that share, as they are when all have started: the engines asleep,
+        all others loaded.
         """
         self.groups = groups or {}
         self.deadline_s = deadline_s
@@ -32,7 +32,7 @@ class GpuSharing:
             group.acquire_gpus = partial(self.acquire, role)
 
     def acquire(self, role: str) -> None:
-        """`role` gets the GPUs, and whoever it cannot share them with leaves."""
+        """Give `role` the GPUs; the roles it cannot share them with leave."""
         if role in self.present:
             return
         if role == self.ENGINES:
@@ -42,26 +42,24 @@ class GpuSharing:
         self._enter(role)
 
     def learn(self) -> None:
-        """Before a step's learning: frozen models leave to gradients and activations."""
+        """Make room for gradients and activations before a step's learning: frozen models leave."""
         self._leave(self.present - {"actor", "critic"})
 
     def sync(self) -> None:
-        """Before a weight sync: the Actor and the engines' weights, at the same time and without
-        anyone else.
-        """
+        """Give the GPUs to the Actor and the engines' weights alone, for a weight sync."""
         if self.groups:
             self._leave(self.present - {"actor", self.WEIGHTS})
             self._enter("actor")
             self._enter(self.WEIGHTS)
 
     def _leave(self, roles: set[str]) -> None:
-        """All at once; what they were asked before, they finish first."""
+        """Send roles off the GPUs, all at once; they finish their earlier calls first."""
         engines = {self.ENGINES, self.WEIGHTS}
-        asked = {
+        leaving = {
             role: self._group(role).submit_without_swap("sleep" if role in engines else "offload")
             for role in roles
         }
-        for role, pending in asked.items():
+        for role, pending in leaving.items():
             self._group(role).gather(pending, "make room", self.deadline_s)
         self.present -= roles
 

@@ -1,14 +1,13 @@
 """GenerationEngine: one vLLM engine and the loop thread that owns it.
 
 All vLLM and torch work happens in the loop thread (OpenMP pools belong to threads). Other threads
-leave commands, which the loop executes between two steps of the engine: so requests come in,
+leave commands, which the loop executes between two steps of the engine. So requests come in,
 finished groups stream out and weights are replaced, also under running requests, without a second
 process or a second design.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -19,9 +18,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from actors.engine.arguments import build_engine, engine_arguments
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
-from actors.weights.transfer import Receipt, transfer_backend
+from actors.weights.proof import Receipt
 from learners.experience import PromptRequest, Rollout
 from learners.settings import DeviceType, ModelSettings
 
@@ -32,8 +32,8 @@ Finished = queue.SimpleQueue[list[Rollout] | Exception]
 
 @dataclass(eq=False)
 class _Group:
-    """The samples of one request: those finished so far, and where the whole group goes after the
-    last one.
+    """The samples of one request: those finished so far, and the queue that gets the whole group
+    after the last one.
     """
 
     request: PromptRequest
@@ -44,8 +44,8 @@ class _Group:
 def in_loop(
     method: Callable[Concatenate[GenerationEngine, P], R],
 ) -> Callable[Concatenate[GenerationEngine, P], R]:
-    """Callers of any thread wait while the loop thread runs the method; they get its result or its
-    error.
+    """Run a method in the loop thread, while its caller in any thread waits; return its result or
+    raise its error.
     """
 
     @wraps(method)
@@ -63,7 +63,7 @@ def in_loop(
 
 
 class GenerationEngine:
-    """Generates with one set of weights at a time, and knows which.
+    """Generates with one set of weights at a time, whose version it knows.
 
     It starts with version 0, the weights in the model's files. From `start_weight_update` until
     `accept` it is STALE: it takes no prompts and holds those it has. Methods may be called from
@@ -81,7 +81,7 @@ class GenerationEngine:
         shared: bool = False,
         seed: int = 0,
     ) -> None:
-        """Returns when the engine is ready; raises what vLLM raised if it cannot start.
+        """Start the engine and wait until it is ready; raise what vLLM raises if it cannot start.
 
         `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only
         by its length), or with another EOS that the model's generation_config.json names. On
@@ -114,7 +114,7 @@ class GenerationEngine:
             raise
 
     def generate(self, requests: list[PromptRequest]) -> Iterator[list[list[Rollout]]]:
-        """Yields finished groups (all samples of one request, in sample order) until every request
+        """Yield finished groups (all samples of one request, in sample order) until every request
         is done.
 
         Raises RuntimeError when the engine is STALE, when it ends, and when a refused weight update
@@ -127,9 +127,12 @@ class GenerationEngine:
         missing = len(groups)
         try:
             while missing:
-                done = [_group_or_error(finished.get())]
-                while not finished.empty():
-                    done.append(_group_or_error(finished.get()))
+                done: list[list[Rollout]] = []
+                while not done or not finished.empty():
+                    group = finished.get()
+                    if isinstance(group, Exception):
+                        raise RuntimeError(str(group)) from group
+                    done.append(group)
                 missing -= len(done)
                 yield done
         finally:
@@ -137,8 +140,8 @@ class GenerationEngine:
                 self._abort(groups)
 
     def probe_logprobs(self, ids: list[int]) -> list[float]:
-        """Log-probs of ids[1:] at temperature 1, computed anew with the weights the engine really
-        holds.
+        """Return log-probs of ids[1:] at temperature 1, computed anew with the weights the engine
+        really holds.
 
         Works while STALE, but not while weights are half replaced. `ids` must be shorter than
         `max_model_tokens`.
@@ -183,8 +186,8 @@ class GenerationEngine:
 
     @in_loop
     def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
-        """End the update and say what arrived. Tokens are sampled under `weight_version` from here
-        on.
+        """End the update and return its receipt. Tokens are sampled under `weight_version` from
+        here on.
         """
         from actors.weights.receiver import take_receipt
 
@@ -203,7 +206,7 @@ class GenerationEngine:
 
     @in_loop
     def accept(self, version: int) -> None:
-        """The weights are proved to be those of `version`: serve with them."""
+        """Serve with the new weights, which are proved to be those of `version`."""
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
@@ -212,18 +215,18 @@ class GenerationEngine:
         self._draw_anew()
 
     def failure(self) -> str:
-        """What the last update failed with, or nothing. Answers also while the loop waits in a
+        """Return the error of the last update, or nothing. Answers also while the loop waits in a
         transfer.
         """
         return self._failure
 
     @in_loop
     def sleep(self) -> None:
-        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Refused while anything
-        is under way.
+        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Raises RuntimeError
+        while anything is under way.
 
         Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it
-        fell asleep with, as version, STALE and a step that was skipped and sends none all rely on.
+        fell asleep with. `version`, STALE, and a skipped step, which sends none, rely on that.
         """
         if self._running or self._probes or self._update_open:
             raise RuntimeError(
@@ -241,24 +244,23 @@ class GenerationEngine:
 
     @in_loop
     def status(self) -> dict[str, Any]:
-        """`version`, `stale`, `running` (samples under way) and `threads` (CPU threads the loop
-        computes with).
+        """Return `version`, `stale`, `running` (samples under way) and `threads` (CPU threads the
+        loop computes with).
         """
-        threads = torch.get_num_threads()
         return {
             "version": self.version,
             "stale": self._stale,
             "running": len(self._running),
-            "threads": threads,
+            "threads": torch.get_num_threads(),
         }
 
     def close(self) -> None:
-        """Stop the loop and free the engine. Whoever waits gets RuntimeError."""
+        """Stop the loop and free the engine. Callers that wait get RuntimeError."""
         if self._end is None:
             self._stop()
         self._thread.join()
 
-    # What only the loop thread does
+    # Only the loop thread runs what follows.
 
     def _loop(self) -> None:
         try:
@@ -268,7 +270,7 @@ class GenerationEngine:
                         self._collect(output)
                 else:
                     self._execute(*self._commands.get())
-        except BaseException as error:  # SystemExit too: nobody may wait for a loop that has ended
+        except BaseException as error:  # SystemExit too: no caller may wait for an ended loop
             self._end = (
                 error
                 if isinstance(error, Exception)
@@ -281,17 +283,17 @@ class GenerationEngine:
     def _execute(self, future: Future[Any], command: Callable[[], Any]) -> None:
         try:
             future.set_result(command())
-        except BaseException as error:  # SystemExit too: somebody waits for an answer
+        except BaseException as error:  # SystemExit too: the caller waits for an answer
             future.set_exception(error)
 
     def _may_step(self) -> bool:
-        """A STALE engine holds its requests. A probe's step is the exception; it takes them one
-        token along.
+        """Tell whether there is work that may run. A STALE engine holds its requests; the step of a
+        probe is the exception, and takes them one token along.
         """
         return not self._update_open and bool(self._probes or (self._running and not self._stale))
 
     def _answer_everyone(self) -> None:
-        """The loop has ended: after this nobody waits, and new commands are refused."""
+        """Fail every caller that waits: the loop has ended, and new commands are refused."""
         failure = RuntimeError(f"the engine has ended: {self._end!r}")
         with self._end_lock:  # a command is either in the queue by now, or its caller sees the end
             while not self._commands.empty():
@@ -308,16 +310,14 @@ class GenerationEngine:
     @in_loop
     def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
         arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
-        self._engine = _build_engine(arguments, self.device, generation.threads)
+        self._engine = build_engine(arguments, self.device, generation.threads)
         self._draw_anew()
 
     def _draw_anew(self) -> None:
-        """What unseeded requests draw is a function of engine and version, so that a resumed run
-        repeats no draws.
+        """Seed the requests without seeds from engine and version, so that a resumed run repeats no
+        draws.
         """
-        self._engine.collective_rpc(
-            draw_from, args=(derive_seed(self.seed, "version", self.version),)
-        )
+        self._worker(draw_from, derive_seed(self.seed, "version", self.version))
 
     @in_loop
     def _admit(self, groups: list[_Group]) -> None:
@@ -360,8 +360,8 @@ class GenerationEngine:
         return probe
 
     def _add(self, ids: list[int], salt: str, **params: Any) -> str:
-        """Give vLLM a request. Only requests of the same salt share cached prefixes: never two
-        weight versions.
+        """Give vLLM a request; return its name. Only requests of the same salt share cached
+        prefixes: never two weight versions.
         """
         from vllm import SamplingParams
         from vllm.inputs.engine import tokens_input
@@ -382,7 +382,7 @@ class GenerationEngine:
         return name
 
     def _collect(self, output: Any) -> None:
-        """A finished request: the answer to a probe, or a sample, perhaps the last one of its
+        """Take a finished request: the answer to a probe, or a sample, perhaps the last one of its
         group.
         """
         if output.request_id in self._probes:
@@ -428,84 +428,3 @@ def draw_from(worker: Any, seed: int) -> None:
     worker.
     """
     torch.manual_seed(seed)
-
-
-def _group_or_error(item: list[Rollout] | Exception) -> list[Rollout]:
-    if isinstance(item, Exception):
-        raise RuntimeError(str(item)) from item
-    return item
-
-
-def engine_arguments(
-    model: ModelSettings,
-    generation: GenerationSettings,
-    device: DeviceType,
-    max_model_tokens: int,
-    shared: bool = False,
-) -> dict[str, Any]:
-    """vLLM's EngineArgs, but for the transfer backend. Ids in, ids out: no tokenizer."""
-    return {
-        "model": model.path,
-        "dtype": model.dtype,
-        "trust_remote_code": model.trust_remote_code,
-        "skip_tokenizer_init": True,
-        # keeps the checkpoint's own sampling defaults out (repetition penalty!)
-        "generation_config": "vllm",
-        "logprobs_mode": "processed_logprobs",  # after temperature, as the Actor computes them
-        "max_model_len": max_model_tokens,
-        "max_num_seqs": generation.max_concurrent,
-        "enable_prefix_caching": True,
-        "weight_transfer_config": {"backend": transfer_backend(device, shared)},
-        "seed": 0,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        **(
-            _on_cpu(generation, max_model_tokens)
-            if device == "cpu"
-            else _on_gpu(generation, shared)
-        ),
-    }
-
-
-def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, Any]:
-    return {
-        "distributed_executor_backend": "uni",
-        "enforce_eager": True,
-        # A prompt cut in two would make vLLM rewind the request's seeded generator, which a CPU's
-        # cannot.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(8192, max_model_tokens),
-        "kv_cache_memory_bytes": int(generation.kv_cache_gib * 2**30),
-    }
-
-
-def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
-    return {
-        "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
-        "tensor_parallel_size": generation.tensor_parallel,
-        "gpu_memory_utilization": generation.gpu_memory_fraction,
-        "enable_sleep_mode": shared,
-    }
-
-
-def _build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
-    """A vLLM engine inside this process (on GPUs with `tensor_parallel` worker processes)."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if device == "cpu":
-        from torch._dynamo import config as compiler
-
-        compiler.disable = (
-            True  # compiling a helper of the sampler would hold the first token up by 6 s
-        )
-        torch.set_num_threads(threads)  # vLLM disables this function while it starts
-    from vllm import EngineArgs, LLMEngine
-    from vllm.config import WeightTransferConfig
-
-    import actors.weights.receiver  # noqa: F401  registers our transfer backend
-
-    transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
-    engine = LLMEngine.from_engine_args(EngineArgs(**arguments, weight_transfer_config=transfer))
-    engine.set_weight_version("0")
-    return engine

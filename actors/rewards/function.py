@@ -11,14 +11,14 @@ from actors.rollouts.requests import Sample
 
 
 class FunctionReward:
-    """Runs a user's function `f(prompts, responses, **columns) -> list[float | None]` in a process
-    of its own.
+    """Scores from a user's function `f(prompts, responses, **columns) -> list[float | None]`, in a
+    process of its own.
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its
     signature accepts. None marks a response that could not be scored; a number that is not finite
-    raises an alarm. When the function raises, it is asked again, for one response at a time, so
-    that those that are to blame do not take others along; not after an OSError, when a file or a
-    server is away for all of them.
+    raises an alarm. When the function raises, it is called again for one response at a time, so
+    that only the responses at fault go without a score; not after an OSError, when a file or a
+    server is missing for all of them.
     """
 
     def __init__(self, function: str) -> None:

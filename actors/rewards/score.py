@@ -13,7 +13,7 @@ from actors.settings import RewardSettings
 
 @dataclass(frozen=True)
 class Score:
-    """What a source says of one response: a value, or else an error in words.
+    """A source's answer for one response: a value, or else an error in words.
 
     Neither means that the source looked at the response and could not score it. A value that is not
     finite is a fault of the source, which an alarm reports.
@@ -50,7 +50,7 @@ class Rewards:
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             sources[one.name] = scores
-        # A source of weight 0 is only logged.
+        # A source of weight 0 is only logged: its errors leave the sum alone.
         counted = {one.name: one.weight for one in self.settings if one.weight != 0}
         sums = [
             weighted_sum([(weight, sources[name][i]) for name, weight in counted.items()])

@@ -33,8 +33,8 @@ def requests_for(
     seed_parts: tuple[int | str, ...],
     greedy: bool = False,
 ) -> list[PromptRequest]:
-    """One request per prompt; sample k of the prompt in slot i is seeded from (seed_parts, prompt
-    index, i, k).
+    """Return one request per prompt; sample k of the prompt in slot i is seeded from (seed_parts,
+    prompt index, i, k).
     """
     return [
         PromptRequest(
@@ -56,8 +56,8 @@ def requests_for(
 def samples_of(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, tokenizer: Any
 ) -> list[Sample]:
-    """Rollouts (ordered by request and sample) as text, with the text and columns of their
-    prompts.
+    """Decode rollouts (ordered by request and sample); return them as samples with the text and
+    columns of their prompts.
     """
     texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     rows = [prompts[i // group_size] for i in range(len(rollouts))]

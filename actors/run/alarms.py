@@ -1,8 +1,8 @@
-"""Alarms: what a step's numbers say is wrong, by name. A value that is not finite also skips the
+"""Alarms: faults that a step's numbers show, by name. A value that is not finite also skips the
 step.
 
-Nothing here stops a step that is merely odd: an alarm is printed, counted in the metrics as
-`alarm/{name}`, and kept in `alarms.jsonl` of the run folder.
+No alarm stops a step that is merely odd: it is printed, counted in the metrics as `alarm/{name}`,
+and kept in `alarms.jsonl` of the run folder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LARGEST_SCORE = 1e15  # squares of larger ones overflow in the statistics
 
 @dataclass(frozen=True)
 class Alarm:
-    """`name` is one of `metrics.ALARMS`, `message` says what was seen and what to look at.
+    """One fault: `name` is one of `metrics.ALARMS`, `message` the numbers and where to look.
 
-    `skip_step`: something could not be learned from, all of the step or single updates; such steps
-    are counted.
+    `skip_step`: all of the step, or single updates, could not be learned from; such steps are
+    counted.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Alarm:
 
 @dataclass
 class AlarmLog:
-    """Reports a run's alarms, and knows when too many steps had something skipped (since the
-    process began).
+    """Reports a run's alarms, and counts the steps with a skipped part since the process began; at
+    `limit` the run stops.
     """
 
     folder: RunFolder
@@ -48,8 +48,8 @@ class AlarmLog:
     skipped: dict[int, list[str]] = field(default_factory=dict)
 
     def report(self, step: int, alarms: Iterable[Alarm]) -> dict[str, float]:
-        """Tell everybody; returns the metrics `alarm/{name}` and, when something was skipped,
-        `alarm/skipped`.
+        """Print and keep the alarms of a step; return the metrics `alarm/{name}` and, when
+        something was skipped, `alarm/skipped`.
         """
         metrics = {}
         for alarm in alarms:
@@ -62,16 +62,16 @@ class AlarmLog:
 
     @property
     def full(self) -> bool:
+        """True when too many steps had something skipped."""
         return len(self.skipped) >= self.limit
 
     def stop(self, step: int) -> WorkerError:
-        """What to raise once everything is saved."""
+        """Return the error to raise once the checkpoint of `step` is saved."""
         names = ", ".join(dict.fromkeys(self.skipped[max(self.skipped)]))
         return WorkerError(
             f"stopped after step {step}: in {len(self.skipped)} steps something was skipped "
-            "(run.max_skipped_steps), "
-            f"the last time for {names}; everything is saved, see alarms.jsonl; --resume goes "
-            "on from here"
+            f"(run.max_skipped_steps), the last time for {names}; checkpoint saved; see "
+            "alarms.jsonl, then continue with --resume"
         )
 
 
@@ -81,8 +81,8 @@ def of_experience(
     by_source: Mapping[str, Sequence[Score]],
     recipe: RLRecipe,
 ) -> Iterator[Alarm]:
-    """What is wrong with a step before anything is learned from it. `by_source`: scores as the
-    sources gave them.
+    """Yield the alarms of a step before anything is learned from it; `by_source` are the scores of
+    every source.
     """
     assert batch.scores is not None
     bound = recipe.alarms
@@ -132,7 +132,9 @@ def of_experience(
 
 
 def of_evaluation(name: str, failures: Sequence[str]) -> Iterator[Alarm]:
-    """What the function said that could not judge some of the held-out responses."""
+    """Yield an alarm for the errors of the function, which could not score all responses of the
+    evaluation `name`.
+    """
     if failures:
         yield Alarm(
             "reward_error",
@@ -141,8 +143,8 @@ def of_evaluation(name: str, failures: Sequence[str]) -> Iterator[Alarm]:
 
 
 def of_recipe(recipe: RLRecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
-    """What the reader of the curves should know from the start. `defaults`: the Actor's
-    generation_config.json.
+    """Yield alarms that concern every step: sampling other than the policy's or the model's own.
+    `defaults`: the Actor's generation_config.json.
     """
     if asked := asked_by_model(defaults, recipe.generation):  # else such a model was refused
         yield Alarm(
@@ -153,62 +155,78 @@ def of_recipe(recipe: RLRecipe, defaults: Mapping[str, Any]) -> Iterator[Alarm]:
     if correction is not None and off_policy_sampling:
         listed = ", ".join(f"{name} {value:g}" for name, value in off_policy_sampling.items())
         message = (
-            f"{listed}: not the policy's own distribution; weighed by {correction.kind}, cap "
+            f"{listed}: not the policy's own distribution; weighted by {correction.kind}, cap "
             f"{correction.cap:g}"
         )
         yield Alarm("distorted_sampling", message)
 
 
 def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm]:
-    """What is wrong with a step, by its metrics."""
+    """Yield the alarms of a step's metrics."""
     bound = recipe.alarms
     for role in ("actor", "critic"):
         yield from _of_updates(metrics, role)
-    if metrics.get("group/with_spread") == 0:
-        yield Alarm(
-            "no_spread", "in every group all scores are equal: no response has an advantage"
-        )
-    if metrics.get("actor/grad_norm") == 0:
-        yield Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch")
     # Truncated or penalised sampling differs from the policy by design: then only an explicit bound
     # counts.
     unbounded = math.inf if recipe.generation.off_policy_sampling else None
-    for name, key, allowed in (
-        ("mismatch/max", "mismatch", bound.mismatch or unbounded or recipe.max_logprob_diff),
-        (
-            "mismatch/mean",
-            "mean_mismatch",
-            bound.mean_mismatch or unbounded or recipe.mean_logprob_diff,
-        ),
-    ):
-        if (found := metrics.get(name, 0.0)) > allowed:
-            how = "on average " if name.endswith("mean") else ""
-            message = (
-                f"engine and Actor log-probs differ {how}by {found:.2e} nats, above "
-                f"{allowed:.0e} (alarms.{key})"
-            )
-            yield Alarm(key, message)
+    most = bound.mismatch or unbounded or recipe.max_logprob_diff
+    most_on_average = bound.mean_mismatch or unbounded or recipe.mean_logprob_diff
+    worst = metrics.get("mismatch/max", 0.0)
+    mean = metrics.get("mismatch/mean", 0.0)
     held = metrics.get("actor/clip_fraction", 0.0)
-    if held > bound.clip_fraction:
-        yield Alarm(
-            "clip_fraction",
-            f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)",
-        )
     entropy = metrics.get("actor/entropy", math.nan)
-    if entropy < bound.least_entropy:
-        yield Alarm(
-            "entropy_low",
-            f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)",
-        )
-    if entropy > bound.most_entropy:
-        yield Alarm(
-            "entropy_high",
-            f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)",
-        )
+    checks = [
+        (
+            metrics.get("group/with_spread") == 0,
+            Alarm("no_spread", "in every group all scores are equal: no response has an advantage"),
+        ),
+        (
+            metrics.get("actor/grad_norm") == 0,
+            Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch"),
+        ),
+        (
+            worst > most,
+            Alarm(
+                "mismatch",
+                f"engine and Actor log-probs differ by {worst:.2e} nats, above {most:.0e} "
+                "(alarms.mismatch)",
+            ),
+        ),
+        (
+            mean > most_on_average,
+            Alarm(
+                "mean_mismatch",
+                f"engine and Actor log-probs differ on average by {mean:.2e} nats, above "
+                f"{most_on_average:.0e} (alarms.mean_mismatch)",
+            ),
+        ),
+        (
+            held > bound.clip_fraction,
+            Alarm(
+                "clip_fraction",
+                f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)",
+            ),
+        ),
+        (
+            entropy < bound.least_entropy,
+            Alarm(
+                "entropy_low",
+                f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)",
+            ),
+        ),
+        (
+            entropy > bound.most_entropy,
+            Alarm(
+                "entropy_high",
+                f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)",
+            ),
+        ),
+    ]
+    yield from (alarm for raised, alarm in checks if raised)
 
 
 def of_training(metrics: Mapping[str, float]) -> Iterator[Alarm]:
-    """What is wrong with a step of SFT or reward-model training."""
+    """Yield the alarms of a step of SFT or reward-model training."""
     yield from _of_updates({f"learner/{name}": value for name, value in metrics.items()}, "learner")
 
 

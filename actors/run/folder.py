@@ -23,9 +23,9 @@ from learners.errors import UserError
 
 
 class RunFolder:
-    """One run on disk. Get it from `open`, `create` or `resume`; end it with `close` or `finish`.
+    """One run on disk. Get it from `open`; end it with `close` or `finish`.
 
-    `config.yaml`, `config-until-step-*.yaml` (what a resume replaced in it), `metrics.jsonl` (one
+    `config.yaml`, `config-until-step-*.yaml` (replaced by a resume), `metrics.jsonl` (one
     object per line: step, phase, time in Unix seconds, and the metrics by name), `alarms.jsonl`
     (one object per line: step, name, message), `samples/step-*.jsonl`, `timeline.json` (Chrome
     trace events), `tensorboard/`, `checkpoints/step-*/`.
@@ -33,8 +33,8 @@ class RunFolder:
 
     def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
         """Open an existing folder, to log from `first_step` on."""
-        self.settings = settings  # workers may stand elsewhere
-        self.path = Path(settings.folder).resolve()
+        self.settings = settings
+        self.path = Path(settings.folder).resolve()  # workers may run in another directory
         self._keep_config(config_yaml, first_step - 1)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
@@ -48,7 +48,10 @@ class RunFolder:
     @staticmethod
     def check(settings: RunSettings, resume: bool) -> None:
         """Raise UserError if `open` could not succeed, before anything has been started for it."""
-        _check_wandb(settings)
+        if settings.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                "run.wandb_project: wandb is not installed: pip install wandb, or remove the key"
+            )
         path = Path(settings.folder)
         if resume and not finished_checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
@@ -59,30 +62,25 @@ class RunFolder:
             )
 
     @classmethod
-    def open(cls, settings: RunSettings, config_yaml: str, resume: bool) -> Self:
-        return cls.resume(settings, config_yaml) if resume else cls.create(settings, config_yaml)
+    def open(cls, settings: RunSettings, config_yaml: str, resume: bool = False) -> Self:
+        """Make the folder, or with `resume` open it as it was at its newest checkpoint.
 
-    @classmethod
-    def create(cls, settings: RunSettings, config_yaml: str) -> Self:
-        """Make the folder. Raises UserError if it exists, leaving everything as it was."""
-        cls.check(settings, resume=False)
+        Raises UserError, leaving everything as it was, if it exists already or, with `resume`, has
+        no checkpoint.
+        """
+        cls.check(settings, resume)
         path = Path(settings.folder)
+        if resume:
+            step, checkpoint = finished_checkpoints(path)[-1]
+            state = json.loads((checkpoint / "run_folder.json").read_text())
+            for name, size in state["bytes"].items():
+                os.truncate(path / name, size)
+            return cls(settings, config_yaml, first_step=step + 1)
         try:
             path.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from None
         return cls(settings, config_yaml, first_step=0)
-
-    @classmethod
-    def resume(cls, settings: RunSettings, config_yaml: str) -> Self:
-        """Open the folder as it was at its newest checkpoint. Raises UserError if it has none."""
-        cls.check(settings, resume=True)
-        path = Path(settings.folder)
-        step, checkpoint = finished_checkpoints(path)[-1]
-        state = json.loads((checkpoint / "run_folder.json").read_text())
-        for name, size in state["bytes"].items():
-            os.truncate(path / name, size)
-        return cls(settings, config_yaml, first_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float], phase: str = "train") -> None:
         """Record the metrics of a step. NaN and infinity become null in metrics.jsonl: JSON has no
@@ -108,8 +106,8 @@ class RunFolder:
         self._alarmed[name] = step
 
     def save_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep the first `samples_per_step` rows every `samples_every_steps` steps; other steps
-        keep nothing.
+        """Keep the first `samples_per_step` rows of every `samples_every_steps`-th step, nothing of
+        the others.
         """
         if not self.settings.samples_every_steps or step % self.settings.samples_every_steps:
             return
@@ -120,7 +118,7 @@ class RunFolder:
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
-        """Yields a temporary folder to fill. It takes its final name only once complete and on
+        """Yield a temporary folder to fill. It takes its final name only once complete and on
         disk, or disappears.
         """
         final = self.path / "checkpoints" / _name(step)
@@ -143,10 +141,6 @@ class RunFolder:
         for _, old in finished_checkpoints(self.path)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old)
 
-    def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest finished checkpoint."""
-        return next(reversed(finished_checkpoints(self.path)), None)
-
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
         """Time one phase of a step, for the timeline and for `seconds`."""
@@ -161,11 +155,11 @@ class RunFolder:
             self._timeline.add(name, step, started, elapsed)
 
     def seconds(self, step: int) -> dict[str, float]:
-        """`seconds/{phase}` of the phases of a step since they were last asked for."""
+        """Return `seconds/{phase}` of the phases of a step, and forget them."""
         return self._seconds.pop(step, {})
 
     def progress(self, steps: range, total: int, description: str) -> Iterator[int]:
-        """Iterate over `steps` (1 to `total`), showing how far the run is and its main metrics."""
+        """Iterate over `steps` (of 1 to `total`), showing progress and the main metrics."""
         if not self.settings.progress:
             return iter(steps)
         return show_progress(steps, total, description, self._latest)
@@ -176,7 +170,7 @@ class RunFolder:
         self.close()
 
     def discard(self) -> None:
-        """Remove a run that never began."""
+        """Remove the folder of a run that never began."""
         self.close()
         shutil.rmtree(self.path)
 
@@ -192,7 +186,7 @@ class RunFolder:
 
     def _keep_config(self, text: str, done: int) -> None:
         """Write config.yaml. Another text that led to step `done` is kept beside it, under the name
-        of that step; what was tried in vain since then is not.
+        of that step; a text with which no step was saved since then is not.
         """
         path = self.path / "config.yaml"
         before = path.read_text(encoding="utf-8") if path.exists() else text
@@ -208,12 +202,15 @@ class RunFolder:
 
     def _open_wandb(self, project: str) -> Any:
         wandb = importlib.import_module("wandb")
-        remembered = self.path / "wandb_id"  # the same run again after a resume
-        if not remembered.exists():
-            remembered.write_text(uuid.uuid4().hex)
-        run_id = remembered.read_text()
+        kept = self.path / "wandb_id"  # the same run again after a resume
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
         return wandb.init(
-            project=project, name=self.path.name, dir=str(self.path), id=run_id, resume="allow"
+            project=project,
+            name=self.path.name,
+            dir=str(self.path),
+            id=kept.read_text(),
+            resume="allow",
         )
 
 
@@ -227,17 +224,12 @@ class Timeline:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.exists():
-            head = {
-                "name": "process_name",
-                "ph": "M",
-                "pid": 0,
-                "tid": 0,
-                "args": {"name": "driver"},
-            }
+            process = {"pid": 0, "tid": 0, "args": {"name": "driver"}}
+            head = {"name": "process_name", "ph": "M", **process}
             path.write_bytes(b"[\n" + json.dumps(head).encode() + self.END)
 
     def add(self, name: str, step: int, started: float, seconds: float) -> None:
-        """One phase: `started` in Unix seconds."""
+        """Write one phase; `started` is in Unix seconds."""
         when = {"ts": round(started * 1e6), "dur": round(seconds * 1e6)}  # microseconds
         event = {"name": name, "ph": "X", "pid": 0, "tid": 0, **when, "args": {"step": step}}
         with self.path.open("r+b") as file:
@@ -246,13 +238,12 @@ class Timeline:
 
 
 def finished_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Steps and folders, oldest first: those named exactly step-<digits>, which a checkpoint is
-    called once it is complete. A copy that somebody put beside them has another name.
+    """Return steps and folders of checkpoints, oldest first: those named exactly step-<digits>. A
+    checkpoint gets that name once it is complete; a copy beside it has another name.
     """
-    found = (run / "checkpoints").glob("step-*")
     return sorted(
         (int(p.name.removeprefix("step-")), p)
-        for p in found
+        for p in (run / "checkpoints").glob("step-*")
         if re.fullmatch("step-[0-9]+", p.name) and p.is_dir()
     )
 
@@ -261,19 +252,12 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _check_wandb(settings: RunSettings) -> None:
-    if settings.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "run.wandb_project: wandb is not installed: pip install wandb, or remove the key"
-        )
-
-
 def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    """The same with None in place of NaN and infinity."""
+    """Return the same value with None in place of NaN and infinity."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -282,8 +266,8 @@ def _finite(value: Any) -> Any:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file through a draft: whenever the process dies, there is the old text or the new
-    one, never a part.
+    """Write a file by way of a draft: whenever the process dies, the file has the old text or the
+    new one, never a part.
     """
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Every metric a run logs, as data: its meaning, unit and healthy range, how a step's mini-batches
-become one number, and where a reader is shown it.
+"""Every metric a run logs, as data: its meaning, unit and healthy range, the reduction of a step's
+mini-batches to one number, and its position in the progress line and on the demo's page.
 
 `python -m actors.run.metrics` prints docs/metrics.md.
 """
@@ -16,11 +16,11 @@ from statistics import fmean
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric, or of several that one sentence explains.
+    """The description of a metric, or of several that one sentence explains.
 
     `pattern` is a name; in it `<a|b>` stands for either word and `<word>` for any text, such as a
     source's name. `reduction` makes one number of a step's mini-batches: "mean", "max", "count"
-    (adds up), or "" where a step has only one. `headline` is the place in the progress line,
+    (adds up), or "" where a step has only one. `headline` is the position in the progress line,
     `chart` the title on the demo's page.
     """
 
@@ -34,7 +34,7 @@ class Metric:
 
     @property
     def names(self) -> list[str]:
-        """The pattern with each of its choices made; `<word>` stays."""
+        """Every name the pattern stands for; `<word>` stays as it is."""
         parts = re.split(r"<([^<>]*\|[^<>]*)>", self.pattern)
         return ["".join(chosen) for chosen in product(*(part.split("|") for part in parts))]
 
@@ -418,27 +418,28 @@ Progress shows {headlines}.
 
 
 def find(name: str) -> Metric | None:
-    """What is known of a metric; None for a name that nobody registered."""
+    """Return the description of a metric; None for a name that is not registered."""
     return BY_NAME.get(name) or next(
         (m for known, m in BY_NAME.items() if re.fullmatch(re.sub("<.*>", ".+", known), name)), None
     )
 
 
 def headlines() -> list[str]:
-    """The metrics shown with progress, in order."""
+    """Return the metrics shown with progress, in order."""
     shown = {m.headline: m.pattern for m in METRICS if m.headline is not None}
-    return [shown[place] for place in sorted(shown)]
+    return [shown[position] for position in sorted(shown)]
 
 
 def charts() -> dict[str, str]:
-    """Chart title to metric, for the demo's page."""
+    """Return chart title to metric, for the demo's page."""
     return {m.chart: m.pattern for m in METRICS if m.chart is not None}
 
 
 def reduce(name: str, values: Sequence[float]) -> float:
-    """One number of a metric's mini-batches, as the registry says; NaN if any is not finite.
+    """Return one number for a metric's mini-batches, by its registered reduction; NaN if any is not
+    finite.
 
-    Of a name that nobody registered: the largest where it begins with "max_", else the mean.
+    For a name that is not registered: the largest where it begins with "max_", else the mean.
     """
     if not all(map(math.isfinite, values)):
         return math.nan
@@ -447,17 +448,13 @@ def reduce(name: str, values: Sequence[float]) -> float:
         how = "max" if name.split("/")[-1].startswith("max_") else "mean"
     else:
         how = known.reduction
-    match how:
-        case "max":
-            return max(values)
-        case "count":
-            return sum(values)
-        case _:
-            return fmean(values)
+    if how == "max":
+        return max(values)
+    return sum(values) if how == "count" else fmean(values)
 
 
 def page() -> str:
-    """docs/metrics.md: the introduction, and a table for every family."""
+    """Return docs/metrics.md: the introduction, and a table for every family."""
     shown = ", ".join(f"`{name}`" for name in headlines())
     parts = [INTRODUCTION.format(headlines=shown)]
     for title, metrics in FAMILIES.items():
@@ -466,7 +463,7 @@ def page() -> str:
 
 
 def _table(metrics: Sequence[Metric]) -> str:
-    """One row per metric, without the columns that would be empty."""
+    """Return a table with one row per metric, without the columns that would be empty."""
     columns = {
         "metric": [", ".join(f"`{name}`" for name in m.names) for m in metrics],
         "unit": [m.unit for m in metrics],

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then elsewhere, each with the main
+"""Progress of a run: a bar in a terminal, a line now and then elsewhere, each with the main
 metrics.
 """
 
@@ -17,9 +17,8 @@ LINE_EVERY_S = 15.0
 def show_progress(
     steps: range, total: int, description: str, latest: Mapping[str, float]
 ) -> Iterator[int]:
-    """Iterate over `steps` (1 to `total`), showing what `latest` holds after each."""
-    show = _bar if sys.stderr.isatty() else _lines
-    return show(steps, total, description, latest)
+    """Iterate over `steps` (of 1 to `total`), showing the metrics in `latest` after each."""
+    return (_bar if sys.stderr.isatty() else _lines)(steps, total, description, latest)
 
 
 def _bar(steps: range, total: int, description: str, latest: Mapping[str, float]) -> Iterator[int]:

@@ -1,7 +1,7 @@
-"""Leaving early, on request: SIGUSR1 asks a run to finish its step, save a checkpoint and end with
-exit code 75.
+"""The stop signal: after SIGUSR1 a run finishes its step, saves a checkpoint and ends with exit
+code 75.
 
-Batch systems send such a signal before a time limit; `--resume` goes on from the checkpoint.
+Batch systems send such a signal before a time limit; `--resume` continues from the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _requested = threading.Event()
 
 
 class Interrupted(SystemExit):
-    """The run was asked to leave and has saved its checkpoint.
+    """The run was stopped by the signal and has saved its checkpoint.
 
-    A SystemExit, because nothing failed: nobody who catches errors may take it for one.
+    A SystemExit, because nothing failed: code that catches errors must let it pass.
     """
 
     def __init__(self, step: int) -> None:
@@ -27,17 +27,12 @@ class Interrupted(SystemExit):
         self.step = step
 
     def __str__(self) -> str:
-        return (
-            f"left after step {self.step} on SIGUSR1; its checkpoint is saved: --resume goes on "
-            "from here"
-        )
+        return f"stopped after step {self.step} (SIGUSR1); checkpoint saved; continue with --resume"
 
 
 @contextmanager
 def catch_stop_signal() -> Iterator[None]:
-    """Take note of SIGUSR1, which would end the process otherwise. Signals reach the main thread
-    alone.
-    """
+    """Note SIGUSR1, which would end the process otherwise. Signals reach the main thread alone."""
     _requested.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -50,5 +45,5 @@ def catch_stop_signal() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Whether the run shall leave after this step."""
+    """Tell whether the run must stop after this step."""
     return _requested.is_set()

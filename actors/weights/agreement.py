@@ -1,7 +1,7 @@
-"""The gate before step 1: engine and Actor must give the same tokens the same log-probs, or the run
-does not begin.
+"""The agreement of engine and Actor before step 1: the run begins only if both give the same tokens
+the same log-probs.
 
-A difference here is what makes runs fail slowly: the ratio starts away from 1, and every update is
+A difference here makes runs fail slowly: the ratio starts away from 1, and every update is
 off-policy.
 """
 
@@ -21,16 +21,14 @@ from learners.errors import UserError
 from learners.experience import Experience, Rollout
 from learners.rows import Prompt
 
-LONGEST_RESPONSE = (
-    256  # tokens: long enough to show a drift along the response, short enough to cost little
-)
+# tokens: long enough to show a drift along the response, short enough to cost little
+LONGEST_RESPONSE = 256
+
 PRECISION = 0.5  # nats: differences above this are more than another dtype or kernel
 
 
 class DisagreementError(UserError):
-    """Engine and Actor disagree; the message says what differs most and what the likely
-    causes are.
-    """
+    """Engine and Actor disagree; the message names the largest difference and its likely causes."""
 
 
 def check_engine_agrees(
@@ -39,21 +37,18 @@ def check_engine_agrees(
     """Sample responses at the recipe's temperature and compare log-probs, engine against Actor, on
     the same ids.
 
-    Returns the largest difference in nats; raises DisagreementError when it is above the recipe's
-    gate or not a number.
+    Returns the largest difference in nats. Raises DisagreementError when it is not within the
+    recipe's `max_logprob_diff`, or the mean difference not within `mean_logprob_diff`.
     """
-    plain = recipe.generation.on_policy()
-    settings = plain.model_copy(
-        update={"max_new_tokens": min(plain.max_new_tokens, LONGEST_RESPONSE)}
-    )
-    # Prompts are dealt to the engines in turn: every engine gets one.
-    chosen = [
-        prompts[i % len(prompts)] for i in range(max(recipe.sync.agreement_prompts, len(engines)))
-    ]
+    settings = recipe.generation.on_policy()
+    longest = min(settings.max_new_tokens, LONGEST_RESPONSE)
+    settings = settings.model_copy(update={"max_new_tokens": longest})
+    # Prompts are dealt to the engines in order: every engine gets one.
+    count = max(recipe.sync.agreement_prompts, len(engines))
+    chosen = [prompts[i % len(prompts)] for i in range(count)]
     deadline = recipe.cluster.call_deadline_s
-    rollouts = engines.generate(
-        requests_for(chosen, settings, 1, (recipe.run.seed, "gate")), deadline
-    )
+    requests = requests_for(chosen, settings, 1, (recipe.run.seed, "gate"))
+    rollouts = engines.generate(requests, deadline)
     batch = Experience.from_rollouts(rollouts)
     logprobs = gather_rows(scatter_rows(actor, "infer", batch), batch, "gate", deadline)
     return check(
@@ -68,54 +63,46 @@ def check(
     mean_logprob_diff: float = math.inf,
     engines: int = 1,
 ) -> float:
-    """Largest difference between the rollouts' log-probs and the Actor's [B,T].
+    """Return the largest difference between the rollouts' log-probs and the Actor's [B,T].
 
-    DisagreementError if it is above `gate`, or the mean of all differences above
-    `mean_logprob_diff`.
+    Raises DisagreementError when it is above `max_logprob_diff`, when the mean of all differences
+    is above `mean_logprob_diff`, and when there is no token to compare.
     """
-    worst = 0.0
-    place = (0, 0)
-    firsts = 0.0
-    over = 0
-    tokens = 0
-    total = 0.0
-    for i, rollout in enumerate(rollouts):
-        for t, engine in enumerate(rollout.logprobs):
-            gap = abs(engine - float(logprobs[i, t]))
-            gap = gap if math.isfinite(gap) else math.inf
-            firsts = max(firsts, gap) if t == 0 else firsts
-            worst, place = max((worst, place), (gap, (i, t)))
-            over = over + (gap > max_logprob_diff)
-            tokens = tokens + 1
-            total = total + gap
-    if not tokens:
+    gaps = {  # by row and token; infinite where it is not a number
+        (i, t): gap if math.isfinite(gap := abs(engine - float(logprobs[i, t]))) else math.inf
+        for i, rollout in enumerate(rollouts)
+        for t, engine in enumerate(rollout.logprobs)
+    }
+    if not gaps:
         raise DisagreementError(
-            "gate: the engines sampled no token, so there is nothing to compare with the Actor"
+            "before step 1: the engines sampled no token, so there is nothing to compare with the "
+            "Actor"
         )
-    if worst <= max_logprob_diff and total / tokens <= mean_logprob_diff:
+    worst, (i, t) = max((gap, position) for position, gap in gaps.items())
+    mean = sum(gaps.values()) / len(gaps)
+    if worst <= max_logprob_diff and mean <= mean_logprob_diff:
         return worst
-    i, t = place
+    over = sum(gap > max_logprob_diff for gap in gaps.values())
+    first_token = max(gap for (_, token), gap in gaps.items() if token == 0)
     rollout = rollouts[i]
-    mean = total / tokens
     raise DisagreementError(
         [
-            f"gate: engine and Actor log-probs differ by {worst:.2e} nats before step 1, "
-            f"{mean:.2e} on average; "
-            f"{over} of {tokens} tokens are above the gate of {max_logprob_diff:g} "
+            f"before step 1: engine and Actor log-probs differ by {worst:.2e} nats, {mean:.2e} on "
+            f"average; {over} of {len(gaps)} tokens are above {max_logprob_diff:g} "
             "(sync.max_logprob_diff), "
             f"the average may be {mean_logprob_diff:g} (sync.mean_logprob_diff)",
-            f"gate: largest at response token {t} (id {rollout.response_ids[t]}) of prompt "
-            f"{rollout.prompt_index}: "
+            f"before step 1: largest at response token {t} (id {rollout.response_ids[t]}) of "
+            f"prompt {rollout.prompt_index}: "
             f"engine[{rollout.slot % engines}] {rollout.logprobs[t]:.4f}, Actor "
             f"{float(logprobs[i, t]):.4f}",
-            f"gate: likely causes: {likely_causes(worst, firsts, max_logprob_diff)}",
+            f"before step 1: likely causes: {likely_causes(worst, first_token, max_logprob_diff)}",
         ]
     )
 
 
-def likely_causes(worst: float, firsts: float, max_logprob_diff: float) -> str:
-    """What usually lies behind a difference of this size, seen at first tokens (`firsts`) or only
-    later.
+def likely_causes(worst: float, first_token: float, max_logprob_diff: float) -> str:
+    """Return the usual causes of a difference of this size, seen at first tokens (`first_token` is
+    the largest there) or only later.
     """
     if math.isinf(worst):
         return "NaN or infinite logits: a broken checkpoint, or a dtype too narrow for this model"
@@ -124,11 +111,10 @@ def likely_causes(worst: float, firsts: float, max_logprob_diff: float) -> str:
             "another dtype or attention kernel in the engine than in the Actor; "
             "if that is meant, raise sync.max_logprob_diff and sync.mean_logprob_diff"
         )
-    if firsts > max_logprob_diff:
+    if first_token > max_logprob_diff:
         return (
-            "the engine serves other weights than the Actor (a model folder that changed, a "
-            "head left stale), "
-            "or its sampler changes the distribution (temperature, penalties)"
+            "the engine serves other weights than the Actor (a model folder that changed, a head "
+            "left stale), or its sampler changes the distribution (temperature, penalties)"
         )
     return (
         "positions or attention differ along the response (RoPE scaling, sliding window, a "

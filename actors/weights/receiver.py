@@ -1,5 +1,5 @@
-"""Actor weights -> engine, the engine's side: our CPU backend of vLLM's weight-transfer API, and
-what is asked of any backend's worker. Imports vLLM.
+"""The engine's side of a weight sync: our CPU backend of vLLM's weight-transfer API, and functions
+that run in the worker of any backend. Imports vLLM.
 
 Four facts about vLLM on a CPU shape it: weights must be loaded inside a layerwise reload, because
 most layers have packed and dropped what they were given; the base class synchronises an accelerator
@@ -28,7 +28,9 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from actors.weights.transfer import OBJECT_STORE, Receipt, SyncError, checksum, digest, unpack_group
+from actors.weights.client import OBJECT_STORE
+from actors.weights.packing import unpack_group
+from actors.weights.proof import Receipt, SyncError, checksum, digest
 
 
 @dataclass
@@ -40,8 +42,8 @@ class ObjectStoreInit(WeightTransferInitInfo):
 @dataclass
 class ObjectStoreUpdate(WeightTransferUpdateInfo):
     groups: list[dict[str, Any]]
-    """What `pack_group` tells about each group, and its bytes as `ref`: a Ray reference, or the
-    array itself.
+    """The plain data of each group from `pack_group`, and its bytes as `ref`: a Ray reference, or
+    the array itself.
     """
 
 
@@ -67,16 +69,15 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
     def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
         arrays = [self._fetch(group) for group in update_info.groups]
         for group, array in zip(update_info.groups, arrays, strict=True):
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # the store's memory is read-only; loading only reads
+            with warnings.catch_warnings(action="ignore"):
+                # The store's memory is read-only, of which torch warns; loading only reads.
                 packed = torch.from_numpy(array)
             self.model.load_weights(unpack_group(group, packed))
             self.receipt.append((group["name"], group["digest"], group["names"]))
 
     def _fetch(self, group: dict[str, Any]) -> np.ndarray:
-        """The bytes of a group (shared memory if they lie on this node). SyncError if they are not
-        those sent.
+        """Return the bytes of a group (shared memory if they lie on this node). Raises SyncError if
+        they are not those sent.
         """
         array = group["ref"]
         if not isinstance(array, np.ndarray):
@@ -92,9 +93,8 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self.model.modules():
-            if isinstance(
-                layer, ParallelLMHead
-            ):  # a tied one was not loaded: it still holds its packed copy
+            if isinstance(layer, ParallelLMHead):
+                # A tied one was not loaded: it still holds its packed copy.
                 layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
@@ -108,9 +108,8 @@ def clear_interrupted_update(worker: Any) -> None:
     A reload that starts over half-filled layers would add the new weights to what they have already
     counted.
     """
-    if (
-        not worker._weight_update_active
-    ):  # vLLM ended the session when it failed, but left the layers as they were
+    # When an update failed, vLLM has ended it, but left the layers as they were.
+    if not worker._weight_update_active:
         worker.start_weight_update()
     worker.finish_weight_update()
 
@@ -118,8 +117,8 @@ def clear_interrupted_update(worker: Any) -> None:
 def note_what_is_loaded(worker: Any) -> None:
     """Keep a receipt of every tensor that the model is given from here on, as it arrived.
 
-    For vLLM's own receivers: they keep none, and the names of an update are only what its sender
-    announced.
+    For vLLM's own receivers: they keep none, and the names of an update are only those that its
+    sender announced.
     """
     engine = worker.weight_transfer_engine
     load = type(engine.model).load_weights
@@ -135,7 +134,7 @@ def note_what_is_loaded(worker: Any) -> None:
 
 
 def take_receipt(worker: Any) -> Receipt:
-    """What the last update brought."""
+    """Return the receipt of the last update."""
     return worker.weight_transfer_engine.receipt
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from actors.cluster.groups import WorkerGroup
 from actors.engine.engine import GenerationEngine
-from actors.rollouts.generator import Engines
-from actors.weights import transfer
-from actors.weights.synced_actor import SyncedActor
-from actors.weights.transfer import Receipt, SyncError, pack_group
+from actors.weights import senders
+from actors.weights.packing import pack_group
+from actors.weights.proof import Receipt, SyncError
+from actors.weights.senders import SyncedActor
 
 
 class FaultyActor(SyncedActor):
@@ -35,9 +34,9 @@ class FaultyActor(SyncedActor):
         self.fault = fault
 
     def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
-        pack = transfer.pack_group
+        pack = senders.pack_group
         if self.fault in ("a corrupted bucket", "a sender that hears nothing"):
-            transfer.pack_group = corrupted
+            senders.pack_group = corrupted
         if self.fault == "a sender that hears nothing" and self.rank.index == 0:
             self.client.update_weights = self.without_hearing  # type: ignore[method-assign]
         if self.fault == "an update cut off halfway" and self.rank.index == 0:
@@ -46,7 +45,7 @@ class FaultyActor(SyncedActor):
             return super().send_weights(version)
         finally:
             self.fault = ""
-            transfer.pack_group = pack
+            senders.pack_group = pack
             self.client.__dict__.pop("update_weights", None)
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
@@ -99,11 +98,6 @@ class FaultyEngine(GenerationEngine):
         finally:
             self.forgetful = False
             receiver.ParallelLMHead = head
-
-
-class FaultyEngines(Engines):
-    def __init__(self, options: Sequence[dict[str, Any]]) -> None:
-        WorkerGroup.__init__(self, "engine", f"{__name__}:FaultyEngine", options, concurrency=8)
 
 
 def corrupted(name: str, tensors: Any) -> Any:

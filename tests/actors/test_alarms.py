@@ -261,7 +261,7 @@ def test_a_skipped_update_of_sft_or_a_reward_model_is_named() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[RunFolder]:
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False, progress=False)
-    with closing(RunFolder.create(settings, "")) as folder:
+    with closing(RunFolder.open(settings, "")) as folder:
         yield folder
 
 

@@ -159,7 +159,7 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
     from vllm import EngineArgs
     from vllm.config import WeightTransferConfig
 
-    from actors.engine.engine import engine_arguments
+    from actors.engine.arguments import engine_arguments
 
     model = ModelSettings(path="m", dtype="bfloat16")
     generation = GenerationSettings(tensor_parallel=tensor_parallel, gpu_memory_fraction=0.7)
@@ -255,8 +255,8 @@ def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(
     """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted
     there, on any device.
     """
+    from actors.weights.proof import SyncError, checksum, verify
     from actors.weights.receiver import note_what_is_loaded
-    from actors.weights.transfer import SyncError, checksum, verify
     from tests.actors.tiny_models import make_model, packed_groups
 
     new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
@@ -301,7 +301,8 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
 ) -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    from actors.weights.transfer import PACKED_BYTES, EngineClient, GpuSender
+    from actors.weights.client import EngineClient
+    from actors.weights.senders import PACKED_BYTES, IpcSender
 
     class Embedding:
         rows = PACKED_BYTES // 4 + 1
@@ -315,7 +316,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
     calls: list[Any] = []
     real = WeightTransferTrainerFactory.trainer_init
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", bound(real, calls))
-    GpuSender("ipc", Embedding(), EngineClient([], 1), rank=1)
+    IpcSender(Embedding(), EngineClient([], 1), rank=1)
     info = calls[0]["init_info"]
     assert (
         info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
@@ -354,19 +355,19 @@ def test_gpu_ranks_meet_over_nccl_on_the_one_device_they_see(
 def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from actors.weights import synced_actor
-    from actors.weights.transfer import GpuSender, transfer_backend
+    from actors.weights.client import transfer_backend
+    from actors.weights.senders import SENDERS, SyncedActor
 
-    calls: list[Any] = []
-    monkeypatch.setattr(synced_actor, "GpuSender", bound(GpuSender, calls))
-    actor = synced_actor.SyncedActor.__new__(synced_actor.SyncedActor)
+    calls: dict[str, list[Any]] = {"nccl": [], "ipc": []}
+    for name, taken in calls.items():
+        monkeypatch.setitem(SENDERS, name, bound(SENDERS[name], taken))
+    actor = SyncedActor.__new__(SyncedActor)
     actor.rank = Rank(1, 4, "node", 1234, "cuda")
-    for shared in (False, True):
+    for shared, expected in ((False, "nccl"), (True, "ipc")):
         actor.connect([], 5.0, 2, transfer_backend("cuda", shared), ("node", 4321))
-    assert [(c["backend"], c["rank"], c["address"], c["port"]) for c in calls] == [
-        ("nccl", 1, "node", 4321),
-        ("ipc", 1, "node", 4321),
-    ]
+        (call,) = calls.pop(expected)
+        assert (call["rank"], call["address"], call["port"]) == (1, "node", 4321)
+        assert not any(calls.values())
 
 
 def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:

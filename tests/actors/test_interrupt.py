@@ -79,13 +79,15 @@ def test_reinforcement_leaves_after_its_step(
         actor=None,
         learners={},
         fingerprints=list,
-        connect_engines=lambda version: None,
-        evaluate=lambda prompts, name: ({}, []),
+        weights=SimpleNamespace(connect=lambda version: None),
+        evaluator=None,
     )
-    data: Any = SimpleNamespace(prompts=SimpleNamespace(dropped={}), held_out=[], test=[])
+    data: Any = SimpleNamespace(
+        prompts=SimpleNamespace(dropped={}), held_out=[], test=[], tokenizer=None
+    )
     monkeypatch.setattr(driver, "check_engine_agrees", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
-    folder = RunFolder.create(recipe.run, recipe.to_yaml())
+    folder = RunFolder.open(recipe.run, recipe.to_yaml())
     with catch_stop_signal(), pytest.raises(Interrupted):
         run(recipe, folder, driver.Driver, data, workers)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
@@ -106,7 +108,7 @@ def test_supervised_training_leaves_after_its_step(
     data: Any = SimpleNamespace(rows=[0] * 64)
     group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
     monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
-    folder = RunFolder.create(recipe.run, recipe.to_yaml())
+    folder = RunFolder.open(recipe.run, recipe.to_yaml())
     with catch_stop_signal(), pytest.raises(Interrupted):
         run(recipe, folder, supervised.Supervised, data, group)
     assert steps_and_checkpoints(folder.path) == ([1, 2, 3], ["step-000003"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.run.folder import RunFolder
+from actors.run.folder import RunFolder, finished_checkpoints
 from actors.run.progress import _bar
 from actors.settings import RunSettings
 from learners.errors import UserError
@@ -28,12 +28,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_new_folder_holds_the_config_and_is_never_overwritten(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path), "kind: ppo\n")
+    folder = RunFolder.open(settings(tmp_path), "kind: ppo\n")
     folder.log(1, {"loss": 0.5})
     folder.close()
     assert (folder.path / "config.yaml").read_text() == "kind: ppo\n"
     with pytest.raises(UserError, match="exists: choose another") as error:
-        RunFolder.create(settings(tmp_path), "kind: grpo\n")
+        RunFolder.open(settings(tmp_path), "kind: grpo\n")
     assert len(error.value.problems) == 1 and "\n" not in str(error.value)
     assert (folder.path / "config.yaml").read_text() == "kind: ppo\n"
     assert len(lines(folder.path / "metrics.jsonl")) == 1
@@ -42,11 +42,11 @@ def test_a_new_folder_holds_the_config_and_is_never_overwritten(tmp_path: Path) 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made: Not a directory"):
-        RunFolder.create(settings(tmp_path / "file"), "")
+        RunFolder.open(settings(tmp_path / "file"), "")
 
 
 def test_metrics_are_valid_json_at_every_moment(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path), "")
+    folder = RunFolder.open(settings(tmp_path), "")
     folder.log(1, {"score/mean": math.nan, "loss": math.inf, "kl/sequence": 0.25})
     first, *_ = lines(folder.path / "metrics.jsonl")  # readable before the folder is closed
     assert (first["step"], first["phase"]) == (1, "train")
@@ -58,7 +58,7 @@ def test_metrics_are_valid_json_at_every_moment(tmp_path: Path) -> None:
 
 
 def test_samples_are_kept_at_their_interval(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path, samples_every_steps=2, samples_per_step=3), "")
+    folder = RunFolder.open(settings(tmp_path, samples_every_steps=2, samples_per_step=3), "")
     for step in range(1, 5):
         folder.save_samples(
             step, [{"prompt": "größer", "score": math.nan, "ids": (1, i)} for i in range(5)]
@@ -70,8 +70,8 @@ def test_samples_are_kept_at_their_interval(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path, keep_checkpoints=2), "")
-    assert folder.latest_checkpoint() is None
+    folder = RunFolder.open(settings(tmp_path, keep_checkpoints=2), "")
+    assert finished_checkpoints(folder.path) == []
     for step in (3, 6, 9):
         with folder.checkpoint(step) as draft:
             assert draft.name.endswith(".tmp")
@@ -79,12 +79,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
             (draft / "actor" / "state").write_text(str(step))
     checkpoints = folder.path / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000006", "step-000009"]
-    assert folder.latest_checkpoint() == (9, checkpoints / "step-000009")
+    assert finished_checkpoints(folder.path)[-1] == (9, checkpoints / "step-000009")
     assert (checkpoints / "step-000009" / "actor" / "state").read_text() == "9"
 
 
 def test_a_failed_checkpoint_leaves_nothing_and_removes_nothing(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path, keep_checkpoints=1), "")
+    folder = RunFolder.open(settings(tmp_path, keep_checkpoints=1), "")
     with folder.checkpoint(1):
         pass
     with pytest.raises(KeyboardInterrupt), folder.checkpoint(2) as draft:
@@ -109,7 +109,10 @@ def test_a_resumed_run_holds_what_an_unbroken_run_would_hold(tmp_path: Path) -> 
     (folder.path / "checkpoints" / "step-000004.tmp").mkdir()  # and had begun a checkpoint
 
     resumed = RunFolder.open(settings(tmp_path), "steps: 4", resume=True)
-    assert resumed.latest_checkpoint() == (2, folder.path / "checkpoints" / "step-000002")
+    assert finished_checkpoints(resumed.path)[-1] == (
+        2,
+        folder.path / "checkpoints" / "step-000002",
+    )
     log(resumed, 3)
     log(resumed, 4)
     with resumed.checkpoint(4):
@@ -123,7 +126,7 @@ def test_a_resumed_run_holds_what_an_unbroken_run_would_hold(tmp_path: Path) -> 
 
 
 def test_only_what_is_named_like_a_checkpoint_is_one(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path, keep_checkpoints=1), "")
+    folder = RunFolder.open(settings(tmp_path, keep_checkpoints=1), "")
     with folder.checkpoint(2):
         pass
     checkpoints = folder.path / "checkpoints"
@@ -131,8 +134,8 @@ def test_only_what_is_named_like_a_checkpoint_is_one(tmp_path: Path) -> None:
     for name in beside:
         (checkpoints / name).mkdir()
     (checkpoints / "step-000009").write_text("a file")
-    assert folder.latest_checkpoint() == (2, checkpoints / "step-000002")
-    resumed = RunFolder.resume(settings(tmp_path, keep_checkpoints=1), "")
+    assert finished_checkpoints(folder.path)[-1] == (2, checkpoints / "step-000002")
+    resumed = RunFolder.open(settings(tmp_path, keep_checkpoints=1), "", resume=True)
     with resumed.checkpoint(4):
         pass
     left = {p.name for p in checkpoints.iterdir()}
@@ -141,9 +144,9 @@ def test_only_what_is_named_like_a_checkpoint_is_one(tmp_path: Path) -> None:
 
 def test_a_resume_keeps_the_recipe_it_replaces(tmp_path: Path) -> None:
     def resume(text: str) -> RunFolder:
-        return RunFolder.resume(settings(tmp_path), text)
+        return RunFolder.open(settings(tmp_path), text, resume=True)
 
-    folder = RunFolder.create(settings(tmp_path), "steps: 3")
+    folder = RunFolder.open(settings(tmp_path), "steps: 3")
     with folder.checkpoint(2):
         pass
     resume("steps: 3")
@@ -158,7 +161,7 @@ def test_a_resume_keeps_the_recipe_it_replaces(tmp_path: Path) -> None:
 def test_a_resume_cut_off_while_it_writes_leaves_the_old_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder.create(settings(tmp_path), "steps: 3")
+    folder = RunFolder.open(settings(tmp_path), "steps: 3")
     with folder.checkpoint(2):
         pass
 
@@ -169,23 +172,23 @@ def test_a_resume_cut_off_while_it_writes_leaves_the_old_recipe(
 
     monkeypatch.setattr(Path, "write_text", halfway)
     with pytest.raises(KeyboardInterrupt):
-        RunFolder.resume(settings(tmp_path), "steps: 4")
+        RunFolder.open(settings(tmp_path), "steps: 4", resume=True)
     assert (folder.path / "config.yaml").read_text() == "steps: 3"
 
 
 def test_resume_needs_a_finished_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished checkpoint"):
-        RunFolder.resume(settings(tmp_path), "")
+        RunFolder.open(settings(tmp_path), "", resume=True)
     assert not (tmp_path / "run").exists()
-    (RunFolder.create(settings(tmp_path), "").path / "checkpoints" / "step-000004.tmp").mkdir(
+    (RunFolder.open(settings(tmp_path), "").path / "checkpoints" / "step-000004.tmp").mkdir(
         parents=True
     )
     with pytest.raises(UserError, match="no finished checkpoint"):
-        RunFolder.resume(settings(tmp_path), "")
+        RunFolder.open(settings(tmp_path), "", resume=True)
 
 
 def test_the_timeline_is_a_chrome_trace_and_seconds_add_up(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path), "")
+    folder = RunFolder.open(settings(tmp_path), "")
     with folder.phase("generate", 1):
         pass
     for _ in range(2):
@@ -214,7 +217,7 @@ def test_the_timeline_is_a_chrome_trace_and_seconds_add_up(tmp_path: Path) -> No
 def test_without_a_terminal_progress_is_a_few_plain_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RunFolder.create(settings(tmp_path, progress=True), "")
+    folder = RunFolder.open(settings(tmp_path, progress=True), "")
     for step in folder.progress(range(3, 8), 7, "ppo"):
         folder.log(step, {"score/mean": step / 10, "unimportant": 1.0})
     assert capsys.readouterr().err.splitlines() == [
@@ -232,7 +235,7 @@ def test_in_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_finish_writes_the_summary(tmp_path: Path) -> None:
-    folder = RunFolder.create(settings(tmp_path), "")
+    folder = RunFolder.open(settings(tmp_path), "")
     folder.finish({"after": {"accuracy": 0.9, "score": math.nan}, "seconds": 12})
     summary = json.loads((folder.path / "summary.json").read_text())
     assert summary == {"after": {"accuracy": 0.9, "score": None}, "seconds": 12}
@@ -240,7 +243,7 @@ def test_finish_writes_the_summary(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = RunFolder.create(settings(tmp_path, tensorboard=True), "")
+    folder = RunFolder.open(settings(tmp_path, tensorboard=True), "")
     folder.log(1, {"loss": 2.0})
     folder.log(2, {"loss": 1.0})
     folder.close()
@@ -253,5 +256,5 @@ def test_wandb_must_be_installed_when_asked_for(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        RunFolder.create(settings(tmp_path, wandb_project="p"), "")
+        RunFolder.open(settings(tmp_path, wandb_project="p"), "")
     assert not (tmp_path / "run").exists()

@@ -45,7 +45,6 @@ class Disturbed(ReferenceWorker):
 @pytest.mark.engines
 @pytest.mark.timeout(120)
 def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -> None:
-    from tests.actors.test_alarms import make_recipe
     from tests.actors.tiny_models import save_model
 
     save_model(tmp_path, seed=0, tied=True)
@@ -55,7 +54,7 @@ def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -
     arguments = {"model": model, "temperature": 1.0, "micro_batch_tokens": 9, "device": "cpu"}
     group.gather(group.start(arguments, 60), "start", 60)
     workers: Any = object.__new__(Workers)
-    workers.recipe = make_recipe()
+    workers.deadline_s = 60
     workers.frozen = [group]
     before = workers.fingerprints()
     workers.check_frozen(before)

@@ -17,10 +17,12 @@ import torch
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.placement import environment
 from actors.cluster.rows import gather_rows, scatter_rows
+from actors.cluster.sharing import GpuSharing
 from actors.rollouts.generator import Engines
-from actors.settings import GenerationSettings, rl_recipe
+from actors.settings import GenerationSettings, RLRecipe, rl_recipe
 from actors.weights.agreement import DisagreementError, check_engine_agrees
-from actors.weights.transfer import SyncError
+from actors.weights.proof import SyncError
+from actors.weights.sync import WeightSync
 from learners.algorithms.grpo import GRPO, GRPOSettings
 from learners.experience import Experience, PromptRequest, Rollout
 from learners.rows import Prompt
@@ -67,6 +69,12 @@ class Stage:
         self.actor.call("connect", chosen.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
         return chosen
 
+    def sync(self, engines: Engines, version: int, deadline_s: float = DEADLINE) -> float:
+        """Send the Actor's weights and prove them, within the bounds of float32 (GATE)."""
+        recipe = recipe_of(self.path, deadline_s)
+        assert recipe.max_logprob_diff == recipe.mean_logprob_diff == GATE
+        return WeightSync(self.actor, engines, GpuSharing(), PROBE, recipe).sync(version)
+
     def learn(self) -> None:
         """One step that moves every weight."""
         draw = torch.Generator().manual_seed(0)
@@ -84,6 +92,21 @@ class Stage:
         return float((ours - batch.rollout_logprobs)[batch.loss_mask].abs().max())
 
 
+def recipe_of(path: str, sync_deadline_s: float) -> RLRecipe:
+    model = {"path": path}
+    return rl_recipe("grpo", "grpo").model_validate(
+        {
+            "run": {"folder": "unused"},
+            "step": {},
+            "actor": {"model": model},
+            "rewards": [{"name": "unused", "kind": "model", "model": model}],
+            "prompts": {"path": "unused"},
+            "generation": {"temperature": TEMPERATURE, "max_new_tokens": 12},
+            "sync": {"deadline_s": sync_deadline_s},
+        }
+    )
+
+
 def generate(engines: Engines, seed: int = 0) -> list[Rollout]:
     seeds = tuple(range(seed, seed + 2))
     requests = [PromptRequest(i, i, [1, 5 + i, 9], 2, TEMPERATURE, 12, seeds) for i in range(4)]
@@ -96,13 +119,12 @@ def stage(
 ) -> Iterator[Stage]:
     import ray
 
-    from tests.actors.faulty import FaultyEngines
     from tests.actors.tiny_models import EOS, MAX_TOKENS, save_model
 
     path = tmp_path_factory.mktemp("model")
     save_model(path, seed=0, tied=request.param == "tied")
     options = [{"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}] * 2
-    engines = FaultyEngines(options)
+    engines = Engines("engine", "tests.actors.faulty:FaultyEngine", options)
     actor = WorkerGroup("actor", "tests.actors.faulty:FaultyActor", options)
     generation = GenerationSettings(threads=1, kv_cache_gib=0.125, max_concurrent=64)
     arguments = {
@@ -125,32 +147,22 @@ def test_after_a_sync_every_engine_serves_the_actor(
 ) -> None:
     engines = stage.connect(zero_stage, count)
     # they may still serve what a test before this one sent
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 1)
     stage.learn()
     assert stage.mismatch(generate(engines)) > 0.01, (
         "the Actor has not moved: a sync could not be told from none"
     )
-    assert engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE) <= GATE
+    assert stage.sync(engines, 2) <= GATE
     rollouts = generate(engines)
     assert {r.weight_versions for r in rollouts} == {(2, 2)} and len(rollouts) == 8
     assert stage.mismatch(rollouts) <= GATE
 
 
 def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None:
-    model = {"path": stage.path}
-    recipe = rl_recipe("grpo", "grpo").model_validate(
-        {
-            "run": {"folder": "unused"},
-            "step": {},
-            "actor": {"model": model},
-            "rewards": [{"name": "unused", "kind": "model", "model": model}],
-            "prompts": {"path": "unused"},
-            "generation": {"temperature": TEMPERATURE, "max_new_tokens": 12},
-        }
-    )
+    recipe = recipe_of(stage.path, DEADLINE)
     prompts = [Prompt(i, [1, 5 + i, 9], "", {}) for i in range(3)]
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 1)
     assert 0 < check_engine_agrees(engines, stage.actor, prompts, recipe) <= GATE
     stage.learn()
     with pytest.raises(DisagreementError) as refused:
@@ -165,7 +177,7 @@ def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None
         update={"generation": recipe.generation.model_copy(update={"temperature": 2.0})}
     )
     # sound again, but the Actor reads at another temperature
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 2)
     with pytest.raises(DisagreementError, match="its sampler changes the distribution"):
         check_engine_agrees(engines, stage.actor, prompts, hotter)
 
@@ -175,7 +187,7 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
     seen = []
     for version in range(1, 21):
         stage.learn()
-        probe = engines.sync(stage.actor, version, PROBE, DEADLINE, GATE, GATE)
+        probe = stage.sync(engines, version)
         rollouts = generate(engines)
         assert {r.weight_versions for r in rollouts} == {(version, version)}
         seen.append((probe, stage.mismatch(rollouts), [r.response_ids for r in rollouts]))
@@ -188,7 +200,7 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
     [
         ("a missing name", r"parameters arrived, \d+ expected; missing \['model.norm.weight'\]"),
         ("a corrupted bucket", "group 0 arrived with digest"),
-        ("a head left stale", "differ by .* nats on the probe.*the gate is 1e-04"),
+        ("a head left stale", "differ by .* nats on the probe.*allowed are 1e-04"),
         ("an update cut off halfway", "the sender is gone"),
     ],
 )
@@ -196,7 +208,7 @@ def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(
     stage: Stage, fault: str, said: str
 ) -> None:
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 1)
     stage.learn()
     if (
         fault == "a head left stale" and stage.tied
@@ -205,14 +217,14 @@ def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(
     else:
         stage.actor.call("break_next", fault, phase="test", deadline_s=DEADLINE)
     with pytest.raises((SyncError, WorkerError), match=said):
-        engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+        stage.sync(engines, 2)
     assert [one["stale"] for one in engines.call("status", phase="test", deadline_s=DEADLINE)] == [
         True,
         True,
     ]
     with pytest.raises(WorkerError, match="engine is STALE"):
         generate(engines)
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 2)
     assert stage.mismatch(generate(engines)) <= GATE
 
 
@@ -221,24 +233,24 @@ def test_a_rank_that_waits_too_long_tells_what_the_engine_said(stage: Stage) -> 
     with their words.
     """
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 1)
     stage.actor.call("break_next", "a sender that hears nothing", phase="test", deadline_s=DEADLINE)
     with pytest.raises(WorkerError) as late:
-        engines.sync(stage.actor, 2, PROBE, 8.0, GATE, GATE)
+        stage.sync(engines, 2, 8.0)
     said = str(late.value)
     assert "actor[0] on node" in said and "did not answer within 8 s; engine[0] on node" in said
     assert "arrived with digest" in said.partition("engine[0]")[2]
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 2)
 
 
 def test_the_engine_that_is_late_is_named_before_the_rank_that_waits_for_it(stage: Stage) -> None:
     engines = stage.connect(2, 2)
-    engines.sync(stage.actor, 1, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 1)
     engines.call("dawdle", 8.0, phase="test", deadline_s=DEADLINE)
     stage.actor.call("connect", engines.handles, 5.0, phase="sync", deadline_s=DEADLINE)
     with pytest.raises(
         WorkerError, match=r"SyncError.*engine\[0\], engine\[1\] did not answer within"
     ):
-        engines.sync(stage.actor, 2, PROBE, 5.0, GATE, GATE)
+        stage.sync(engines, 2, 5.0)
     stage.actor.call("connect", engines.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
-    engines.sync(stage.actor, 2, PROBE, DEADLINE, GATE, GATE)
+    stage.sync(engines, 2)

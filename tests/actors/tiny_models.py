@@ -11,7 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.engine.engine import GenerationEngine
 from actors.settings import GenerationSettings
-from actors.weights.transfer import Receipt, pack_group
+from actors.weights.packing import pack_group
+from actors.weights.proof import Receipt
 from learners.settings import ModelSettings
 
 VOCAB = 64

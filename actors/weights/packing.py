@@ -1,0 +1,57 @@
+"""A group of tensors as one array of bytes, the form in which Ray's object store carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.weights.proof import digest
+
+# bytes; every tensor of a packed group starts at a multiple, so that it can be read in place
+ALIGNMENT = 16
+
+
+def pack_group(
+    name: str, tensors: Sequence[tuple[str, Tensor]]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Put tensors one after the other into one array of bytes.
+
+    Returns what `unpack_group` needs, as plain data with the array's digest, and the array.
+    """
+    meta = {
+        "name": name,
+        "names": [n for n, _ in tensors],
+        "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in tensors],
+        "shapes": [list(t.shape) for _, t in tensors],
+    }
+    spans = _spans(meta)
+    packed = torch.zeros(spans[-1][1] if spans else 0, dtype=torch.uint8)
+    for (_, tensor), (start, stop) in zip(tensors, spans, strict=True):
+        packed[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    data = packed.numpy()
+    return {**meta, "digest": digest(data)}, data
+
+
+def unpack_group(meta: dict[str, Any], packed: Tensor) -> list[tuple[str, Tensor]]:
+    """Return (name, tensor) pairs that look into `packed`, the uint8 tensor of a packed group."""
+    return [
+        (name, packed[start:stop].view(getattr(torch, dtype)).view(shape))
+        for name, dtype, shape, (start, stop) in zip(
+            meta["names"], meta["dtypes"], meta["shapes"], _spans(meta), strict=True
+        )
+    ]
+
+
+def _spans(meta: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return where every tensor of a packed group begins and ends, in bytes."""
+    spans = []
+    end = 0
+    for dtype, shape in zip(meta["dtypes"], meta["shapes"], strict=True):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + int(np.prod(shape, dtype=np.int64)) * getattr(torch, dtype).itemsize
+        spans.append((start, end))
+    return spans

@@ -1,0 +1,87 @@
+"""Proof of a weight sync: digests of the bytes, names of the parameters, log-probs of a probe.
+
+A *receipt* lists, per group of tensors, what was sent or received: (group name, digest of its
+bytes, parameter names). On GPUs every tensor is a group of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+Receipt = list[tuple[str, str, list[str]]]
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SyncError(RuntimeError):
+    """Weights did not arrive, or not those that were sent; the message names engine and phase."""
+
+
+def digest(data: np.ndarray) -> str:
+    """Return the XXH3-64 digest of an array of bytes."""
+    return xxhash.xxh3_64_hexdigest(data.data)
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return the digest of a tensor's bits, computed on its own device.
+
+    It is the sum of all elements, and the sum of the rows weighted by their position.
+    """
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
+    rows = bits.reshape(*bits.shape[:1] or (1,), math.prod(bits.shape[1:])).sum(
+        1, dtype=torch.int64
+    )
+    positions = torch.arange(1, len(rows) + 1, device=rows.device)
+    total, weighted = torch.stack([rows.sum(), (rows * positions).sum()]).tolist()
+    return f"{total & 2**64 - 1:016x}{weighted & 2**64 - 1:016x}"
+
+
+def verify(sent: Receipt, received: Receipt, names: Sequence[str], engine: str = "engine") -> None:
+    """Raise SyncError unless `engine` received the very bytes that were sent, and exactly the
+    parameters `names`.
+    """
+    digests = {group: value for group, value, _ in sent}
+    for group, value, _ in received:
+        if digests.get(group) != value:
+            raise SyncError(
+                f"sync: {engine}: {group} arrived with digest {value}, "
+                f"sent was {digests.get(group)}"
+            )
+    arrived = [name for _, _, group_names in received for name in group_names]
+    missing = sorted(set(names) - set(arrived))
+    extra = sorted(set(arrived) - set(names))
+    if missing or extra or len(arrived) != len(names):
+        raise SyncError(
+            f"sync: {engine}: {len(arrived)} parameters arrived, {len(names)} expected; "
+            f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})"
+        )
+
+
+def check_probe(
+    actor_logprobs: Sequence[float],
+    engine_logprobs: Sequence[float],
+    max_logprob_diff: float,
+    mean_logprob_diff: float,
+    engine: str = "engine",
+) -> float:
+    """Return the largest difference of the probe's log-probs in nats.
+
+    Raises SyncError when it is above `max_logprob_diff`, when the mean of all differences is above
+    `mean_logprob_diff`, and when one of them is not a number.
+    """
+    gaps = [abs(a - b) for a, b in zip(actor_logprobs, engine_logprobs, strict=True)]
+    worst = math.nan if any(map(math.isnan, gaps)) else max(gaps, default=math.nan)
+    mean = sum(gaps) / max(1, len(gaps))
+    if not (worst <= max_logprob_diff and mean <= mean_logprob_diff):
+        raise SyncError(
+            f"sync: {engine} and Actor differ by {worst:.2e} nats on the probe, {mean:.2e} on "
+            f"average; allowed are {max_logprob_diff:.0e}, {mean_logprob_diff:.0e} on average "
+            "(sync.max_logprob_diff, sync.mean_logprob_diff)"
+        )
+    return worst

@@ -1,0 +1,188 @@
+"""The Actor's ranks as senders of their weights: one class per transfer backend, in a table.
+
+A *source* has `metadata()`, the (name, dtype, shape) of every parameter in order, and
+`iter_groups()`, which yields (names, tensors) of one layer after the other, gathered by all ranks
+in lockstep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+import torch
+from torch import Tensor
+
+from actors.weights.client import OBJECT_STORE, EngineClient
+from actors.weights.packing import pack_group
+from actors.weights.proof import Receipt, checksum
+from learners.actor import ActorLearner
+
+# of the buffer that weights pass through on shared GPUs, unless one tensor is larger
+PACKED_BYTES = 2**30
+
+# of the time a sync may take, so that a late engine is named before the rank that waits for it
+CLIENT_SHARE = 0.9
+
+Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+class SyncedActor(ActorLearner):
+    """An Actor's rank that can send its weights: `connect` once, then `send_weights` after every
+    step, each on every rank.
+    """
+
+    def connect(
+        self,
+        engines: Sequence[Any],
+        deadline_s: float,
+        workers_per_engine: int = 1,
+        backend: str = OBJECT_STORE,
+        rendezvous: tuple[str, int] = ("", 0),
+        names: Sequence[str] = (),
+    ) -> None:
+        """Connect to the engines (Ray actor handles, with `names` for errors).
+
+        `deadline_s` is the whole sync's. nccl's ranks meet at `rendezvous`, on rank 0's node.
+        """
+        self.client = EngineClient(engines, CLIENT_SHARE * deadline_s, workers_per_engine, names)
+        self.sender = SENDERS[backend](self, self.client, self.rank.index, *rendezvous)
+
+    def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
+        """Send all weights; return, on rank 0, what was sent, what each engine received, and the
+        names of all parameters. Raises SyncError.
+        """
+        self.client.begin(version)
+        sent = self.sender.send_weights()
+        return sent, self.client.received, [name for name, _, _ in self.metadata()]
+
+
+class Source(Protocol):
+    def metadata(self) -> Metadata: ...
+    def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]: ...
+
+
+@dataclass
+class Sender:
+    """One rank's side of a transfer; rank 0 sends. Ranks that must meet do so at `address`,
+    `port`.
+    """
+
+    source: Source
+    client: EngineClient
+    rank: int
+    address: str = ""
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        """Connect to the engines."""
+
+    def send_weights(self) -> Receipt:
+        """Send everything; return what was sent (on rank 0; elsewhere nothing). Call on every
+        rank.
+        """
+        raise NotImplementedError
+
+
+class ObjectStoreSender(Sender):
+    """Sends through Ray's object store: three calls to the engines, whatever the model's size.
+
+    All ranks gather every group first, so that an engine's failure never leaves a rank alone in a
+    collective.
+    """
+
+    def __post_init__(self) -> None:
+        if self.rank == 0:
+            self.client.init_weight_transfer_engine({"timeout_s": self.client.deadline_s})
+
+    def send_weights(self) -> Receipt:
+        groups = []
+        for i, (names, tensors) in enumerate(self.source.iter_groups()):
+            if self.rank == 0:
+                meta, data = pack_group(f"group {i}", list(zip(names, tensors, strict=True)))
+                groups.append({**meta, "ref": ray.put(data)})
+        if self.rank == 0:
+            self.client.start_weight_update()
+            self.client.update_weights({"groups": groups})
+            self.client.finish_weight_update()
+        return [(group["name"], group["digest"], group["names"]) for group in groups]
+
+
+class GpuSender(Sender):
+    """Sends with vLLM's own trainer engine, which a subclass describes."""
+
+    def init_info(self) -> Any:
+        """Return vLLM's description of the sending rank."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        sent: Receipt = []
+        source = self.source
+        first = self.rank == 0
+
+        class Gathered(WeightSource):
+            def metadata(self) -> list[ParamMeta]:
+                return [ParamMeta(*entry) for entry in source.metadata()]
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                for names, tensors in source.iter_groups():
+                    named = list(zip(names, tensors, strict=True))
+                    if first:  # before vLLM copies them, on streams of its own
+                        sent.extend((name, checksum(tensor), [name]) for name, tensor in named)
+                    for name, tensor in named:
+                        if tensor.is_cuda:  # their memory must outlive that copying
+                            tensor.record_stream(torch.cuda.current_stream())
+                        yield name, tensor
+
+        self.sent = sent
+        self.engine = WeightTransferTrainerFactory.trainer_init(
+            self.init_info(), client=self.client, source=Gathered()
+        )
+
+    def send_weights(self) -> Receipt:
+        self.sent.clear()
+        self.engine.send_weights()
+        return list(self.sent)
+
+
+class NcclSender(GpuSender):
+    """Sends from GPU to GPU."""
+
+    def init_info(self) -> Any:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return NCCLTrainerInitInfo(
+            master_address=self.address,
+            master_port=self.port,
+            world_size=self.client.world_size,
+            rank=self.rank,
+        )
+
+
+class IpcSender(GpuSender):
+    """Sends inside shared GPUs, packed: one buffer beside the model and a call for every buffer of
+    weights, instead of a whole second copy. Every single tensor must fit into the buffer.
+    """
+
+    def init_info(self) -> Any:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        tensors = (math.prod(shape) * d.itemsize for _, d, shape in self.source.metadata())
+        return IPCTrainerInitInfo(
+            rank=self.rank,
+            packed=True,
+            packed_buffer_size_bytes=max(PACKED_BYTES, *tensors),
+        )
+
+
+SENDERS: dict[str, type[Sender]] = {
+    OBJECT_STORE: ObjectStoreSender,
+    "nccl": NcclSender,
+    "ipc": IpcSender,
+}

@@ -1,0 +1,107 @@
+"""The weight sync as the driver runs it: send the Actor's weights, and prove that the engines hold
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.layout import shares_gpus
+from actors.cluster.sharing import GpuSharing
+from actors.settings import RLRecipe
+from actors.weights.client import transfer_backend
+from actors.weights.proof import check_probe, verify
+from learners.rows import Prompt
+
+FAILURE_S = 10.0  # for an engine to answer with the error of an update
+
+
+class WeightSync:
+    """The way from the Actor to the engines; `probe` are the ids whose log-probs prove a sync."""
+
+    def __init__(
+        self,
+        actor: WorkerGroup,
+        engines: WorkerGroup,
+        gpu_sharing: GpuSharing,
+        probe: list[int],
+        recipe: RLRecipe,
+    ) -> None:
+        self.actor = actor
+        self.engines = engines
+        self.gpu_sharing = gpu_sharing
+        self.probe = probe
+        self.recipe = recipe
+        self.deadline_s = recipe.sync.deadline_s
+
+    def connect(self, version: int) -> None:
+        """Connect the Actor to the engines. At version 0 both have loaded the same files; later the
+        engines are behind and get the weights.
+        """
+        cluster = self.recipe.cluster
+        self.actor.call(
+            "connect",
+            self.engines.handles,
+            self.deadline_s,
+            self.recipe.generation.tensor_parallel,
+            transfer_backend(cluster.device, shares_gpus(cluster)),
+            self.actor.free_address(self.deadline_s),
+            self.engines.names(),
+            phase="sync",
+            deadline_s=self.deadline_s,
+        )
+        if version:
+            self.sync(version)
+
+    def sync(self, version: int) -> float:
+        """Give every engine the Actor's weights and prove it; until then they are STALE and serve
+        nothing.
+
+        Digests and names of the received bytes must agree with what was sent, and log-probs of the
+        probe within the recipe's bounds. Returns the largest probe difference (nats). Raises
+        SyncError or WorkerError.
+        """
+        deadline_s = self.deadline_s
+        actor = self.actor
+        self.gpu_sharing.sync()
+        try:
+            results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
+        except WorkerError as error:
+            raise WorkerError("; ".join([str(error), *self._failures()])) from error
+        sent, received, parameters = results[0]
+        engines = self.engines.names()
+        for engine, receipt in zip(engines, received, strict=True):
+            verify(sent, receipt, parameters, engine)
+        pending = actor.submit("probe", self.probe)
+        theirs = self.engines.call(
+            "probe_logprobs", self.probe, phase="sync", deadline_s=deadline_s
+        )
+        ours = actor.gather(pending, "sync", deadline_s)[0]
+        bounds = (self.recipe.max_logprob_diff, self.recipe.mean_logprob_diff)
+        worst = max(
+            check_probe(ours, logprobs, *bounds, engine)
+            for engine, logprobs in zip(engines, theirs, strict=True)
+        )
+        self.engines.call("accept", version, phase="sync", deadline_s=deadline_s)
+        return worst
+
+    def _failures(self) -> list[str]:
+        """Return what went wrong in the engines: a rank that waits in a transfer never hears of
+        it.
+        """
+        try:
+            told = self.engines.gather(
+                self.engines.submit_without_swap("failure"), "sync", FAILURE_S
+            )
+        except WorkerError as error:
+            return [str(error)]
+        return [f"{e}: {said}" for e, said in zip(self.engines.names(), told, strict=True) if said]
+
+
+def probe_ids(prompts: Sequence[Prompt], tokens: int) -> list[int]:
+    """Return the fixed sequence that proves a sync: the first prompts' ids, one after the other,
+    repeated if need be.
+    """
+    ids = [i for prompt in prompts[:tokens] for i in prompt.ids]
+    return (ids * tokens)[:tokens]
