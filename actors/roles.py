@@ -25,7 +25,7 @@ from learners.algorithms.base import find_algorithm
 from learners.settings import LearnerSettings, ModelSettings
 
 Head = Literal["lm", "score", "value"]
-"""What a model gives: log-probs of tokens, one score a sequence, or one value a token."""
+"""The output of a model: log-probs of tokens, one score a sequence, or one value a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,8 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
     generation = recipe.generation
     algorithm = recipe.algorithm
     yield engine_role(recipe.actor.model, generation, recipe.cluster, recipe.run.seed)
-    made = find_algorithm(algorithm.kind)(algorithm, recipe.step.group_size)
     arguments: dict[str, Any] = {
-        "algorithm": made,
+        "algorithm": find_algorithm(algorithm.kind)(algorithm, recipe.step.group_size),
         "temperature": generation.temperature,
         "max_response_tokens": generation.max_new_tokens,
         "total_steps": recipe.updates,

@@ -33,13 +33,11 @@ class GpuSharing:
 
     def acquire(self, role: str) -> None:
         """Give `role` the GPUs; the roles it cannot share them with leave."""
-        if role in self.present:
-            return
-        if role == self.ENGINES:
-            self._leave(self.present - {self.WEIGHTS})
-        else:
-            self._leave(self.present & {self.ENGINES, self.WEIGHTS})
-        self._enter(role)
+        if role not in self.present:
+            engines = {self.ENGINES, self.WEIGHTS}
+            others = self.present - engines if role == self.ENGINES else self.present & engines
+            self._leave(others)
+            self._enter(role)
 
     def learn(self) -> None:
         """Make room for gradients and activations before a step's learning: frozen models leave."""
