@@ -166,7 +166,7 @@ def model_sampling_problems(
 
 
 class SyncSettings(Settings):
-    """How the engines get the Actor's weights, and how close to the Actor they must compute."""
+    """The sync of the Actor's weights, and the agreement of engines and Actor that it needs."""
 
     probe_tokens: int = Field(
         32, ge=2, description="length of the fixed probe that proves a weight sync"

@@ -84,7 +84,8 @@ def value_loss(
     its return gets no more gradient. Only `values` gets one at all. Source: the PPO implementation
     of OpenAI Baselines; `clip` is in units of the value, not relative.
 
-    Statistics, over valid tokens: `clip_fraction` (tokens without gradient) and `value`.
+    Statistics, over valid tokens: `clip_fraction` (tokens without gradient), `value` and
+    `return`.
     """
     mask, values, old_values, returns = clean(mask, values, old_values.detach(), returns.detach())
     squared = (values - returns).square()
@@ -95,6 +96,7 @@ def value_loss(
     stats = {
         "clip_fraction": _stat(worst > squared, mask),
         "value": _stat(values, mask),
+        "return": _stat(returns, mask),
     }
     return 0.5 * worst, stats
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
 FILES = [ROOT / name for name in LISTED.stdout.split()]
-PACKAGES = ("learners",)
+PACKAGES = ("actors", "launch", "learners")
 CLAUSES = "What|Where|Who|Whose|Whether|Why|How|Which"
 NOT_VERBS = f"{CLAUSES}|When|The|A|An|All|Every|One|No|Of"
 

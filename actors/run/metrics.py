@@ -303,7 +303,8 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "well below 1",
             reduction="mean",
         ),
-        Metric("critic/value", "score", "Mean new value.", "near `return/mean`", "mean"),
+        Metric("critic/value", "score", "Mean new value.", "near `critic/return`", "mean"),
+        Metric("critic/return", "score", "Mean return.", reduction="mean"),
     ),
     "Engine against Actor": (
         Metric(

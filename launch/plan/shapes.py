@@ -111,7 +111,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """How many, with the role's head."""
+        """Parameters, those of the role's head among them."""
         return self.shape.parameters(self.role.head)
 
     @property

@@ -208,6 +208,7 @@ def test_value_loss_by_hand():
     assert values.grad.tolist() == [[0.0, -0.75, 0.75, 0.0]]
     assert_stat(stats["clip_fraction"], 2, 4)
     assert_stat(stats["value"], 1.25, 4)
+    assert_stat(stats["return"], 1.25, 4)
 
 
 def test_value_loss_without_clip():
@@ -238,6 +239,7 @@ def test_value_loss_ignores_what_is_masked(clip, dtype, garbage):
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.tensor([[0.405, 0.0, 0.405], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(values.grad, torch.tensor([[-0.9, 0.0, -0.9], [0.0, 0.0, 0.0]]))
+    assert_stat(stats["return"], 2.0, 2)
     assert_stat(stats["value"], 0.2, 2)
 
 
