@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from actors.settings import RLRecipe
 from launch.recipe.combinations import Recipe
 from launch.recipe.document import Document
-from launch.recipe.machine import function_problems, is_local
+from launch.recipe.machine import ENCODERS, function_problems, is_local
 from launch.recipe.read import KINDS, RecipeError, annotated, load_recipe, read_recipe
 from launch.recipe.schema import recipe_keys
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
@@ -716,6 +717,12 @@ def test_pad_and_eos_of_a_reward_model(
     found = problems("rm.yaml", "learner.model.path=./base")
     assert (told in found[0]) if told else found == []
     assert problems("sft.yaml", "learner.model.path=./decoder") == []  # elsewhere PAD may equal EOS
+
+
+def test_encoders_known_by_json_are_encoders_when_they_are_loaded() -> None:
+    from learners.checkpoints import is_encoder
+
+    assert all(is_encoder(SimpleNamespace(model_type=kind)) for kind in ENCODERS)
 
 
 def test_two_labels_are_not_a_score(place: Path) -> None:
