@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from actors.cluster.rows import gather_rows, scatter_rows
-from actors.evaluation import evaluate, mean
+from actors.evaluation import evaluate
 from actors.loop import conduct
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
@@ -251,7 +251,8 @@ def rollout_metrics(
         "score/unscorable": 1 - len(scored) / len(rollouts),
     }
     for name, scores in by_source.items():
-        metrics[f"score/{name}"] = mean([s.value for s in scores if s.value is not None])
+        values = [s.value for s in scores if s.value is not None]
+        metrics[f"score/{name}"] = reduce(f"score/{name}", values)
     return metrics | mismatch(batch)
 
 

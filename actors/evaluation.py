@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -10,15 +9,9 @@ from typing import Any
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, samples_of
+from actors.run.metrics import reduce
 from actors.settings import RLRecipe
 from learners.rows import Prompt
-
-
-def mean(scores: Sequence[float]) -> float:
-    """Return the mean; NaN without scores, and when one of them is not finite: infinities of both
-    signs have no mean.
-    """
-    return fmean(scores) if scores and all(map(math.isfinite, scores)) else math.nan
 
 
 def evaluate(
@@ -55,7 +48,8 @@ def evaluate(
             raise WorkerError(
                 f"evaluate: {recipe.evaluation.function} fails for every response: {failed[0]}"
             )
-        metrics[f"{name}/accuracy_{kind}"] = mean(values)
+        accuracy = f"{name}/accuracy_{kind}"
+        metrics[accuracy] = reduce(accuracy, values)
         if len(values) < len(scores):
             metrics[f"{name}/unscorable_{kind}"] = 1 - len(values) / len(scores)
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)

@@ -104,21 +104,26 @@ class Loop:
         training = self.training
         total = training.total_steps
         first = self.restore() + 1 if resume else 1
-        started = {"seconds/start": time.perf_counter() - self.clock}
-        self.folder.log(first - 1, started, phase="start")
+        self.log_seconds("start", first - 1)
         summary = training.begin(first)
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
             stopping = stop_requested()
             every = self.recipe.run.checkpoint_every_steps
-            leaving = stopping or self.alarms.full
-            self.record(step, metrics, checkpoint=leaving or bool(every and step % every == 0))
+            due = bool(every) and step % every == 0
+            self.record(step, metrics, checkpoint=due or stopping or self.alarms.full)
             if self.alarms.full:
                 raise self.alarms.stop(step)
             if stopping:
                 raise Interrupted(step)
         summary |= training.end()
-        return {**summary, **started, "seconds/wall": time.perf_counter() - self.clock}
+        self.log_seconds("wall", total)
+        return summary
+
+    def log_seconds(self, name: str, step: int) -> None:
+        """Log the time since the run began, as `seconds/{name}`."""
+        seconds = time.perf_counter() - self.clock
+        self.folder.log(step, {f"seconds/{name}": seconds}, phase=name)
 
     def step(self, step: int) -> dict[str, float]:
         """Train one step, evaluate if that is due, and return the metrics of both."""

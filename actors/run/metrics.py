@@ -378,7 +378,7 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
     ),
     "Time": (
         Metric("seconds/start", "s", "Start of the run, until every process has loaded its model."),
-        Metric("seconds/wall", "s", "The whole run, in its summary."),
+        Metric("seconds/wall", "s", "The whole run, logged at its end."),
         Metric("seconds/step", "s", "The whole step."),
         Metric(
             "seconds/<phase>",
@@ -437,12 +437,12 @@ def charts() -> dict[str, str]:
 
 
 def reduce(name: str, values: Sequence[float]) -> float:
-    """Return one number for a metric's mini-batches, by its registered reduction; NaN if any is not
-    finite.
+    """Return one number for a metric's values, by its registered reduction: those of mini-batches, or
+    of single responses. NaN without values, and where one of them is not finite.
 
     For a name that is not registered: the largest where it begins with "max_", else the mean.
     """
-    if not all(map(math.isfinite, values)):
+    if not values or not all(map(math.isfinite, values)):
         return math.nan
     known = find(name)
     if known is None:
