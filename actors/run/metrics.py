@@ -437,8 +437,8 @@ def charts() -> dict[str, str]:
 
 
 def reduce(name: str, values: Sequence[float]) -> float:
-    """Return one number for a metric's values, by its registered reduction: those of mini-batches, or
-    of single responses. NaN without values, and where one of them is not finite.
+    """Return one number for a metric's values, by its registered reduction: those of mini-batches,
+    or of single responses. NaN without values, and where one of them is not finite.
 
     For a name that is not registered: the largest where it begins with "max_", else the mean.
     """
