@@ -183,7 +183,8 @@ class Driver:
         with self.folder.phase("evaluate", step):
             metrics = self.evaluate(step) | self._evaluate(step, self.data.test, "test")
         if metrics:
-            self.folder.log(step, metrics, phase="evaluation")
+            seconds = self.folder.seconds(step)
+            self.folder.log(step, metrics | seconds, phase="evaluation")
         return metrics
 
     def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:

@@ -13,10 +13,10 @@ from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
-from actors.run.folder import RunFolder, finished_checkpoints
+from actors.run.folder import RunFolder, finished_checkpoints, to_disk
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.settings import Recipe
-from actors.weights.agreement import DisagreementError
+from learners.errors import DisagreementError
 
 R = TypeVar("R", bound=Recipe)
 D = TypeVar("D")  # the data of a kind of training
@@ -137,14 +137,15 @@ class Loop:
         return metrics
 
     def record(self, step: int, metrics: dict[str, float], checkpoint: bool) -> None:
-        """Log the step, with a checkpoint if wanted: the log is part of it, so it is written
-        first.
+        """Log the step and save a checkpoint if wanted. The step's line, which says how long saving
+        took, is part of the checkpoint.
         """
         with self.folder.checkpoint(step) if checkpoint else nullcontext() as path:
             try:
                 if path is not None:
                     with self.folder.phase("checkpoint", step):
                         self.training.save(path, step)
+                        to_disk(path)
             finally:
                 self.folder.log(step, metrics | self.folder.seconds(step))
 

@@ -166,7 +166,7 @@ class Supervised:
         model = self.folder.path / "model"
         self.call("export", str(model), phase="export")
         tokenizer.save_pretrained(model)
-        self.folder.log(last, summary, phase="evaluation")
+        self.folder.log(last, summary | self.folder.seconds(last), phase="evaluation")
         return summary
 
     def calibrate(self) -> dict[str, float]:

@@ -252,8 +252,8 @@ def fail(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 failed, 2 bad input, 75 left with a checkpoint,
-    130 interrupted.
+    """Run one command; return the exit code: 0, 1 failed, 2 bad input, 75 stopped with a
+    checkpoint, 130 interrupted.
     """
     show_ray_token()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             fail(problem)
         return BAD_INPUT
-    except SystemExit as error:  # a run that was asked to leave, and has saved its checkpoint
+    except SystemExit as error:  # a run that was stopped by a signal, and has saved its checkpoint
         print(error, file=sys.stderr)
         return int(error.code or 0)
     if code == 130:

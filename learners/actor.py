@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from learners.algorithms.grpo import GRPO
-from learners.algorithms.ppo import PPO
+from learners.algorithms.base import Algorithm
 from learners.checkpoints import load_causal_lm
 from learners.experience import Experience
 from learners.forward import response_logprobs
@@ -25,7 +26,7 @@ class ActorLearner(Learner):
     def __init__(
         self,
         settings: LearnerSettings,
-        algorithm: PPO | GRPO,
+        algorithm: Algorithm[Any],
         temperature: float,
         max_response_tokens: int,
         total_steps: int,

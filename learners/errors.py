@@ -20,6 +20,10 @@ class DataError(UserError):
     """
 
 
+class DisagreementError(UserError):
+    """Engine and Actor disagree; the message names the largest difference and its likely causes."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something wrong with a recipe.

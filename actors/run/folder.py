@@ -132,12 +132,12 @@ class RunFolder:
                 os.fsync(log.fileno())
             sizes = {Path(log.name).name: os.fstat(log.fileno()).st_size for log in logs}
             (draft / "run_folder.json").write_text(json.dumps({"bytes": sizes}))
-            _fsync(draft)
+            to_disk(draft)
             draft.rename(final)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        _fsync(final.parent)
+        to_disk(final.parent)
         for _, old in finished_checkpoints(self.path)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -271,14 +271,14 @@ def _replace(path: Path, text: str) -> None:
     """
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
-    _fsync(draft)
+    to_disk(draft)
     draft.rename(path)
 
 
-def _fsync(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Force a file, or a folder and all it holds, to disk."""
     for inside in path.iterdir() if path.is_dir() else ():
-        _fsync(inside)
+        to_disk(inside)
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -158,18 +158,19 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
         Metric(
             "reward/per_sequence",
             "score",
-            "PPO: a sequence's summed rewards (score less the KL penalty), mean over sequences.",
+            "A sequence's summed rewards (score less the KL penalty), mean over sequences; absent"
+            " in GRPO.",
             "rises",
         ),
         Metric(
             "advantage/std",
             "score",
-            "Standard deviation of the advantages, before they are whitened: over tokens in PPO,"
-            " over responses in GRPO.",
+            "Standard deviation of the advantages, before they are whitened: over responses in"
+            " GRPO, else over tokens.",
             "above 0",
         ),
         Metric("value/mean", "score", "PPO: mean value, over tokens.", "near `return/mean`"),
-        Metric("return/mean", "score", "PPO: mean return, over tokens."),
+        Metric("return/mean", "score", "Mean return, over tokens; absent in GRPO."),
         Metric(
             "value/explained_variance",
             "",
@@ -377,14 +378,17 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
         Metric("dropped/<why>", "rows", "Rows left out of the data, by reason.", "few or absent"),
     ),
     "Time": (
-        Metric("seconds/start", "s", "Start of the run, until every process has loaded its model."),
+        Metric(
+            "seconds/start",
+            "s",
+            "Start of the run: data read, models loaded, on a resume the checkpoint too.",
+        ),
         Metric("seconds/wall", "s", "The whole run, logged at its end."),
         Metric("seconds/step", "s", "The whole step."),
         Metric(
-            "seconds/<phase>",
+            "seconds/<generate|score|advantages|learn|sync|evaluate|checkpoint>",
             "s",
-            "A phase of the step, wall time: generate, score, advantages, learn, sync, evaluate,"
-            " checkpoint.",
+            "A phase, wall time.",
         ),
         Metric(
             "throughput/tokens_per_second",
@@ -404,8 +408,9 @@ INTRODUCTION = """\
 Every number a run logs stands in `metrics.jsonl` of its run folder, and under the same name in
 `tensorboard/`. A line of `metrics.jsonl` begins with `step`, `phase` and `time` (Unix seconds).
 Phase `train` is a step, `data` what was left out of the data, `gate` the comparison of engine and
-Actor before the first step, `evaluation` an evaluation before or after the steps. A value that is
-not finite is `null`; a metric that has nothing to say is absent.
+Actor before the first step, `evaluation` an evaluation before or after the steps,
+`start` and `wall` the seconds until the first step and until the end. A value that is not finite is
+`null`; a metric that has nothing to say is absent.
 
 "Over mini-batches" says how a step's mini-batches become one number; it is `null` when one of them
 is not finite. An algorithm of your own may log any other name: of its mini-batches the mean is

@@ -17,7 +17,7 @@ from actors.cluster.rows import gather_rows, scatter_rows
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for
 from actors.settings import RLRecipe
-from learners.errors import UserError
+from learners.errors import DisagreementError
 from learners.experience import Experience, Rollout
 from learners.rows import Prompt
 
@@ -25,10 +25,6 @@ from learners.rows import Prompt
 LONGEST_RESPONSE = 256
 
 PRECISION = 0.5  # nats: differences above this are more than another dtype or kernel
-
-
-class DisagreementError(UserError):
-    """Engine and Actor disagree; the message names the largest difference and its likely causes."""
 
 
 def check_engine_agrees(
@@ -50,7 +46,7 @@ def check_engine_agrees(
     requests = requests_for(chosen, settings, 1, (recipe.run.seed, "gate"))
     rollouts = engines.generate(requests, deadline)
     batch = Experience.from_rollouts(rollouts)
-    logprobs = gather_rows(scatter_rows(actor, "infer", batch), batch, "gate", deadline)
+    logprobs = gather_rows(scatter_rows(actor, "infer", batch), batch, "before step 1", deadline)
     return check(
         rollouts, logprobs, recipe.max_logprob_diff, recipe.mean_logprob_diff, len(engines)
     )

@@ -183,9 +183,11 @@ def path_problems(recipe: Recipe, files: Sequence[str]) -> Iterator[Problem]:
         if key.endswith(".path") and here and not os.path.isabs(value):
             message = "is relative and not among the files that are shipped"
             yield Problem((key,), f"{value} {message}; {where}")
-        top = value.partition(":")[0].partition(".")[0]
+        top, colon, _ = value.partition(":")
+        top = top.partition(".")[0]
         names = {f"{top}.py", top}
-        if key.endswith(".function") and not names & shipped and any(map(os.path.exists, names)):
+        code = key.endswith(".function") or (key == "algorithm.kind" and colon)
+        if code and not names & shipped and any(map(os.path.exists, names)):
             message = "is here, but not among the files that are shipped"
             yield Problem((key,), f"{top} {message}; put it into {ROOT}")
 

@@ -115,7 +115,7 @@ finish() {
 
 trap finish EXIT
 trap 'exit 143' TERM INT
-trap 'leaving=yes; say "asked to leave: the run will finish its step, save a checkpoint and end"' USR1
+trap 'leaving=yes; say "SIGUSR1: the run will finish its step, save a checkpoint and end"' USR1
 
 say "$SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 address=$("$bin/python" -c 'import ray; print(ray.util.get_node_ip_address())'):$port

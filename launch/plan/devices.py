@@ -76,7 +76,7 @@ def _footprint(recipe: Recipe, model: Model, longest: int) -> Footprint:
     if role.learner:
         learns = load(recipe, role, longest, learning=True)
         return memory.learner(model, role.learner, reads, learns, recipe.cluster)
-    if role.micro_batch_tokens:
+    if role.kind == "frozen":
         return memory.frozen(model, reads, recipe.cluster)
     assert isinstance(recipe, RLRecipe)
     return memory.engine(model, recipe.generation, recipe.cluster)

@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from actors.run.folder import finished_checkpoints
 from actors.settings import Recipe, RLRecipe, RMRecipe, model_sampling_problems
 from launch.recipe.combinations import lacking_gpus, models_of, position_problems
 from launch.recipe.document import Document, in_words
+from launch.recipe.schema import OLD_KEYS
 from learners.errors import Problem, UserError, first_wrong
 from learners.rows import check_path
 from learners.settings import PairData, PromptData, SFTData
@@ -152,11 +155,13 @@ def _changed(recipe: Recipe) -> Iterator[Problem]:
         "back, or choose another folder"
     )
     try:
-        old = flat(Document.read(before).values)
+        document = Document.read(before)
     except UserError as error:
         broken = f"{error.problems[0]}; the run to resume must say what it was"
         yield Problem(("run.folder",), broken if os.path.isfile(before) else missing)
         return
+    document.rename(OLD_KEYS)
+    old = flat(_with_defaults(document.values, type(recipe)))
     new = flat(recipe.model_dump(mode="json"))
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
@@ -165,6 +170,14 @@ def _changed(recipe: Recipe) -> Iterator[Problem]:
                 "changed recipe is a new run: choose another run.folder"
             )
             yield Problem((key, "run.folder"), message)
+
+
+def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:
+    """Return a saved recipe with today's defaults for keys that it is too old to have."""
+    try:
+        return model.model_validate_json(json.dumps(values)).model_dump(mode="json")
+    except ValidationError:  # another kind of recipe, or one that this version cannot read
+        return values
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from actors.settings import Recipe, RLRecipe, RMRecipe, SFTRecipe, rl_recipe
 from launch.recipe.combinations import combination_problems
 from launch.recipe.document import Document, in_words
 from launch.recipe.machine import file_problems
-from launch.recipe.schema import lookup, recipe_keys, renamed, required, suggest
+from launch.recipe.schema import OLD_KEYS, lookup, recipe_keys, renamed, required, suggest
 from learners.algorithms.base import ALGORITHMS
 from learners.errors import Problem, UserError, first_wrong
 
@@ -31,12 +31,6 @@ KINDS: dict[str, Callable[[], type[Recipe]]] = {
 
 RL_KINDS = ("ppo", "grpo", "rl")
 
-OLD_KEYS = {
-    "sync.gate": "sync.max_logprob_diff",
-    "sync.mean_gate": "sync.mean_logprob_diff",
-    "sync.gate_prompts": "sync.agreement_prompts",
-}
-"""Keys of earlier versions, which recipes may go on using, and what they are called now."""
 
 SECTION = "a section of keys"
 TYPES = {  # by how pydantic's names of errors begin
@@ -134,18 +128,27 @@ def _model(document: Document, kind: str | None) -> type[Recipe]:
             f"this is a recipe for {written}: run quatuor {written}, not quatuor {kind}",
         ),
     )
-    if not wrong and written != "rl":
-        return KINDS[str(written)]()
     key = "kind" if wrong else "algorithm.kind"
     section = document.values.get("algorithm")
     algorithm = section.get("kind") if isinstance(section, dict) else None
-    if not wrong and isinstance(algorithm, str):
+    there = ", ".join(ALGORITHMS)
+    named = rl and algorithm is not None
+    wrong = wrong or first_wrong(
+        (named and not isinstance(algorithm, str), f"must be text, not {in_words(algorithm)}"),
+        (
+            named and written not in ("rl", algorithm),
+            f"must be {written!r} in a recipe for {written}, not {in_words(algorithm)}",
+        ),
+        (
+            written == "rl" and algorithm is None,
+            f"missing; one of {there}, or module:Class of your own",
+        ),
+    )
+    if not wrong:
         try:
-            return rl_recipe(algorithm)
+            return rl_recipe(str(algorithm)) if written == "rl" else KINDS[str(written)]()
         except UserError as error:
             wrong = error.problems[0]
-    there = ", ".join(ALGORITHMS)
-    wrong = wrong or f"missing; one of {there}, or module:Class of your own"
     raise RecipeError([*document.problems, located(Problem((key,), wrong), document)])
 
 

@@ -12,6 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+OLD_KEYS = {
+    "sync.gate": "sync.max_logprob_diff",
+    "sync.mean_gate": "sync.mean_logprob_diff",
+    "sync.gate_prompts": "sync.agreement_prompts",
+}
+"""Keys of earlier versions, which recipes may go on using, and what they are called now."""
+
 
 @dataclass(frozen=True)
 class Key:

@@ -23,7 +23,7 @@ class GRPOSettings(AlgorithmSettings):
 
     compares_groups: ClassVar[bool] = True
 
-    kind: Literal["grpo"] = "grpo"
+    kind: str = "grpo"
     ratio: Literal["token", "sequence"] = Field(
         "token", description="importance ratio per token or per sequence"
     )

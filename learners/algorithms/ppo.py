@@ -25,7 +25,7 @@ class PPOSettings(AlgorithmSettings):
 
     needs_critic: ClassVar[bool] = True
 
-    kind: Literal["ppo"] = "ppo"
+    kind: str = "ppo"
     gamma: Fraction = Field(1.0, description="discount per token")
     lam: Fraction = Field(0.95, description="GAE lambda")
     critic_target: Literal["mc", "td", "gae"] = Field("gae", description="the critic's label")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ReinforcePlusPlusSettings(AlgorithmSettings):
     """REINFORCE++: returns whitened over all tokens of the step; the KL is in the reward."""
 
-    kind: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
+    kind: str = "reinforce_plus_plus"
     gamma: Fraction = Field(1.0, description="discount per token")
     kl: Literal["k1", "k2", "k3"] = Field("k1", description="KL estimate in the reward")
     kl_beta: float = Field(

@@ -265,7 +265,7 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
         yield folder
 
 
-def test_the_watch_counts_skipped_steps_and_tells_where_to_look(
+def test_the_alarm_log_counts_skipped_steps_and_tells_where_to_look(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alarms = AlarmLog(folder, limit=2)

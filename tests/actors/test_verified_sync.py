@@ -20,17 +20,18 @@ from actors.cluster.rows import gather_rows, scatter_rows
 from actors.cluster.sharing import GpuSharing
 from actors.rollouts.generator import Engines
 from actors.settings import GenerationSettings, RLRecipe, rl_recipe
-from actors.weights.agreement import DisagreementError, check_engine_agrees
+from actors.weights.agreement import check_engine_agrees
 from actors.weights.proof import SyncError
 from actors.weights.sync import WeightSync
 from learners.algorithms.grpo import GRPO, GRPOSettings
+from learners.errors import DisagreementError
 from learners.experience import Experience, PromptRequest, Rollout
 from learners.rows import Prompt
 from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 
-GATE = 1e-4
+BOUND = 1e-4
 DEADLINE = 120.0
 PROBE = [1, *range(3, 34)]
 TEMPERATURE = 0.8
@@ -70,9 +71,9 @@ class Stage:
         return chosen
 
     def sync(self, engines: Engines, version: int, deadline_s: float = DEADLINE) -> float:
-        """Send the Actor's weights and prove them, within the bounds of float32 (GATE)."""
+        """Send the Actor's weights and prove them, within the bounds of float32 (BOUND)."""
         recipe = recipe_of(self.path, deadline_s)
-        assert recipe.max_logprob_diff == recipe.mean_logprob_diff == GATE
+        assert recipe.max_logprob_diff == recipe.mean_logprob_diff == BOUND
         return WeightSync(self.actor, engines, GpuSharing(), PROBE, recipe).sync(version)
 
     def learn(self) -> None:
@@ -152,18 +153,18 @@ def test_after_a_sync_every_engine_serves_the_actor(
     assert stage.mismatch(generate(engines)) > 0.01, (
         "the Actor has not moved: a sync could not be told from none"
     )
-    assert stage.sync(engines, 2) <= GATE
+    assert stage.sync(engines, 2) <= BOUND
     rollouts = generate(engines)
     assert {r.weight_versions for r in rollouts} == {(2, 2)} and len(rollouts) == 8
-    assert stage.mismatch(rollouts) <= GATE
+    assert stage.mismatch(rollouts) <= BOUND
 
 
-def test_the_gate_refuses_engines_that_serve_other_weights(stage: Stage) -> None:
+def test_engines_that_serve_other_weights_are_refused_before_step_1(stage: Stage) -> None:
     recipe = recipe_of(stage.path, DEADLINE)
     prompts = [Prompt(i, [1, 5 + i, 9], "", {}) for i in range(3)]
     engines = stage.connect(2, 2)
     stage.sync(engines, 1)
-    assert 0 < check_engine_agrees(engines, stage.actor, prompts, recipe) <= GATE
+    assert 0 < check_engine_agrees(engines, stage.actor, prompts, recipe) <= BOUND
     stage.learn()
     with pytest.raises(DisagreementError) as refused:
         check_engine_agrees(engines, stage.actor, prompts, recipe)
@@ -192,7 +193,7 @@ def test_twenty_syncs_at_learning_rate_0_leave_the_mismatch_flat(stage: Stage) -
         assert {r.weight_versions for r in rollouts} == {(version, version)}
         seen.append((probe, stage.mismatch(rollouts), [r.response_ids for r in rollouts]))
     assert seen == [seen[0]] * 20
-    assert seen[0][0] <= GATE and seen[0][1] <= GATE
+    assert seen[0][0] <= BOUND and seen[0][1] <= BOUND
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_broken_sync_leaves_the_engines_stale_until_a_full_one_passes(
     with pytest.raises(WorkerError, match="engine is STALE"):
         generate(engines)
     stage.sync(engines, 2)
-    assert stage.mismatch(generate(engines)) <= GATE
+    assert stage.mismatch(generate(engines)) <= BOUND
 
 
 def test_a_rank_that_waits_too_long_tells_what_the_engine_said(stage: Stage) -> None:

@@ -235,7 +235,7 @@ def test_an_existing_run_folder_is_refused(workshop: Workshop, sft: Run, grpo_ze
 # --- numbers nobody should learn from -------------------------------------------------------------
 
 
-def test_a_run_does_not_begin_above_the_gate(workshop: Workshop, sft: Run) -> None:
+def test_a_run_does_not_begin_when_engine_and_actor_disagree(workshop: Workshop, sft: Run) -> None:
     """No two programs agree to 1e-12: this gate refuses a sound engine too, and says where they
     differ most.
     """
@@ -263,7 +263,7 @@ def test_the_engines_logprobs_may_be_the_old_ones(workshop: Workshop, sft: Run) 
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_a_bfloat16_run_passes_its_own_gate(workshop: Workshop, sft: Run) -> None:
+def test_a_bfloat16_run_keeps_its_own_bounds(workshop: Workshop, sft: Run) -> None:
     run = workshop.quick("narrow", sft, "actor.model.dtype=bfloat16", "actor.zero_stage=2")
     for step in run.steps:
         assert 1e-4 < step["mismatch/max"] <= 0.1 and step["sync/probe_difference"] <= 0.1
@@ -346,4 +346,5 @@ def test_every_metric_is_registered(
     """Last in this file: of every run above, also of those that went wrong."""
     logged = workshop.logged()
     assert {"critic/loss", "actor/kl", "group/with_spread", "mismatch/gate"} <= logged
+    assert {"seconds/evaluate", "seconds/checkpoint", "seconds/start", "seconds/wall"} <= logged
     assert not {name for name in logged if metrics.find(name) is None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,25 @@ def own(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rl_recipe.cache_clear()
 
 
+SUBCLASS = """
+from pydantic import Field
+
+from learners.algorithms.ppo import PPO, PPOSettings
+
+
+class Settings(PPOSettings):
+    patience: int = Field(3, ge=1, description="one more key")
+
+
+class Patient(PPO):
+    Settings = Settings
+
+
+class Same(PPO):
+    pass
+"""
+
+
 def load(kind: str, *overrides: str) -> RLRecipe:
     recipe = load_recipe("rl.yaml", [f"algorithm.kind={kind}", *overrides])
     assert isinstance(recipe, RLRecipe)
@@ -63,6 +83,22 @@ def test_one_line_registers_an_algorithm(own: Path, monkeypatch: pytest.MonkeyPa
     assert recipe.algorithm.model_dump()["strength"] == 2
     made = roles_of(recipe)["actor"].arguments["algorithm"]
     assert type(made).__name__ == "Scores" and made.group_size == recipe.step.group_size
+
+
+@pytest.mark.parametrize("name", ["Patient", "Same"])
+def test_a_class_of_ones_own_may_build_on_a_registered_one(own: Path, name: str) -> None:
+    (own / "own_algorithm.py").write_text(SUBCLASS)
+    recipe = load(f"own_algorithm:{name}", "critic.model.path=./reward_model", "algorithm.lam=0.9")
+    made = pickle.loads(pickle.dumps(roles_of(recipe)["actor"].arguments["algorithm"]))
+    assert type(made).__name__ == name and made.settings.lam == 0.9
+    assert made.settings.kind == f"own_algorithm:{name}" and "critic" in roles_of(recipe)
+
+
+def test_the_kind_of_a_recipe_and_of_its_algorithm_agree(place: Path) -> None:
+    with pytest.raises(RecipeError, match=r"algorithm\.kind: must be 'grpo' in a recipe for grpo"):
+        load_recipe("grpo.yaml", ["algorithm.kind=reinforce_plus_plus"])
+    with pytest.raises(RecipeError, match=r"algorithm\.kind: must be text, not 3"):
+        load_recipe("rl.yaml", ["algorithm.kind=3"])
 
 
 def test_a_recipe_may_name_a_class_of_its_own(own: Path) -> None:

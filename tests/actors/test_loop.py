@@ -91,6 +91,11 @@ def test_reinforcement_leaves_after_its_step(
     with catch_stop_signal(), pytest.raises(Interrupted):
         run(recipe, folder, driver.Driver, data, workers)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    times = {(row["phase"], row["step"]): row for row in map(json.loads, lines)}
+    assert times["train", 2]["seconds/checkpoint"] > 0 and times["start", 0]["seconds/start"] > 0
+    assert "seconds/checkpoint" not in times["train", 1]
+    assert times["train", 1]["throughput/tokens_per_second"] > 0
     assert (
         json.loads((folder.path / "checkpoints" / "step-000002" / "driver.json").read_text())[
             "step"

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from actors.weights.agreement import DisagreementError, check
+from actors.weights.agreement import check
+from learners.errors import DisagreementError
 from learners.experience import Experience, Rollout
 
 ROLLOUTS = [
@@ -28,7 +29,7 @@ def actor(*differences: tuple[int, int, float]) -> torch.Tensor:
     return logprobs
 
 
-def test_the_largest_difference_within_the_gate_is_returned() -> None:
+def test_the_largest_difference_within_the_bound_is_returned() -> None:
     assert check(
         ROLLOUTS, actor((0, 2, 5e-5), (1, 0, -8e-5)), max_logprob_diff=1e-4
     ) == pytest.approx(8e-5, rel=1e-2)

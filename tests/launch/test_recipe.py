@@ -445,6 +445,17 @@ def test_a_problem_names_the_key_as_it_is_written(place: Path) -> None:
     assert found.endswith(": sync.gate_prompts: must be a whole number, not 'many'")
 
 
+@pytest.mark.parametrize("kind", ["sft", "rm", "ppo", "grpo"])
+def test_a_run_saved_by_the_version_before_can_be_resumed(place: Path, kind: str) -> None:
+    """Its config.yaml lacks the keys that are new, and has those that were renamed."""
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    saved = Path(__file__).parent / "yesterday" / "saved" / f"{kind}.yaml"
+    (place / "runs/new/config.yaml").write_text(saved.read_text())
+    assert problems(f"{kind}.yaml", resume=True) == []
+    (changed,) = problems(f"{kind}.yaml", "run.seed=7", resume=True)
+    assert "run.seed: is 7, the run to resume has 0" in changed
+
+
 @pytest.mark.parametrize("today", [OLD_SYNC, NEW_SYNC])
 def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict) -> None:
     write_sync(place, today)

@@ -138,6 +138,21 @@ def test_a_function_that_would_not_be_shipped(place: Path) -> None:
     assert not list(ray_job.path_problems(recipe, ["prompts.jsonl", "rewards_of_test.py"]))
 
 
+def test_an_algorithm_that_would_not_be_shipped(place: Path) -> None:
+    (place / "own_algorithm_of_test.py").write_text(
+        "from learners.algorithms.ppo import PPO\n\n\nclass Own(PPO):\n    pass\n"
+    )
+    absolute = [f"{key}.model.path={place / 'decoder'}" for key in ("actor", "critic")]
+    overrides = ["run.folder=/shared/new", "algorithm={kind: own_algorithm_of_test:Own}", *absolute]
+    recipe = load_recipe("rl.yaml", overrides)
+    shipped = ["prompts.jsonl", "rewards_of_test.py"]
+    (problem,) = ray_job.path_problems(recipe, shipped)
+    assert (
+        problem.keys == ("algorithm.kind",) and "own_algorithm_of_test is here" in problem.message
+    )
+    assert not list(ray_job.path_problems(recipe, [*shipped, "own_algorithm_of_test.py"]))
+
+
 def test_the_command_refuses_in_one_line_each_with_its_place(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
