@@ -166,63 +166,42 @@ def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm
     bound = recipe.alarms
     for role in ("actor", "critic"):
         yield from _of_updates(metrics, role)
+    if metrics.get("group/with_spread") == 0:
+        message = "in every group all scores are equal: no response has an advantage"
+        yield Alarm("no_spread", message)
+    if metrics.get("actor/grad_norm") == 0:
+        yield Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch")
+    yield from _of_mismatch(metrics, recipe)
+    held = metrics.get("actor/clip_fraction", 0.0)
+    if held > bound.clip_fraction:
+        message = f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)"
+        yield Alarm("clip_fraction", message)
+    entropy = metrics.get("actor/entropy", math.nan)
+    per_token = f"{entropy:.2e} nats per token"
+    if entropy < bound.least_entropy:
+        message = f"{per_token}: the Actor hardly explores (alarms.least_entropy)"
+        yield Alarm("entropy_low", message)
+    if entropy > bound.most_entropy:
+        message = f"{per_token}: the Actor is close to noise (alarms.most_entropy)"
+        yield Alarm("entropy_high", message)
+
+
+def _of_mismatch(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm]:
+    """Yield the alarms of the difference between engine and Actor."""
     # Truncated or penalised sampling differs from the policy by design: then only an explicit bound
     # counts.
     unbounded = math.inf if recipe.generation.off_policy_sampling else None
-    most = bound.mismatch or unbounded or recipe.max_logprob_diff
-    most_on_average = bound.mean_mismatch or unbounded or recipe.mean_logprob_diff
+    most = recipe.alarms.mismatch or unbounded or recipe.max_logprob_diff
+    most_on_average = recipe.alarms.mean_mismatch or unbounded or recipe.mean_logprob_diff
     worst = metrics.get("mismatch/max", 0.0)
     mean = metrics.get("mismatch/mean", 0.0)
-    held = metrics.get("actor/clip_fraction", 0.0)
-    entropy = metrics.get("actor/entropy", math.nan)
-    checks = [
-        (
-            metrics.get("group/with_spread") == 0,
-            Alarm("no_spread", "in every group all scores are equal: no response has an advantage"),
-        ),
-        (
-            metrics.get("actor/grad_norm") == 0,
-            Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch"),
-        ),
-        (
-            worst > most,
-            Alarm(
-                "mismatch",
-                f"engine and Actor log-probs differ by {worst:.2e} nats, above {most:.0e} "
-                "(alarms.mismatch)",
-            ),
-        ),
-        (
-            mean > most_on_average,
-            Alarm(
-                "mean_mismatch",
-                f"engine and Actor log-probs differ on average by {mean:.2e} nats, above "
-                f"{most_on_average:.0e} (alarms.mean_mismatch)",
-            ),
-        ),
-        (
-            held > bound.clip_fraction,
-            Alarm(
-                "clip_fraction",
-                f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)",
-            ),
-        ),
-        (
-            entropy < bound.least_entropy,
-            Alarm(
-                "entropy_low",
-                f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)",
-            ),
-        ),
-        (
-            entropy > bound.most_entropy,
-            Alarm(
-                "entropy_high",
-                f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)",
-            ),
-        ),
-    ]
-    yield from (alarm for raised, alarm in checks if raised)
+    differ = "engine and Actor log-probs differ"
+    if worst > most:
+        message = f"{differ} by {worst:.2e} nats, above {most:.0e} (alarms.mismatch)"
+        yield Alarm("mismatch", message)
+    if mean > most_on_average:
+        message = f"{differ} on average by {mean:.2e} nats, above {most_on_average:.0e}"
+        yield Alarm("mean_mismatch", f"{message} (alarms.mean_mismatch)")
 
 
 def of_training(metrics: Mapping[str, float]) -> Iterator[Alarm]:

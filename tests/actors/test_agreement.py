@@ -1,4 +1,4 @@
-"""The gate before step 1: what it lets pass, and what it says when it does not."""
+"""Agreement of engine and Actor before step 1: what it lets pass, and what it says else."""
 
 from __future__ import annotations
 

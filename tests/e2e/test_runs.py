@@ -236,7 +236,7 @@ def test_an_existing_run_folder_is_refused(workshop: Workshop, sft: Run, grpo_ze
 
 
 def test_a_run_does_not_begin_when_engine_and_actor_disagree(workshop: Workshop, sft: Run) -> None:
-    """No two programs agree to 1e-12: this gate refuses a sound engine too, and says where they
+    """No two programs agree to 1e-12: this bound refuses a sound engine too, and says where they
     differ most.
     """
     with pytest.raises(UserError) as refused:
@@ -248,7 +248,7 @@ def test_a_run_does_not_begin_when_engine_and_actor_disagree(workshop: Workshop,
 
 
 def test_the_engines_logprobs_may_be_the_old_ones(workshop: Workshop, sft: Run) -> None:
-    """One forward less; the first mini-batch's ratio is still 1 within the gate, and the same
+    """One forward less; the first mini-batch's ratio is still 1 within the bound, and the same
     things are learned.
     """
     engine = workshop.quick("old_from_engine", sft, "algorithm.old_logprobs=engine")
