@@ -177,12 +177,11 @@ def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm
         message = f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)"
         yield Alarm("clip_fraction", message)
     entropy = metrics.get("actor/entropy", math.nan)
-    per_token = f"{entropy:.2e} nats per token"
     if entropy < bound.least_entropy:
-        message = f"{per_token}: the Actor hardly explores (alarms.least_entropy)"
+        message = f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)"
         yield Alarm("entropy_low", message)
     if entropy > bound.most_entropy:
-        message = f"{per_token}: the Actor is close to noise (alarms.most_entropy)"
+        message = f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)"
         yield Alarm("entropy_high", message)
 
 
