@@ -5,13 +5,13 @@ device, where tensors have sizes and no memory. Importing this takes seconds.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from launch.plan.shapes import Shape, size_of
 from learners.checkpoints import is_encoder
 
 SIZES = {  # a shape's sizes, by the names configs have for them
@@ -26,9 +26,11 @@ SIZES = {  # a shape's sizes, by the names configs have for them
 }
 
 
-def count(family: str, config: dict[str, Any]) -> Shape:
-    """Count every parameter of a model, with the head it is used with: log-probs, or an encoder's
-    score. Raises ValueError when Transformers does not know the type, cannot build the model, or a
+def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> dict[str, Any]:
+    """Count every parameter of a model, with the head it is used with (log-probs, or an encoder's
+    score), and return the fields of its shape.
+
+    `size_of` reads a size from a config and checks it. Raises ValueError when Transformers does not know the type, cannot build the model, or a
     size is nowhere written.
     """
     values = {key: value for key, value in config.items() if key != "model_type"}
@@ -37,18 +39,17 @@ def count(family: str, config: dict[str, Any]) -> Shape:
         known = AutoConfig.for_model(family, **(values | {"num_labels": 1}))
         encoder = is_encoder(known)
         auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
-        sizes = _sizes(known.get_text_config())
+        sizes = _sizes(known.get_text_config(), size_of)
         with torch.device("meta"):
             parts = _parts(auto.from_config(known), sizes["layers"])
     except Exception as error:  # a config.json may break a model's code in any way
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
     tied = not encoder and not parts["own_head"]
-    shape: dict[str, Any] = {**sizes, **parts}
-    return Shape(family, tied=tied, encoder=encoder, **shape)
+    return {"family": family, "tied": tied, "encoder": encoder, **sizes, **parts}
 
 
-def _sizes(config: Any) -> dict[str, int]:
+def _sizes(config: Any, size_of: Callable[..., int]) -> dict[str, int]:
     """Return a shape's sizes. Raises ValueError with a size that the config does not say."""
     written = {
         names[0]: next(

@@ -168,7 +168,7 @@ def read_shape(config: dict[str, Any]) -> Shape:
         return _gated(family, config)
     from launch.plan.meta_device import count
 
-    return count(family, config)
+    return Shape(**count(family, config, size_of))
 
 
 def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int:
