@@ -30,8 +30,8 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
     """Count every parameter of a model, with the head it is used with (log-probs, or an encoder's
     score), and return the fields of its shape.
 
-    `size_of` reads a size from a config and checks it. Raises ValueError when Transformers does not know the type, cannot build the model, or a
-    size is nowhere written.
+    `size_of` reads a size from a config and checks it. Raises ValueError when Transformers does not
+    know the type, cannot build the model, or a size is nowhere written.
     """
     values = {key: value for key, value in config.items() if key != "model_type"}
     logging.set_verbosity_error()
