@@ -459,7 +459,7 @@ def batches(model_of):
             "returns": noise(1.0),
         }
         mask = ~behind & (torch.arange(7) != 2)[:, None]
-        mask[1, 4:9] = mask[5, 20:] = False  # text the policy did not write
+        mask[1, 5:9] = mask[5, 20:] = False  # text the policy did not write
         # garbage that nobody may read
         known = {name: x.masked_fill(~mask, NAN) for name, x in known.items()}
         filled[role] = replace(samples, **known, loss_mask=mask)
