@@ -209,9 +209,9 @@ def desk(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ray_job.ROOT / name, folder / name)
     (folder / "origin_of_test.py").write_text(
-        "from pathlib import Path\nimport actors.rewards.sources, learners.settings\n"
+        "from pathlib import Path\nimport actors.rewards.function, learners.settings\n"
         "def origin(prompts, responses):\n"
-        "    files = actors.rewards.sources.__file__, learners.settings.__file__\n"
+        "    files = actors.rewards.function.__file__, learners.settings.__file__\n"
         f"    Path({str(models / 'origin')!r}).write_text('\\n'.join(files))\n"
         "    return [0.0] * len(prompts)\n"
     )
