@@ -166,41 +166,43 @@ def of_metrics(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm
     bound = recipe.alarms
     for role in ("actor", "critic"):
         yield from _of_updates(metrics, role)
-    if metrics.get("group/with_spread") == 0:
-        message = "in every group all scores are equal: no response has an advantage"
-        yield Alarm("no_spread", message)
-    if metrics.get("actor/grad_norm") == 0:
-        yield Alarm("zero_gradient", "the Actor's gradient was 0 in every mini-batch")
     yield from _of_mismatch(metrics, recipe)
+    no_spread = "in every group all scores are equal: no response has an advantage"
     held = metrics.get("actor/clip_fraction", 0.0)
-    if held > bound.clip_fraction:
-        message = f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)"
-        yield Alarm("clip_fraction", message)
+    clipped = f"{held:.0%} of the tokens were held by the clip (alarms.clip_fraction)"
     entropy = metrics.get("actor/entropy", math.nan)
-    if entropy < bound.least_entropy:
-        message = f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)"
-        yield Alarm("entropy_low", message)
-    if entropy > bound.most_entropy:
-        message = f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)"
-        yield Alarm("entropy_high", message)
+    low = f"{entropy:.2e} nats per token: the Actor hardly explores (alarms.least_entropy)"
+    high = f"{entropy:.2f} nats per token: the Actor is close to noise (alarms.most_entropy)"
+    still = "the Actor's gradient was 0 in every mini-batch"
+    yield from _raised(
+        (metrics.get("group/with_spread") == 0, Alarm("no_spread", no_spread)),
+        (metrics.get("actor/grad_norm") == 0, Alarm("zero_gradient", still)),
+        (held > bound.clip_fraction, Alarm("clip_fraction", clipped)),
+        (entropy < bound.least_entropy, Alarm("entropy_low", low)),
+        (entropy > bound.most_entropy, Alarm("entropy_high", high)),
+    )
 
 
 def _of_mismatch(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Alarm]:
-    """Yield the alarms of the difference between engine and Actor."""
+    """Return the alarms of the difference between engine and Actor."""
     # Truncated or penalised sampling differs from the policy by design: then only an explicit bound
     # counts.
     unbounded = math.inf if recipe.generation.off_policy_sampling else None
     most = recipe.alarms.mismatch or unbounded or recipe.max_logprob_diff
-    most_on_average = recipe.alarms.mean_mismatch or unbounded or recipe.mean_logprob_diff
+    usual = recipe.alarms.mean_mismatch or unbounded or recipe.mean_logprob_diff
     worst = metrics.get("mismatch/max", 0.0)
     mean = metrics.get("mismatch/mean", 0.0)
     differ = "engine and Actor log-probs differ"
-    if worst > most:
-        message = f"{differ} by {worst:.2e} nats, above {most:.0e} (alarms.mismatch)"
-        yield Alarm("mismatch", message)
-    if mean > most_on_average:
-        message = f"{differ} on average by {mean:.2e} nats, above {most_on_average:.0e}"
-        yield Alarm("mean_mismatch", f"{message} (alarms.mean_mismatch)")
+    largest = f"{differ} by {worst:.2e} nats, above {most:.0e} (alarms.mismatch)"
+    average = f"{differ} on average by {mean:.2e} nats, above {usual:.0e} (alarms.mean_mismatch)"
+    return _raised(
+        (worst > most, Alarm("mismatch", largest)),
+        (mean > usual, Alarm("mean_mismatch", average)),
+    )
+
+
+def _raised(*alarms: tuple[bool, Alarm]) -> Iterator[Alarm]:
+    return (alarm for raised, alarm in alarms if raised)
 
 
 def of_training(metrics: Mapping[str, float]) -> Iterator[Alarm]:
