@@ -8,6 +8,7 @@ in lockstep.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +67,7 @@ class Source(Protocol):
 
 
 @dataclass
-class Sender:
+class Sender(ABC):
     """One rank's side of a transfer; rank 0 sends. Ranks that must meet do so at `address`,
     `port`.
     """
@@ -77,14 +78,15 @@ class Sender:
     address: str = ""
     port: int = 0
 
+    @abstractmethod
     def __post_init__(self) -> None:
         """Connect to the engines."""
 
+    @abstractmethod
     def send_weights(self) -> Receipt:
         """Send everything; return what was sent (on rank 0; elsewhere nothing). Call on every
         rank.
         """
-        raise NotImplementedError
 
 
 class ObjectStoreSender(Sender):
@@ -114,9 +116,9 @@ class ObjectStoreSender(Sender):
 class GpuSender(Sender):
     """Sends with vLLM's own trainer engine, which a subclass describes."""
 
+    @abstractmethod
     def init_info(self) -> Any:
         """Return vLLM's description of the sending rank."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource

@@ -7,12 +7,14 @@ without torch, so an algorithm's file imports torch where it computes and not at
 from __future__ import annotations
 
 import difflib
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from learners.errors import Problem, UserError
+from learners.errors import Problem, UserError, first_wrong
 from learners.naming import load_named
 from learners.settings import Settings
 
@@ -91,7 +93,7 @@ class AlgorithmSettings(Settings):
 S = TypeVar("S", bound=AlgorithmSettings)
 
 
-class Algorithm(Generic[S]):
+class Algorithm(ABC, Generic[S]):
     """One way of learning from scores.
 
     The driver calls `advantages` once a step, and `after_step` unless the step is skipped; the
@@ -104,11 +106,11 @@ class Algorithm(Generic[S]):
         self.settings = settings
         self.group_size = group_size
 
+    @abstractmethod
     def advantages(self, batch: Experience) -> tuple[Experience, dict[str, float]]:
         """Fill `advantages` [B,T] from `scores` [B] and the log-probs and values; return metrics
         too.
         """
-        raise NotImplementedError
 
     def after_step(self, batch: Experience) -> None:
         """Adapt what depends on the step, unless it was skipped; by default nothing does."""
@@ -180,8 +182,16 @@ def find_algorithm(kind: str) -> type[Algorithm[Any]]:
             f"there is no algorithm {kind!r}; {hint} Name a class of your own as module:Class"
         )
     found = load_named(ALGORITHMS.get(kind, kind), "algorithm")
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
-        raise UserError(
-            f"algorithm {kind}: is not a subclass of learners.algorithms.base.Algorithm"
-        )
+    algorithm = isinstance(found, type) and issubclass(found, Algorithm)
+    settings = getattr(found, "Settings", None)
+    wrong = first_wrong(
+        (not algorithm, "is not a subclass of learners.algorithms.base.Algorithm"),
+        (inspect.isabstract(found), "has no method advantages(batch)"),
+        (
+            not (isinstance(settings, type) and issubclass(settings, AlgorithmSettings)),
+            "its Settings are not a subclass of learners.algorithms.base.AlgorithmSettings",
+        ),
+    )
+    if wrong:
+        raise UserError(f"algorithm {kind}: {wrong}")
     return found

@@ -158,13 +158,14 @@ def test_processes_and_nodes_go_by_their_names(group: WorkerGroup) -> None:
     assert group.names()[1] == f"tester[1] on node {socket.gethostname()} ({node['NodeID'][:8]})"
 
 
-def test_ranks_get_their_places(cluster: None) -> None:
+def test_ranks_are_told_where_they_meet_and_the_group_keeps_it(cluster: None) -> None:
     options = {"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}
     group = WorkerGroup("ranks", f"{__name__}:Worker", [options, options])
     group.gather(group.start({"factor": 1}, 60, distributed=("cpu", 12.0)), "start", 60)
     first, second = group.call("where", phase="test", deadline_s=30)
     assert (first.index, second.index, first.world_size, first.timeout_s) == (0, 1, 2, 12.0)
     assert (first.address, first.port) == (second.address, second.port)
+    assert group.started_with == [{"factor": 1, "rank": first}, {"factor": 1, "rank": second}]
 
 
 def test_what_cannot_fit_is_refused_by_arithmetic(cluster: None) -> None:

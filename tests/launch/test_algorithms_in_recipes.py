@@ -38,6 +38,14 @@ class Scores(Algorithm[Settings]):
 
         advantages = self.settings.strength * batch.scores[:, None] * batch.loss_mask
         return replace(batch, advantages=advantages), {}
+
+
+class Unfinished(Algorithm):
+    pass
+
+
+class Unsettled(Scores):
+    Settings = dict
 '''
 
 
@@ -116,6 +124,8 @@ def test_a_recipe_may_name_a_class_of_its_own(own: Path) -> None:
         ("ppoo", "did you mean ppo?"),
         ("own_algorithm:Missing", "cannot be imported: AttributeError"),
         ("own_algorithm:Settings", "is not a subclass of learners.algorithms.base.Algorithm"),
+        ("own_algorithm:Unfinished", "has no method advantages(batch)"),
+        ("own_algorithm:Unsettled", "its Settings are not a subclass of learners.algorithms.base."),
         ("", "missing; one of ppo, grpo, reinforce_plus_plus, or module:Class of your own"),
     ],
 )
