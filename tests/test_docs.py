@@ -96,3 +96,30 @@ def names_in(file: Path) -> set[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_ours() -> None:
+    """A message stands in one text of the code, apart from its numbers and names (`...`)."""
+    rows = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    texts = [text for folder in FOLDERS.split("|")[:3] for text in texts_in(ROOT / folder)]
+    unknown = [row for row in rows if not any(says(text, row) for text in texts)]
+    assert len(rows) > 30
+    assert not unknown
+
+
+def says(text: str, message: str) -> bool:
+    """Tell whether the words of a message follow each other in a text."""
+    return re.search(".*".join(map(re.escape, message.split("..."))), text, re.S) is not None
+
+
+def texts_in(folder: Path) -> list[str]:
+    """Return every text of the Python files in a folder, "{}" in place of what is filled in."""
+    texts = []
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
