@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from learners.errors import UserError
+from learners.kernels import dropped_by
+from learners.positions import positions_of
 from learners.settings import ModelSettings
 from learners.tokenise import pad_problem
 
@@ -115,16 +117,23 @@ def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
     fewer positions.
     """
     try:
-        config = load_config(model)
+        limit = positions_of(load_config(model))
     except UserError as error:
         return [f"{key}: {problem}" for problem in error.problems]
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return []
     return [
         f"{key}: {model.path} has {limit} positions, prompt + response need up to {tokens}: "
         "shorten one of them"
     ]
+
+
+def kernel_problems(key: str, model: ModelSettings) -> list[str]:
+    """Return a problem in a list if the attention kernel would compute another model than the one
+    that was trained, else [].
+    """
+    wrong = dropped_by(model.attention, load_config(model))
+    return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
 
 
 def is_encoder(config: Any) -> bool:
@@ -239,6 +248,8 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
         raise UserError(
             f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa"
         )
+    if wrong := dropped_by(settings.attention, config):
+        raise UserError(f"{settings.path}: {wrong}")
     with _quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,

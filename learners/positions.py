@@ -38,7 +38,7 @@ UNLIMITED = frozenset(
         "xlstm",
     )
 )
-# They count from behind their PAD token's id, in a table as long as the config says.
+# They count from behind the id of their PAD token, in a table as long as the config says.
 FROM_PAD = frozenset(
     (
         "camembert",
@@ -58,7 +58,7 @@ FROM_PAD = frozenset(
         "xmod",
     )
 )
-USUAL_PAD = 1  # of those, where config.json does not say
+USUAL_PAD = 1  # of those, where config.json does not say; MPNet's, whatever it says
 NESTED = ("text_config", "text_encoder", "decoder", "generator", "language_config", "llm_config")
 
 
@@ -69,30 +69,32 @@ def positions_of(config: Any) -> int | None:
     `config` is what a config.json holds (a mapping), or a config of Transformers. What is written
     there and is no number counts as unwritten.
     """
-    config = _text_part(config)
-    kind = str(_get(config, "model_type"))
-    written = [n for name in NAMES if (n := _count(_get(config, name))) is not None]
-    stated = _count(_get(config, SCALED_TO)) or min(written, default=None)
+    config = text_part(config)
+    kind = str(get_field(config, "model_type"))
+    written = [n for name in NAMES if (n := _count(get_field(config, name))) is not None]
+    stated = _count(get_field(config, SCALED_TO)) or min(written, default=None)
     if stated is None or kind in UNLIMITED or _is_relative(kind, config):
         return None
-    if kind in FROM_PAD:
-        pad = _get(config, "pad_token_id")
-        return stated - (pad if isinstance(pad, int) else USUAL_PAD) - 1
+    if kind in FROM_PAD and get_field(config, "position_embedding_type") != "rotary":
+        pad = get_field(config, "pad_token_id")
+        own = isinstance(pad, int) and kind != "mpnet"
+        return stated - (pad if own else USUAL_PAD) - 1
     if kind.startswith("gemma3"):  # its positions are written as scaled
         return stated
     return min((_scaled(rope, stated) for rope in _ropes(config)), default=stated)
 
 
-def _text_part(config: Any) -> Any:
+def text_part(config: Any) -> Any:
     """Return the config of the part that reads text."""
     for name in NESTED:
-        part = _get(config, name)
+        part = get_field(config, name)
         if isinstance(part, Mapping) or hasattr(part, "to_dict"):
-            return _text_part(part)
+            return text_part(part)
     return config
 
 
-def _get(config: Any, name: str) -> Any:
+def get_field(config: Any, name: str) -> Any:
+    """Return a field of a config.json or of a config of Transformers; None where there is none."""
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
@@ -104,16 +106,18 @@ def _count(value: Any) -> int | None:
 def _is_relative(kind: str, config: Any) -> bool:
     """Tell ALiBi and DeBERTa's attention, which use distances alone, from tables of positions."""
     if kind in ("deberta", "deberta-v2"):
-        absolute = _get(config, "position_biased_input")
-        return bool(_get(config, "relative_attention")) and absolute is False
-    return bool(_get(config, "alibi")) or _get(config, "position_embedding_type") == "alibi"
+        absolute = get_field(config, "position_biased_input")
+        return bool(get_field(config, "relative_attention")) and absolute is False
+    return (
+        bool(get_field(config, "alibi")) or get_field(config, "position_embedding_type") == "alibi"
+    )
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the rotary embeddings' parameters, those of every kind of layer that sees the whole
     sequence where kinds have their own.
     """
-    rope = _get(config, "rope_scaling") or _get(config, "rope_parameters")
+    rope = get_field(config, "rope_scaling") or get_field(config, "rope_parameters")
     if not isinstance(rope, Mapping):
         return
     layers = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
