@@ -21,12 +21,14 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
 
-from learners.errors import UserError
+from learners.errors import UserError, first_wrong
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings
@@ -129,11 +131,25 @@ def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
 
 
 def kernel_problems(key: str, model: ModelSettings) -> list[str]:
-    """Return a problem in a list if the attention kernel would compute another model than the one
-    that was trained, else [].
+    """Return a problem in a list if Transformers has no such attention kernel for the model, or one
+    that would compute another model than the one that was trained, else [].
     """
-    wrong = dropped_by(model.attention, load_config(model))
+    config = load_config(model)
+    supported = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    wrong = first_wrong(
+        (
+            not getattr(_model_class(config), supported.get(model.attention, ""), True),
+            f"{config.model_type} has no {model.attention} in Transformers; use eager",
+        ),
+        (True, dropped_by(model.attention, config)),
+    )
     return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
+
+
+def _model_class(config: Any) -> Any:
+    """Return Transformers' class for models of this config; None where it has none."""
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    return next((kind[type(config)] for kind in kinds if type(config) in kind), None)
 
 
 def is_encoder(config: Any) -> bool:
