@@ -1,4 +1,4 @@
-"""What attention kernels leave out, without a word, of the attention that a model was trained with.
+"""Parts of the attention a model was trained with that kernels leave out without a word.
 
 Transformers hands a kernel everything; one that knows no such thing computes other numbers. Models
 of which Transformers says itself that they have no such kernel are not listed here.

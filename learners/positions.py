@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The names configs have for it. Of several the smallest counts, as in vLLM ...
+# The names configs have for it. The first that is written counts: some write other numbers of
+# tokens beside it.
 NAMES = (
     "max_position_embeddings",
     "n_positions",
@@ -18,9 +19,10 @@ NAMES = (
     "max_sequence_length",
     "max_seq_length",
     "seq_len",
+    "model_max_length",
 )
-# ... but Command-R writes what its positions were scaled to beside what they were.
-SCALED_TO = "model_max_length"
+# Command-R writes what its positions were scaled to beside what they were.
+SCALED_TO = {"cohere": "model_max_length", "cohere2": "model_max_length"}
 
 # Their tokens know how far apart they are, or come one after the other: nothing is counted.
 UNLIMITED = frozenset(
@@ -71,8 +73,8 @@ def positions_of(config: Any) -> int | None:
     """
     config = text_part(config)
     kind = str(get_field(config, "model_type"))
-    written = [n for name in NAMES if (n := _count(get_field(config, name))) is not None]
-    stated = _count(get_field(config, SCALED_TO)) or min(written, default=None)
+    names = (SCALED_TO.get(kind, ""), *NAMES)
+    stated = next((n for name in names if (n := _count(get_field(config, name)))), None)
     if stated is None or kind in UNLIMITED or _is_relative(kind, config):
         return None
     if kind in FROM_PAD and get_field(config, "position_embedding_type") != "rotary":
@@ -139,6 +141,6 @@ def _scaled(rope: Mapping[str, Any], stated: int) -> int:
         return stated
     if isinstance(factor, bool) or not isinstance(factor, (int, float)):
         return stated
-    trained = _count(rope.get("original_max_position_embeddings")) or stated
+    trained = min(_count(rope.get("original_max_position_embeddings")) or stated, stated)
     stretched = trained * factor
     return (_count(int(stretched)) if math.isfinite(stretched) else None) or stated

@@ -71,6 +71,8 @@ POSITIONS = [
     ("olmo3", stated(65536, rope_parameters=BY_LAYER), 65536),
     # vllm-project/vllm #3676: Command-R's length stands in another key
     ("cohere", stated(8192, model_max_length=131072), 131072),
+    ("llama", stated(8192, model_max_length=512, seq_length=1024), 8192),
+    ("kimi_linear", {"model_max_length": 4096}, 4096),
     # huggingface/trl #1867, #1031: GPT-2 has 1024, by another name
     ("gpt2", {"n_positions": 1024}, 1024),
     # vllm-project/vllm #447: MPT's ALiBi is made for max_seq_len by Transformers
