@@ -4,21 +4,25 @@ models' files.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.functions import load_function
 from actors.roles import Head, roles_of
 from actors.seeds import rows_of_step
-from actors.settings import RLRecipe, model_sampling_problems
+from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    kernel_problems,
     length_problems,
     load_config,
     load_tokenizer,
     sampling_defaults,
     vocabulary_problems,
 )
-from learners.errors import UserError
+from learners.errors import DataError, UserError
+from learners.positions import positions_of
 from learners.rows import Prompt, Rows, load_prompts
 from learners.settings import ModelSettings, PromptData
 from learners.tokenise import tokenizer_digest
@@ -41,12 +45,17 @@ class RunData:
                 load_function(name)
         tokenizer = load_tokenizer(recipe.actor.model)
 
-        def read(data: PromptData | None) -> list[Prompt]:
-            return load_prompts(data, tokenizer) if data else []
+        def read(key: str, data: PromptData | None) -> Rows[Prompt]:
+            rows = load_prompts(data, tokenizer) if data else Rows()
+            return with_room(key, data, rows, recipe.generation.max_model_tokens) if data else rows
 
-        prompts = load_prompts(recipe.prompts, tokenizer)
         evaluation = recipe.evaluation
-        data = cls(tokenizer, prompts, read(evaluation.prompts), read(evaluation.test_prompts))
+        data = cls(
+            tokenizer,
+            read("prompts", recipe.prompts),
+            read("evaluation.prompts", evaluation.prompts),
+            read("evaluation.test_prompts", evaluation.test_prompts),
+        )
         if problems := data.model_problems(recipe):
             raise UserError(problems)
         return data
@@ -54,21 +63,44 @@ class RunData:
     def model_problems(self, recipe: RLRecipe) -> list[str]:
         """Return the problems of the recipe's models, one line each.
 
-        Every model must be there and have positions enough; those that read the Actor's ids must
-        know them; the Actor may bring no sampling defaults that would break the ratio; a reward
-        model, which may have a vocabulary of its own, must have the tokenizer it was trained with.
+        Every model must be there, have positions enough and the attention it was trained with;
+        those that read the Actor's ids must know them; the Actor may bring no sampling defaults
+        that would break the ratio; a reward model, which may have a vocabulary of its own, must
+        have the tokenizer it was trained with.
         """
         path = recipe.actor.model.path
         if asked := model_sampling_problems(path, sampling_defaults(path), recipe.generation):
             return [str(problem) for problem in asked]
         models = {r.model_key: (r.model, r.head) for r in roles_of(recipe).values() if r.model}
-        needed = self.longest_prompt() + recipe.generation.max_new_tokens
-        too_short = [p for key, (m, _) in models.items() for p in length_problems(key, m, needed)]
-        return too_short or [
-            problem
-            for key, (model, head) in models.items()
-            for problem in self._id_problems(key, model, head, path)
-        ]
+        settings = {key: model for key, (model, _) in models.items()}
+        return (
+            self._length_problems(settings, recipe)
+            or [p for key, model in settings.items() for p in kernel_problems(key, model)]
+            or [
+                problem
+                for key, (model, head) in models.items()
+                for problem in self._id_problems(key, model, head, path)
+            ]
+        )
+
+    def _length_problems(self, models: Mapping[str, ModelSettings], recipe: RLRecipe) -> list[str]:
+        """Return which models have too few positions. The Actor's also hold in the engine, which
+        samples for the evaluation too, and has room for `max_model_tokens` from the start; the
+        others read what is trained on.
+        """
+        generation = recipe.generation
+        most = generation.max_model_tokens or sys.maxsize
+        problems: list[str] = []
+        for key, model in models.items():
+            prompts: Sequence[Prompt] = self.prompts
+            asked: list[str] = []
+            if key == "actor.model":
+                prompts = self.all_prompts
+                positions = positions_of(load_config(model))
+                asked = [str(p) for p in position_problems(key, positions, generation)]
+            needed = min(most, longest_of(prompts) + generation.max_new_tokens)
+            problems += asked or length_problems(key, model, needed)
+        return problems
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
         """Return the problems a model would have with the token ids that it is to read."""
@@ -82,13 +114,13 @@ class RunData:
         if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         eos = self.tokenizer.eos_token_id
-        prompts = (p.ids for p in [*self.prompts, *self.held_out, *self.test])
+        prompts = (p.ids for p in self.all_prompts)
         return vocabulary_problems(key, model, [[] if eos is None else [eos], *prompts])
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
         """Return the facts about the data that constructors of workers take (`Role.from_data`)."""
         generation = recipe.generation
-        longest = self.longest_prompt() + generation.max_new_tokens
+        longest = longest_of(self.all_prompts) + generation.max_new_tokens
         return {
             "max_model_tokens": generation.max_model_tokens or longest,
             "eos_token_id": self.tokenizer.eos_token_id,
@@ -99,9 +131,42 @@ class RunData:
         rows = rows_of_step(step, count, len(self.prompts), seed, "prompts")
         return [self.prompts[i] for i in rows]
 
-    def longest_prompt(self) -> int:
-        """Return the tokens of the longest prompt."""
-        return max(len(p.ids) for p in [*self.prompts, *self.held_out, *self.test])
+    @property
+    def all_prompts(self) -> list[Prompt]:
+        """Prompts of training and of evaluation."""
+        return [*self.prompts, *self.held_out, *self.test]
+
+
+def longest_of(prompts: Sequence[Prompt]) -> int:
+    """Return the tokens of the longest prompt."""
+    return max(len(prompt.ids) for prompt in prompts)
+
+
+def with_room(
+    key: str, data: PromptData, rows: Rows[Prompt], max_model_tokens: int | None
+) -> Rows[Prompt]:
+    """Return the prompts that leave room for an answer within `max_model_tokens` (None: all do).
+
+    Raises DataError on one that does not, unless `long_prompts` of the data at `key` is drop, and
+    where none is left.
+    """
+    limit = "generation.max_model_tokens"
+    fitting: Rows[Prompt] = Rows()
+    fitting.dropped += rows.dropped
+    for prompt in rows:
+        if max_model_tokens is None or len(prompt.ids) < max_model_tokens:
+            fitting.append(prompt)
+        elif data.long_prompts == "drop":
+            fitting.dropped["too long"] += 1
+        else:
+            raise DataError(
+                f"{data.path}: row {prompt.index + 1}: the prompt has {len(prompt.ids)} tokens, "
+                f"which leaves no room for an answer in {limit} {max_model_tokens}; raise it, or "
+                f"set {key}.long_prompts: drop"
+            )
+    if not fitting:
+        raise DataError(f"{data.path}: no prompt is shorter than {limit} {max_model_tokens}")
+    return fitting
 
 
 def scores_as_trained(model: ModelSettings) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
-from learners.errors import Problem
+from learners.errors import Problem, Rule, problems_of
 from learners.settings import (
     Count,
     DeviceType,
@@ -163,6 +163,41 @@ def model_sampling_problems(
     refused = asked and generation.model_sampling == "refuse"
     keys = ("actor.model.path", "generation.model_sampling")
     return [Problem(keys, message)] if refused else []
+
+
+def position_problems(
+    key: str, positions: int | None, generation: GenerationSettings
+) -> list[Problem]:
+    """Return which lengths of a recipe are more than the `positions` of the model at `key` allow
+    (None: any), as soon as those are known: with the model's files, or for a plan from the table of
+    shapes.
+
+    The engine has room for `max_model_tokens`, whatever the data; other models read what there is.
+    """
+    if positions is None:
+        return []
+    new = generation.max_new_tokens
+    most = generation.max_model_tokens or 0
+    actor = key == "actor.model"
+    rules: list[Rule] = [
+        (
+            actor and most > positions,
+            ("generation.max_model_tokens", "actor.model.path"),
+            f"{most} is more than the model's {positions} positions",
+        ),
+        (
+            actor and new >= positions,
+            ("generation.max_new_tokens", "actor.model.path"),
+            f"{new} leaves no room for a prompt in the model's {positions} positions",
+        ),
+        (
+            not actor and new >= positions,
+            (f"{key}.path", "generation.max_new_tokens"),
+            f"its {positions} positions leave no room for a prompt beside "
+            f"generation.max_new_tokens {new}",
+        ),
+    ]
+    return list(problems_of(rules))
 
 
 class SyncSettings(Settings):

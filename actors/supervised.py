@@ -25,6 +25,7 @@ from actors.start import start_groups
 from learners.checkpoints import (
     check_exportable_reward_model,
     is_encoder,
+    kernel_problems,
     length_problems,
     load_config,
     load_tokenizer,
@@ -79,6 +80,7 @@ class SupervisedData:
             data = cls(tokenizer, pairs_batch, rows, held_out_pairs, calibration)
         every = [*data.rows, *data.held_out]
         problems = length_problems("learner.model", model, max(row.tokens for row in every))
+        problems = problems or kernel_problems("learner.model", model)
         ids = (part for row in every for part in row.parts)
         if problems := problems or vocabulary_problems("learner.model", model, ids):
             raise UserError(problems)

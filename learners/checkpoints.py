@@ -21,12 +21,16 @@ from transformers import (
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
 
-from learners.errors import UserError
+from learners.errors import UserError, first_wrong
+from learners.kernels import dropped_by
+from learners.positions import positions_of
 from learners.settings import ModelSettings
 from learners.tokenise import pad_problem
 
@@ -115,16 +119,37 @@ def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
     fewer positions.
     """
     try:
-        config = load_config(model)
+        limit = positions_of(load_config(model))
     except UserError as error:
         return [f"{key}: {problem}" for problem in error.problems]
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or tokens <= limit:
         return []
     return [
         f"{key}: {model.path} has {limit} positions, prompt + response need up to {tokens}: "
         "shorten one of them"
     ]
+
+
+def kernel_problems(key: str, model: ModelSettings) -> list[str]:
+    """Return a problem in a list if Transformers has no such attention kernel for the model, or one
+    that would compute another model than the one that was trained, else [].
+    """
+    config = load_config(model)
+    supported = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    wrong = first_wrong(
+        (
+            not getattr(_model_class(config), supported.get(model.attention, ""), True),
+            f"{config.model_type} has no {model.attention} in Transformers; use eager",
+        ),
+        (True, dropped_by(model.attention, config)),
+    )
+    return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
+
+
+def _model_class(config: Any) -> Any:
+    """Return Transformers' class for models of this config; None where it has none."""
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    return next((kind[type(config)] for kind in kinds if type(config) in kind), None)
 
 
 def is_encoder(config: Any) -> bool:
@@ -239,6 +264,8 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
         raise UserError(
             f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa"
         )
+    if wrong := dropped_by(settings.attention, config):
+        raise UserError(f"{settings.path}: {wrong}")
     with _quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,

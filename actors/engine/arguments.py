@@ -68,6 +68,8 @@ def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) ->
     """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes)."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
+    # It counts YaRN's positions unscaled, and limits ALiBi: learners/positions.py knows better.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
         from torch._dynamo import config as compiler

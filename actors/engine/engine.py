@@ -22,6 +22,8 @@ from actors.engine.arguments import build_engine, engine_arguments
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
 from actors.weights.proof import Receipt
+from learners.checkpoints import length_problems
+from learners.errors import UserError
 from learners.experience import PromptRequest, Rollout
 from learners.settings import DeviceType, ModelSettings
 
@@ -309,6 +311,10 @@ class GenerationEngine:
 
     @in_loop
     def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
+        # vLLM has its own count of positions; ours holds (build_engine)
+        key = "generation.max_model_tokens"
+        if problems := length_problems(key, model, self.max_model_tokens):
+            raise UserError(problems)
         arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
         self._engine = build_engine(arguments, self.device, generation.threads)
         self._draw_anew()

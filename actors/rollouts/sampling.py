@@ -10,7 +10,8 @@ from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for
 from actors.settings import ClusterSettings, GenerationSettings
 from actors.start import start_groups
-from learners.checkpoints import load_tokenizer
+from learners.checkpoints import length_problems, load_tokenizer
+from learners.errors import UserError
 from learners.rows import Prompt
 from learners.settings import ModelSettings
 from learners.tokenise import encode_prompt
@@ -23,15 +24,17 @@ def sample_responses(
     seed: int,
     cluster: ClusterSettings | None = None,
 ) -> list[str]:
-    """Return one response per prompt, as text without special tokens."""
+    """Return one response per prompt, as text without special tokens. Raises UserError where the
+    model has fewer positions than the longest prompt and response need.
+    """
     cluster = cluster or ClusterSettings()
     settings = ModelSettings(path=model)
     tokenizer = load_tokenizer(settings)
     rows = [Prompt(i, encode_prompt(tokenizer, text), text, {}) for i, text in enumerate(prompts)]
-    facts = {
-        "max_model_tokens": max(len(r.ids) for r in rows) + generation.max_new_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
+    if problems := length_problems("model", settings, longest):
+        raise UserError(problems)
+    facts = {"max_model_tokens": longest, "eos_token_id": tokenizer.eos_token_id}
     roles = {"engine": engine_role(settings, generation, cluster, seed)}
     with Placement(cluster, roles) as placement:
         engines = start_groups(roles, facts, placement)["engine"]

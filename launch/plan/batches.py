@@ -46,14 +46,16 @@ def rows_of(recipe: Recipe) -> Rows:
     return Rows(None, recipe.train.batch_size * rows_per_unit, rows_per_unit)
 
 
-def longest_sequence(recipe: Recipe, positions: int) -> int:
+def longest_sequence(recipe: Recipe, positions: int | None) -> int:
     """Return the longest sequence that may come, in tokens. Prompts are as long as the model's
-    positions allow.
+    positions allow (None: any).
     """
-    if not isinstance(recipe, RLRecipe):
-        return min(recipe.data.max_tokens, positions)
-    asked = recipe.prompts.max_prompt_tokens + recipe.generation.max_new_tokens
-    return min(recipe.generation.max_model_tokens or asked, positions)
+    if isinstance(recipe, RLRecipe):
+        asked = recipe.prompts.max_prompt_tokens + recipe.generation.max_new_tokens
+        asked = recipe.generation.max_model_tokens or asked
+    else:
+        asked = recipe.data.max_tokens
+    return min(asked, positions or asked)
 
 
 def load(recipe: Recipe, role: Role, longest: int, learning: bool = False) -> Load:

@@ -4,6 +4,8 @@ a recipe has done already, or cannot do, is left out.
 
 from __future__ import annotations
 
+import sys
+
 from actors.cluster.layout import shares_gpus
 from actors.roles import Role, roles_of
 from actors.settings import RLRecipe
@@ -64,7 +66,7 @@ def _engine_cannot_start(plan: Plan) -> list[Hint]:
     cluster = plan.recipe.cluster
     generation = plan.recipe.generation
     model = plan.models["engine"]
-    positions = model.shape.positions
+    positions = model.shape.positions or sys.maxsize
     no_room = not plan.kv_room
     cuda = cluster.device == "cuda"
     most = generation.model_copy(update={"gpu_memory_fraction": MOST_OF_A_GPU})

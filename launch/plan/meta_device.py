@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils import logging
 
 from learners.checkpoints import is_encoder
+from learners.positions import positions_of
 
 SIZES = {  # a shape's sizes, by the names configs have for them
     "hidden": ("hidden_size",),
@@ -20,7 +21,6 @@ SIZES = {  # a shape's sizes, by the names configs have for them
     "heads": ("num_attention_heads",),
     "vocabulary": ("vocab_size",),
     "intermediate": ("intermediate_size", "ffn_dim", "n_inner"),
-    "positions": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     "kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim",),
 }
@@ -46,7 +46,8 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
     tied = not encoder and not parts["own_head"]
-    return {"family": family, "tied": tied, "encoder": encoder, **sizes, **parts}
+    told = {"family": family, "tied": tied, "encoder": encoder, "positions": positions_of(known)}
+    return {**told, **sizes, **parts}
 
 
 def _sizes(config: Any, size_of: Callable[..., int]) -> dict[str, int]:
@@ -61,7 +62,6 @@ def _sizes(config: Any, size_of: Callable[..., int]) -> dict[str, int]:
     found = {size: size_of(written, SIZES[size][0]) for size in names}
     usual = {
         "intermediate": 4 * found["hidden"],
-        "positions": None,
         "kv_heads": found["heads"],
         "head_dim": found["hidden"] // found["heads"],
     }

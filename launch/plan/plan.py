@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.roles import roles_of
-from actors.settings import Recipe, RLRecipe
+from actors.settings import Recipe, RLRecipe, position_problems
 from launch.plan.batches import batch, longest_sequence
 from launch.plan.devices import Memory, footprints, memories, memory_problems
 from launch.plan.memory import Footprint, kv_room
 from launch.plan.nodes import Device, Kind, NodePlan
 from launch.plan.shapes import Model, Shape, find_shape, uneven
 from launch.plan.timing import step_seconds
-from launch.recipe.combinations import lacking_gpus, position_problems
+from launch.recipe.combinations import lacking_gpus
 from launch.recipe.document import Document
 from launch.recipe.read import located
 from learners.errors import Problem, UserError, problems_of
@@ -64,6 +64,7 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     lacking = lacking_gpus(recipe)
     problems = [
         *([f"cluster: {lacking}"] if lacking else []),
+        *_position_problems(recipe, models),
         *_engine_problems(recipe, models, longest, room),
         *memory_problems(found),
     ]
@@ -118,6 +119,19 @@ def _sync(recipe: Recipe, models: dict[str, Model]) -> dict[str, int]:
     return {"bytes": size, "engines": engines, "devices": devices}
 
 
+def _position_problems(recipe: Recipe, models: dict[str, Model]) -> Iterator[str]:
+    """Yield which lengths are more than the positions of the models that read the Actor's ids."""
+    if not isinstance(recipe, RLRecipe):
+        return
+    readers = {
+        model.role.model_key: model.shape.positions
+        for model in models.values()
+        if model.role.head != "score"
+    }
+    for key, positions in readers.items():
+        yield from map(str, position_problems(key, positions, recipe.generation))
+
+
 def _engine_problems(
     recipe: Recipe, models: dict[str, Model], longest: int, room: int
 ) -> Iterator[str]:
@@ -126,7 +140,6 @@ def _engine_problems(
         return
     shape = models["engine"].shape
     generation = recipe.generation
-    yield from map(str, position_problems(generation, shape.positions))
     parallel = generation.tensor_parallel
     one = f"one sequence of {longest} tokens"
     share = f"{generation.gpu_memory_fraction:g} of {recipe.cluster.gpu_memory_gib:g} GiB"

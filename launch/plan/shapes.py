@@ -22,6 +22,7 @@ from actors.roles import Head, Role
 from launch.recipe.document import in_words
 from launch.recipe.machine import read_json
 from learners.errors import UserError
+from learners.positions import positions_of
 from learners.settings import ModelSettings
 
 TABLE = Path(__file__).with_name("model_shapes.yaml")
@@ -45,7 +46,7 @@ SIZES = (
 class Shape:
     """One model. `embedding`, `layer` (one of `layers`) and `final` hold the number of elements of
     each parameter; so does `own_head` of a model that was counted on the meta device: the head it
-    comes with.
+    comes with. `positions` are those a sequence may have (None: any number).
     """
 
     family: str
@@ -56,7 +57,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
-    positions: int
+    positions: int | None
     tied: bool
     embedding: tuple[int, ...]
     layer: tuple[int, ...]
@@ -184,7 +185,7 @@ def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int
 
 
 def _gated(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary, heads, layers, positions = (size_of(config, key) for key in SIZES)
+    hidden, inner, vocabulary, heads, layers, _ = (size_of(config, key) for key in SIZES)
     kv_heads = size_of(config, "num_key_value_heads", heads)
     head_dim = size_of(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
     wide = heads * head_dim
@@ -216,7 +217,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
         head_dim,
         inner,
         vocabulary,
-        positions,
+        positions_of(config),
         config.get("tie_word_embeddings", False),
         embedding=(vocabulary * hidden,),
         layer=tuple(layer),
@@ -226,7 +227,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
 
 def _gpt2(config: dict[str, Any]) -> Shape:
     keys = ("n_embd", "n_head", "n_layer", "vocab_size", "n_positions")
-    hidden, heads, layers, vocabulary, positions = (size_of(config, key) for key in keys)
+    hidden, heads, layers, vocabulary, table = (size_of(config, key) for key in keys)
     inner = size_of(config, "n_inner", 4 * hidden)
     head_dim = size_of(config, "head_dim", hidden // heads)
     norm = (hidden, hidden)
@@ -241,16 +242,16 @@ def _gpt2(config: dict[str, Any]) -> Shape:
         head_dim,
         inner,
         vocabulary,
-        positions,
+        positions_of(config),
         config.get("tie_word_embeddings", True),
-        embedding=(vocabulary * hidden, positions * hidden),
+        embedding=(vocabulary * hidden, table * hidden),
         layer=(*norm, *attention, *norm, *mlp),
         final=norm,
     )
 
 
 def _encoder(family: str, config: dict[str, Any]) -> Shape:
-    hidden, inner, vocabulary, heads, layers, positions = (size_of(config, key) for key in SIZES)
+    hidden, inner, vocabulary, heads, layers, table = (size_of(config, key) for key in SIZES)
     norm = (hidden, hidden)
     layer = (
         *(hidden * hidden, hidden) * 4,
@@ -270,11 +271,11 @@ def _encoder(family: str, config: dict[str, Any]) -> Shape:
         hidden // heads,
         inner,
         vocabulary,
-        positions,
+        positions_of(config),
         True,
         embedding=(
             vocabulary * hidden,
-            positions * hidden,
+            table * hidden,
             size_of(config, "type_vocab_size") * hidden,
             *norm,
         ),

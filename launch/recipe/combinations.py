@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
-from actors.settings import GenerationSettings, Recipe, RewardSettings, RLRecipe, SFTRecipe
+from actors.settings import Recipe, RewardSettings, RLRecipe, SFTRecipe
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import LearnerSettings, ModelSettings
 
@@ -197,27 +197,6 @@ def _generation(recipe: RLRecipe) -> list[Rule]:
             f"{LEAST_GROUP_TEMPERATURE}",
         ),
     ]
-
-
-def position_problems(generation: GenerationSettings, positions: int) -> list[Problem]:
-    """Return which lengths are more than the Actor's `positions` allow, as soon as those are
-    known: with the model's files, or for a plan from the table of shapes.
-    """
-    new = generation.max_new_tokens
-    most = generation.max_model_tokens or 0
-    rules: list[Rule] = [
-        (
-            most > positions,
-            ("generation.max_model_tokens", "actor.model.path"),
-            f"{most} is more than the model's {positions} positions",
-        ),
-        (
-            new >= positions,
-            ("generation.max_new_tokens", "actor.model.path"),
-            f"{new} leaves no room for a prompt in the model's {positions} positions",
-        ),
-    ]
-    return list(problems_of(rules))
 
 
 def _off_policy_sampling(recipe: RLRecipe) -> list[Rule]:

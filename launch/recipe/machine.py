@@ -19,13 +19,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.run.folder import finished_checkpoints
-from actors.settings import Recipe, RLRecipe, RMRecipe, model_sampling_problems
-from launch.recipe.combinations import lacking_gpus, models_of, position_problems
+from actors.settings import (
+    Recipe,
+    RLRecipe,
+    RMRecipe,
+    model_sampling_problems,
+    position_problems,
+)
+from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
 from launch.recipe.schema import OLD_KEYS
 from learners.errors import Problem, UserError, first_wrong
+from learners.kernels import dropped_by
+from learners.positions import positions_of
 from learners.rows import check_path
-from learners.settings import PairData, PromptData, SFTData
+from learners.settings import ModelSettings, PairData, PromptData, SFTData
 from learners.tokenise import pad_problem
 
 Data = PromptData | SFTData | PairData
@@ -100,7 +108,7 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
         yield from _changed(recipe)
     for key, model in models_of(recipe).items():
         if is_local(model.path):
-            yield from _model_folder(key, model.path, recipe)
+            yield from _model_folder(key, model, recipe)
     for key, data in _data(recipe):
         if is_local(data.path):
             yield from _data_file(key, data)
@@ -193,8 +201,9 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
+def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Problem]:
     """Yield what keeps a model folder from its role, by its JSON files alone."""
+    path = model.path
     folder = Path(path)
     config = read_json(folder / "config.json")
     if config is None:
@@ -213,9 +222,11 @@ def _model_folder(key: str, path: str, recipe: Recipe) -> Iterator[Problem]:
     for wrong in [no_tokenizer, *(malformed or [_unfit(key, config, folder, recipe)])]:
         if wrong:
             yield Problem((f"{key}.path",), f"{path}: {wrong}")
+    if wrong := dropped_by(model.attention, config):
+        yield Problem((f"{key}.attention", f"{key}.path"), f"{path}: {wrong}")
+    if isinstance(recipe, RLRecipe) and not malformed and not key.startswith("rewards"):
+        yield from position_problems(key, positions_of(config), recipe.generation)
     if isinstance(recipe, RLRecipe) and key == "actor.model" and not malformed:
-        if positions := config.get("max_position_embeddings"):
-            yield from position_problems(recipe.generation, positions)
         defaults = read_json(folder / "generation_config.json") or {}
         yield from model_sampling_problems(str(folder), defaults, recipe.generation)
 
