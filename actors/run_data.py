@@ -19,7 +19,7 @@ from learners.checkpoints import (
     vocabulary_problems,
 )
 from learners.errors import UserError
-from learners.rows import Prompt, Rows, load_prompts
+from learners.rows import Prompt, Rows, load_prompts, notices_of
 from learners.settings import ModelSettings, PromptData
 from learners.tokenise import tokenizer_digest
 
@@ -30,8 +30,8 @@ class RunData:
 
     tokenizer: Any
     prompts: Rows[Prompt]
-    held_out: list[Prompt]
-    test: list[Prompt]
+    held_out: Rows[Prompt]
+    test: Rows[Prompt]
 
     @classmethod
     def load(cls, recipe: RLRecipe) -> RunData:
@@ -41,8 +41,8 @@ class RunData:
                 load_function(name)
         tokenizer = load_tokenizer(recipe.actor.model)
 
-        def read(data: PromptData | None) -> list[Prompt]:
-            return load_prompts(data, tokenizer) if data else []
+        def read(data: PromptData | None) -> Rows[Prompt]:
+            return load_prompts(data, tokenizer) if data else Rows()
 
         prompts = load_prompts(recipe.prompts, tokenizer)
         evaluation = recipe.evaluation
@@ -50,6 +50,11 @@ class RunData:
         if problems := data.model_problems(recipe):
             raise UserError(problems)
         return data
+
+    @property
+    def notices(self) -> list[str]:
+        """Return what there is to say about files and texts, once each."""
+        return notices_of(self.prompts, self.held_out, self.test)
 
     def model_problems(self, recipe: RLRecipe) -> list[str]:
         """Return the problems of the recipe's models, one line each.
