@@ -59,8 +59,8 @@ class Notices:
         self.see(row, column, text, ids[:-1])
         inside = self.special.intersection(ids[:-1])
         eos = self.tokenizer.convert_ids_to_tokens(ids[-1])
-        tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in ids[:-1] if i in inside]
-        markers = MARKERS.findall(text.removesuffix(eos))
+        tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(inside)]
+        markers = MARKERS.findall(text.removesuffix(eos)) if "<" in text else []
         if tokens or markers:
             self._note(
                 "control tokens inside an answer, which are learned as part of it",

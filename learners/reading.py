@@ -217,7 +217,7 @@ def _links(data: DataSettings, links: Mapping[str, str]) -> Iterator[str]:
     Raises DataError for whatever goes wrong meanwhile, also when a file changes.
     """
     before = _stamps(links.values())
-    with _temporary_folder(data) as folder, _quiet():
+    with _temporary_folder(data) as folder, _nobody_told():
         for name, file in links.items():
             link = os.path.join(folder, name)
             os.makedirs(os.path.dirname(link), exist_ok=True)
@@ -254,16 +254,22 @@ def _temporary_folder(data: DataSettings) -> Iterator[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave it to our one line to say what went wrong; `datasets` logs some of it beforehand."""
+def _nobody_told() -> Iterator[None]:
+    """Keep `datasets` from logging what goes wrong, which is for our one line to say, and from
+    telling its makers that a file was read, for which it waits where no network is.
+    """
+    from datasets import config
     from datasets.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
+    counts = config.HF_UPDATE_DOWNLOAD_COUNTS
     logging.set_verbosity(logging.CRITICAL)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def _stamps(files: Iterable[str]) -> list[tuple[int, ...]]:
