@@ -1,5 +1,5 @@
-"""Which files a data set on disk is made of. A name is a name, never a pattern; what would have to
-be guessed is refused. Standard library alone: recipes are checked with it.
+"""Finding the files that a data set on disk is made of. Names are names, never patterns; what would
+have to be guessed is refused. Standard library alone: recipes are checked with it.
 """
 
 from __future__ import annotations

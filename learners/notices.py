@@ -1,5 +1,5 @@
-"""What tokenizers do without a word to texts that are learned: letters that they do not know, and
-text that becomes control tokens.
+"""Notices of what tokenizers do to texts without a word: letters that they do not know, and text
+that becomes control tokens.
 """
 
 from __future__ import annotations
