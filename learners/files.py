@@ -98,8 +98,8 @@ def describes_itself(folder: str) -> bool:
     there = {name for name in DESCRIPTIONS if os.path.isfile(os.path.join(folder, name))}
     if "dataset_dict.json" in there or {"dataset_info.json", "state.json"} <= there:
         raise DataError(
-            f"{folder}: written by save_to_disk, whose format only its version of datasets reads: "
-            "write it with to_parquet or to_json"
+            f"{folder}: written by save_to_disk, which load_from_disk alone reads: write it with "
+            "to_parquet or to_json"
         )
     if there - {"state.json"}:
         return True
@@ -122,15 +122,17 @@ def files_below(folder: str) -> list[str]:
     folders. Links are followed, circles are not.
     """
     found: list[str] = []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+    inside_of: dict[str, set[str]] = {}  # by folder: where it really lies, and all above it
+    top = os.path.normpath(folder)
+    for here, folders, files in os.walk(top, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(here)
-        if real in seen:
+        above = inside_of.get(os.path.dirname(here), set())
+        if real in above:
             folders.clear()
             continue
-        seen.add(real)
+        inside_of[here] = above | {real}
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        inside = os.path.relpath(here, folder)
+        inside = os.path.relpath(here, top)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files]
     return sorted(found)
 

@@ -71,11 +71,12 @@ class Notices:
 
     def lines(self, path: str, count: int, place: Callable[[int], str]) -> list[str]:
         """Return a line for each kind of thing that was seen in `count` rows."""
+        folder = path.rstrip("/") + "/"
         lines = []
         for what, rows in self.rows.items():
             found = ", ".join(repr(part) for part in list(self.found[what])[:SHOWN])
             first = [
-                f"{place(row).removeprefix(f'{path}: ')} ({column})"
+                f"{place(row).removeprefix(f'{path}: ').removeprefix(folder)} ({column})"
                 for row, column in list(rows.items())[:SHOWN]
             ]
             more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""

@@ -242,8 +242,10 @@ def test_linked_folders_are_read_and_circles_end(texts: Callable[..., list[str]]
     write("elsewhere/b.jsonl", "b")
     write("set/a.jsonl", "a")
     os.symlink("../elsewhere", "set/linked")
+    os.symlink("../elsewhere", "set/twice")
     os.symlink(".", "set/circle")
-    assert texts("set") == ["a", "b"]
+    os.symlink("../set", "elsewhere/back")
+    assert texts("set/") == ["a", "b", "b"]
 
 
 def test_a_folder_with_a_dataset_card_is_read_by_it(
@@ -595,3 +597,38 @@ def test_what_was_noticed_is_said_before_anything_starts(
             training=start,
         )
     assert capfd.readouterr().err == f"notice: {said}\n"
+
+
+@pytest.mark.engines
+def test_a_run_says_and_keeps_what_was_noticed(
+    cluster: None, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """huggingface/datasets#5021 and FranxYao/Long-Context-Data-Engineering#14, in a whole run."""
+    from actors import supervised
+    from launch.demo.demo import RECIPES
+    from launch.recipe.read import load_recipe
+    from launch.tasks import unique_digits as task
+
+    task.make_tokenizer(here / "base")
+    task.make_model(here / "base", seed=1)
+    rows = task.make_demonstrations(64, seed=1)
+    rows[6]["response"] = f"{rows[6]['response']}<eos>{rows[6]['response']}"
+    task.write_rows(here / "lr[1e-6]/train.jsonl", rows)
+    task.write_rows(here / "lr[1e-6]/test.jsonl", rows[:8])
+    quick = ["learner.ranks=1", "train.steps=1", "learner.optimizer.warmup_steps=0"]
+    paths = [
+        f"learner.model.path={here / 'base'}",
+        "data.path=lr[1e-6]",
+        f"run.folder={here / 'run'}",
+    ]
+    recipe = load_recipe(RECIPES / "demo_sft.yaml", [*quick, *paths], "sft")
+    supervised.run(recipe)
+    said = (here / "run/notices.txt").read_text().splitlines()
+    assert said == [
+        "lr[1e-6]: read train.jsonl; not read: test.jsonl",
+        "lr[1e-6]: 1 of 64 rows hold control tokens inside an answer, which are learned as part of "
+        "it: '<eos>'; train.jsonl: row 7 (response)",
+    ]
+    assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("notice")] == [
+        f"notice: {line}" for line in said
+    ]
