@@ -262,6 +262,12 @@ def json_lines(file: str, empty: bool = False) -> Iterator[tuple[int, dict[str, 
     Raises DataError with the number of a line that is no row, and on a file without rows unless it
     may be empty.
     """
+    for number, line in numbered_lines(file, empty):
+        yield number, _row(file, number, line)
+
+
+def numbered_lines(file: str, empty: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the lines of `json_lines` as text, without looking into them."""
     found = False
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -271,7 +277,7 @@ def json_lines(file: str, empty: bool = False) -> Iterator[tuple[int, dict[str, 
                 if not found and _begins_one_value(file, line):
                     return
                 found = True
-                yield number, _row(file, number, line)
+                yield number, line
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not (found or empty):

@@ -37,12 +37,9 @@ class Notices:
         if self.unknown_id is not None and self.unknown_id in ids:
             written = text.count(self.unknown_token or "")
             if ids.count(self.unknown_id) > written:
-                self._note(
-                    f"text that the tokenizer does not know, which becomes {self.unknown_token}",
-                    row,
-                    column,
-                    self._unknown_parts(text),
-                )
+                what = f"text that the tokenizer does not know, which becomes {self.unknown_token}"
+                enough = len(self.found.get(what, ())) >= SHOWN
+                self._note(what, row, column, [] if enough else self._unknown_parts(text))
         letters = set(text)
         if not letters <= self.looked_up:
             self._look_up(letters - self.looked_up)

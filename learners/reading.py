@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from learners.files import (
     files_below,
     find_files,
     json_lines,
+    numbered_lines,
     read_and_left,
     rows_below,
     split_names,
@@ -63,7 +65,7 @@ class Source:
         if self.files is None:
             return ""
         split, row = self._row_of_split(row)
-        lines = {file: _lines_of_rows(file) for file in self.files.splits[split]}
+        lines = {file: self._lines[file] for file in self.files.splits[split]}
         if sum(map(len, lines.values())) != self.rows.info.splits[split].num_examples:
             return ""  # several rows on a line, or one over several
         for file, numbers in lines.items():
@@ -72,6 +74,11 @@ class Source:
                 return f"{file}: row {row + 1}{line}"
             row -= len(numbers)
         return ""
+
+    @cached_property
+    def _lines(self) -> dict[str, Sequence[int]]:
+        """The line of every row, by file."""
+        return {file: _lines_of_rows(file) for file in (self.files.all if self.files else [])}
 
     def _row_of_split(self, row: int) -> tuple[str, int]:
         """Return the split and the place in it of a row, which may be of a slice or a sum."""
@@ -87,14 +94,19 @@ class Source:
 
 
 def _lines_of_rows(file: str) -> Sequence[int]:
-    """Return the line of every row; 0 in files without lines. Raises DataError, with its line, on
-    what is no JSON.
-    """
+    """Return the line of every row; 0 in files without lines."""
     if file.lower().endswith(".parquet"):
         from pyarrow.parquet import read_metadata
 
         return [0] * read_metadata(file).num_rows
-    return [number for number, _ in json_lines(file, empty=True)] or [0] * len(_one_value(file))
+    lines = [number for number, _ in numbered_lines(file, empty=True)]
+    return lines or [0] * len(_one_value(file))
+
+
+def _check_json(file: str) -> None:
+    """Raise DataError, with its line, on what is no JSON."""
+    if not sum(1 for _ in json_lines(file, empty=True)):
+        _one_value(file)
 
 
 def _one_value(file: str) -> list[Any]:
@@ -157,7 +169,7 @@ def _from_files(data: DataSettings, files: DataFiles) -> Any:
         except Exception:
             if files.format == "json":
                 for file in files.all:
-                    _lines_of_rows(file)  # raises on the line that is none
+                    _check_json(file)
             raise
     return rows
 

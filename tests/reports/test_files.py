@@ -462,6 +462,8 @@ def test_rows_are_named_as_they_stand_in_their_file(refusal: Callable[..., str])
     """ml-explore/mlx-examples#458: which file holds it? Also behind empty lines, in slices and in
     sums of splits.
     """
+    from datasets import Dataset
+
     write("p.jsonl", raw='\n{"prompt": "a"}\n\n{"prompt": "é"}\n'.encode())
     assert refusal("p.jsonl").startswith("p.jsonl: row 2 (line 4): prompt: ")
     assert refusal("p.jsonl", split="train[1:]").startswith("p.jsonl: row 2 (line 4): prompt: ")
@@ -470,6 +472,12 @@ def test_rows_are_named_as_they_stand_in_their_file(refusal: Callable[..., str])
     write("set/test.jsonl", "d", "e", "ü")
     assert refusal("set").startswith("set/train-2.jsonl: row 2: prompt: ")
     assert refusal("set", split="train[:3]+test[1:]").startswith("set/test.jsonl: row 3: prompt: ")
+    for name, column in {"1": ["a", "b"], "2": ["c", "é"]}.items():
+        Dataset.from_dict({"prompt": column}).to_parquet(f"{name}.parquet")
+    Path("two").mkdir()
+    os.rename("1.parquet", "two/[1].parquet")
+    os.rename("2.parquet", "two/[2].parquet")
+    assert refusal("two").startswith("two/[2].parquet: row 2: prompt: ")
 
 
 @pytest.mark.parametrize(
