@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
@@ -19,8 +20,16 @@ from actors.settings import Recipe
 from learners.errors import DisagreementError
 
 R = TypeVar("R", bound=Recipe)
-D = TypeVar("D")  # the data of a kind of training
+D = TypeVar("D", bound="Data")  # the data of a kind of training
 W = TypeVar("W")  # its workers
+
+
+class Data(Protocol):
+    """Checked data of a kind of training."""
+
+    @property
+    def notices(self) -> list[str]:
+        """Return lines about files and texts for whoever starts the run."""
 
 
 class Training(Protocol):
@@ -70,6 +79,8 @@ def conduct(
     clock = time.perf_counter()
     RunFolder.check(recipe.run, resume)
     data = read(recipe)
+    for line in data.notices:
+        print(f"notice: {line}", file=sys.stderr, flush=True)
     with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
         workers = start(recipe, data, placement)
         with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
@@ -77,6 +88,8 @@ def conduct(
             made = training(recipe, data, workers, folder, alarms)
             nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
             (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
+            notices = "".join(f"{line}\n" for line in data.notices)
+            (folder.path / "notices.txt").write_text(notices, "utf-8", "backslashreplace")
             try:
                 summary = Loop(recipe, made, folder, alarms, clock).run(resume)
             except DisagreementError:

@@ -23,7 +23,7 @@ from learners.checkpoints import (
 )
 from learners.errors import DataError, UserError
 from learners.positions import positions_of
-from learners.rows import Prompt, Rows, load_prompts
+from learners.rows import Prompt, Rows, load_prompts, notices_of
 from learners.settings import ModelSettings, PromptData
 from learners.tokenise import tokenizer_digest
 
@@ -34,8 +34,8 @@ class RunData:
 
     tokenizer: Any
     prompts: Rows[Prompt]
-    held_out: list[Prompt]
-    test: list[Prompt]
+    held_out: Rows[Prompt]
+    test: Rows[Prompt]
 
     @classmethod
     def load(cls, recipe: RLRecipe) -> RunData:
@@ -59,6 +59,11 @@ class RunData:
         if problems := data.model_problems(recipe):
             raise UserError(problems)
         return data
+
+    @property
+    def notices(self) -> list[str]:
+        """Return what there is to say about files and texts, once each."""
+        return notices_of(self.prompts, self.held_out, self.test)
 
     def model_problems(self, recipe: RLRecipe) -> list[str]:
         """Return the problems of the recipe's models, one line each.
@@ -153,6 +158,7 @@ def with_room(
     limit = "generation.max_model_tokens"
     fitting: Rows[Prompt] = Rows()
     fitting.dropped += rows.dropped
+    fitting.notices += rows.notices
     for prompt in rows:
         if max_model_tokens is None or len(prompt.ids) < max_model_tokens:
             fitting.append(prompt)

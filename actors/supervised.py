@@ -33,7 +33,7 @@ from learners.checkpoints import (
 )
 from learners.errors import UserError
 from learners.experience import Experience
-from learners.rows import Example, Pair, Rows, load_pairs, load_sft
+from learners.rows import Example, Rows, load_pairs, load_sft, notices_of
 from learners.tokenise import tokenizer_digest
 
 
@@ -58,8 +58,8 @@ class SupervisedData:
     tokenizer: Any
     batch_of: Callable[[Sequence[Any]], Experience]
     rows: Rows[Any]
-    held_out: Sequence[Example | Pair]
-    calibration: Sequence[Example] = ()
+    held_out: Rows[Any]
+    calibration: Rows[Example]
 
     @classmethod
     def load(cls, recipe: SFTRecipe | RMRecipe) -> SupervisedData:
@@ -67,17 +67,18 @@ class SupervisedData:
         model = recipe.learner.model
         tokenizer = load_tokenizer(model)
         if isinstance(recipe, SFTRecipe):
-            held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else []
-            data = cls(tokenizer, examples_batch, load_sft(recipe.data, tokenizer), held_out)
+            held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else Rows()
+            rows = load_sft(recipe.data, tokenizer)
+            data = cls(tokenizer, examples_batch, rows, held_out, Rows())
         else:
             config = load_config(model)
             check_exportable_reward_model(config, tokenizer)
             encoder = is_encoder(config)
-            rows = load_pairs(recipe.data, tokenizer, encoder)
+            pairs = load_pairs(recipe.data, tokenizer, encoder)
             held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder)
             wanted = recipe.reward_model.calibration
-            calibration = load_sft(wanted, tokenizer) if wanted else []
-            data = cls(tokenizer, pairs_batch, rows, held_out_pairs, calibration)
+            calibration = load_sft(wanted, tokenizer) if wanted else Rows()
+            data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
         every = [*data.rows, *data.held_out]
         problems = length_problems("learner.model", model, max(row.tokens for row in every))
         problems = problems or kernel_problems("learner.model", model)
@@ -85,6 +86,11 @@ class SupervisedData:
         if problems := problems or vocabulary_problems("learner.model", model, ids):
             raise UserError(problems)
         return data
+
+    @property
+    def notices(self) -> list[str]:
+        """Return what there is to say about files and texts, once each."""
+        return notices_of(self.rows, self.held_out, self.calibration)
 
 
 def start_learner(

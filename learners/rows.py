@@ -1,25 +1,21 @@
-"""Prompts, SFT examples and preference pairs: read through Hugging Face datasets, checked,
-tokenised once.
-"""
+"""Prompts, SFT examples and preference pairs: rows checked, and tokenised once."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from learners.errors import DataError
-from learners.settings import DataSettings, PairData, PromptData, SFTData
-from learners.tokenise import encode_chat, encode_prompt, encode_response
+from learners.notices import Notices
+from learners.reading import Source, read
+from learners.settings import PairData, PromptData, SFTData
+from learners.tokenise import encode_chat, encode_prompt, encode_response, end_of_response
 
 T = TypeVar("T")
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -72,101 +68,139 @@ class Pair:
 
 
 class Rows(list[T]):
-    """Usable rows of a data set, and the number left out, by reason."""
+    """Usable rows of a data set; the number left out, by reason; and lines for whoever starts the
+    run, about files and texts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.dropped: Counter[str] = Counter()
+        self.notices: list[str] = []
+
+
+def notices_of(*data_sets: Rows[Any]) -> list[str]:
+    """Return the notices of all, once each: a run may read one file for several purposes."""
+    return list(dict.fromkeys(line for rows in data_sets for line in rows.notices))
 
 
 def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
     """Load prompts. Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless
     `long_prompts` is drop.
     """
+    source = read(data, [data.prompt_column, *data.answer_columns])
+    notices = Notices(tokenizer)
     rows: Rows[Prompt] = Rows()
-    for i, row in enumerate(read_rows(data, [data.prompt_column, *data.answer_columns])):
-        text, ids = _prompt(data, tokenizer, i, row[data.prompt_column])
-        if len(ids) <= data.max_prompt_tokens:
-            rows.append(Prompt(i, ids, text, {name: row[name] for name in data.answer_columns}))
-        elif data.long_prompts == "drop":
-            rows.dropped["too long"] += 1
-        else:
-            raise _row_error(
-                data,
-                i,
-                f"the prompt has {len(ids)} tokens, max_prompt_tokens is {data.max_prompt_tokens}; "
-                "raise it, or set long_prompts: drop",
-            )
-    return _not_empty(data, rows)
+    for i, row in enumerate(source.rows):
+        with source.at(i):
+            text, ids = _prompt(tokenizer, data.prompt_column, row)
+            if len(ids) <= data.max_prompt_tokens:
+                notices.see(i, data.prompt_column, text, ids)
+                columns = {name: row[name] for name in data.answer_columns}
+                rows.append(Prompt(i, ids, text, columns))
+            elif data.long_prompts == "drop":
+                rows.dropped["too long"] += 1
+            else:
+                raise DataError(
+                    f"the prompt has {len(ids)} tokens, max_prompt_tokens is "
+                    f"{data.max_prompt_tokens}; raise it, or set long_prompts: drop"
+                )
+    return _finished(rows, source, notices)
 
 
 def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
     """Load SFT examples; those over `max_tokens` are dropped. Raises DataError on bad rows and
     empty answers.
     """
+    end_of_response(tokenizer)
+    source = read(data, [data.prompt_column, data.response_column])
+    notices = Notices(tokenizer)
     rows: Rows[Example] = Rows()
-    for i, row in enumerate(read_rows(data, [data.prompt_column, data.response_column])):
-        _, prompt = _prompt(data, tokenizer, i, row[data.prompt_column])
-        answer = _text(data, i, data.response_column, row)
-        if not answer:
-            raise _row_error(
-                data, i, f"{data.response_column} is empty: there is no answer to learn"
-            )
-        example = Example(prompt, encode_response(tokenizer, answer))
+    for i, row in enumerate(source.rows):
+        with source.at(i):
+            text, prompt = _prompt(tokenizer, data.prompt_column, row)
+            answer, ids = _answer(tokenizer, data.response_column, row)
+            if not answer:
+                raise DataError(f"{data.response_column} is empty: there is no answer to learn")
+        example = Example(prompt, ids)
         if example.tokens <= data.max_tokens:
+            notices.see(i, data.prompt_column, text, prompt)
+            notices.see_answer(i, data.response_column, answer, ids)
             rows.append(example)
         else:
             rows.dropped["too long"] += 1
-    return _not_empty(data, rows)
+    return _finished(rows, source, notices)
 
 
 def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
     """Load preference pairs; those over `max_tokens` and those of equal answers are dropped. Raises
     DataError on bad rows.
     """
-    rows: Rows[Pair] = Rows()
+    end_of_response(tokenizer, encoder)
     columns = [data.prompt_column, data.chosen_column, data.rejected_column]
-    for i, row in enumerate(
-        read_rows(data, columns + ([data.margin_column] if data.margin_column else []))
-    ):
-        _, prompt = _prompt(data, tokenizer, i, row[data.prompt_column])
-        chosen = encode_response(tokenizer, _text(data, i, data.chosen_column, row), encoder)
-        rejected = encode_response(tokenizer, _text(data, i, data.rejected_column, row), encoder)
+    source = read(data, columns + ([data.margin_column] if data.margin_column else []))
+    notices = Notices(tokenizer)
+    rows: Rows[Pair] = Rows()
+    for i, row in enumerate(source.rows):
+        with source.at(i):
+            text, prompt = _prompt(tokenizer, data.prompt_column, row)
+            better, chosen = _answer(tokenizer, data.chosen_column, row, encoder)
+            worse, rejected = _answer(tokenizer, data.rejected_column, row, encoder)
+            pair = Pair(prompt, chosen, rejected, _margin(data, row))
         if chosen == rejected:
             rows.dropped["equal answers"] += 1
-        elif len(prompt) + max(len(chosen), len(rejected)) > data.max_tokens:
+        elif pair.tokens > data.max_tokens:
             rows.dropped["too long"] += 1
         else:
-            rows.append(Pair(prompt, chosen, rejected, _margin(data, i, row)))
-    return _not_empty(data, rows)
+            notices.see(i, data.prompt_column, text, prompt)
+            notices.see_answer(i, data.chosen_column, better, chosen)
+            notices.see_answer(i, data.rejected_column, worse, rejected)
+            rows.append(pair)
+    return _finished(rows, source, notices)
 
 
-def _prompt(data: DataSettings, tokenizer: Any, row: int, value: Any) -> tuple[str, list[int]]:
+def _finished(rows: Rows[T], source: Source, notices: Notices) -> Rows[T]:
+    """Return the rows with what there is to say about them. Raises DataError when none is left."""
+    path = source.data.path
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
+        raise DataError(f"{path}: no row can be used: {reasons}")
+    rows.notices = [source.notice] if source.notice else []
+    rows.notices += notices.lines(path, len(rows), source.place)
+    return rows
+
+
+def _prompt(tokenizer: Any, column: str, row: dict[str, Any]) -> tuple[str, list[int]]:
     """Return text and ids of a prompt, given as text or as chat messages."""
+    value = row[column]
     if isinstance(value, str):
         text = value
-        ids = encode_prompt(tokenizer, value)
+        with _about(column):
+            ids = encode_prompt(tokenizer, value)
     elif _is_chat(value):
         if not tokenizer.chat_template:
-            raise _row_error(
-                data, row, "the prompt is chat messages, but the tokenizer has no chat template"
-            )
+            raise DataError("the prompt is chat messages, but the tokenizer has no chat template")
         # Columns are typed, so a key that any message has comes back as None in all the others.
         messages = [{k: v for k, v in message.items() if v is not None} for message in value]
-        text, ids = encode_chat(tokenizer, messages)
+        with _about(column):
+            text, ids = encode_chat(tokenizer, messages)
     else:
-        raise _row_error(
-            data, row, "a prompt must be text, or a list of messages with role and content"
-        )
+        raise DataError("a prompt must be text, or a list of messages with role and content")
     if not text or not ids:
-        raise _row_error(data, row, "the prompt is empty")
+        raise DataError("the prompt is empty")
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise _row_error(
-            data,
-            row,
-            f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer",
+        raise DataError(
+            f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer"
         )
     return text, ids
+
+
+@contextmanager
+def _about(column: str) -> Iterator[None]:
+    """Name the column in what tokenising it raises."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{column}: {error}") from error
 
 
 def _is_chat(value: Any) -> bool:
@@ -179,99 +213,21 @@ def _is_chat(value: Any) -> bool:
     )
 
 
-def _text(data: DataSettings, row: int, column: str, values: dict[str, Any]) -> str:
-    value = values[column]
-    if not isinstance(value, str):
-        raise _row_error(data, row, f"{column} must be text, not {type(value).__name__}")
-    return value
+def _answer(
+    tokenizer: Any, column: str, row: dict[str, Any], encoder: bool = False
+) -> tuple[str, list[int]]:
+    """Return text and ids of an answer."""
+    text = row[column]
+    if not isinstance(text, str):
+        raise DataError(f"{column} must be text, not {type(text).__name__}")
+    with _about(column):
+        return text, encode_response(tokenizer, text, encoder)
 
 
-def _margin(data: PairData, row: int, values: dict[str, Any]) -> float:
+def _margin(data: PairData, row: dict[str, Any]) -> float:
     if data.margin_column is None:
         return 0.0
-    value = values[data.margin_column]
+    value = row[data.margin_column]
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _row_error(data, row, f"{data.margin_column} must be a number, not {value!r}")
+        raise DataError(f"{data.margin_column} must be a number, not {value!r}")
     return float(value)
-
-
-def _not_empty(data: DataSettings, rows: Rows[T]) -> Rows[T]:
-    if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
-        raise DataError(f"{data.path}: no row can be used: {reasons}")
-    return rows
-
-
-def _row_error(data: DataSettings, row: int, problem: str) -> DataError:
-    return DataError(f"{data.path}: row {row + 1}: {problem}")
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-def read_rows(data: DataSettings, columns: Sequence[str]) -> Any:
-    """Return the rows as a `datasets.Dataset` with just these columns; needs no tokenizer.
-
-    Raises DataError when there is nothing at the path, when it cannot be read, has no rows, or
-    lacks columns.
-    """
-    rows = _open(data)
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise DataError(f"{data.path}: columns {missing} missing; it has {rows.column_names}")
-    if not len(rows):
-        raise DataError(f"{data.path}: no rows in split {data.split}")
-    rows = rows.select_columns(list(dict.fromkeys(columns)))
-    return rows if data.limit is None else rows.select(range(min(data.limit, len(rows))))
-
-
-def _open(data: DataSettings) -> Any:
-    import datasets  # takes a second, and processes that only tokenise do without
-
-    datasets.disable_progress_bars()
-    path = Path(data.path)
-    check_path(data.path)
-    try:
-        if not path.is_file():
-            return _load(datasets, str(path) if path.is_dir() else data.path, split=data.split)
-        # A single file is whatever split is asked for; "train[:100]" asks for train.
-        files = {re.split(r"[\[+]", data.split)[0]: str(path)}
-        return _load(datasets, FORMATS[path.suffix], data_files=files, split=data.split)
-    except Exception as error:  # datasets raises its own, Arrow's, the hub's and built-in ones
-        cause = error.__cause__ or error
-        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        what = (
-            "cannot be read"
-            if os.path.exists(path)
-            else "no file or folder here, and cannot be read from the hub"
-        )
-        raise DataError(f"{data.path}: {what} (split {data.split}): {first_line}") from error
-
-
-def check_path(name: str) -> None:
-    """Raise DataError unless there is a file or folder of a known format, or the name may be one on
-    the hub.
-    """
-    path = Path(name)
-    formats = ", ".join(FORMATS)
-    if os.path.isdir(name):
-        if not any(file.suffix in FORMATS for file in path.rglob("*")):
-            raise DataError(f"{name}: the folder holds no {formats} files")
-    elif os.path.isfile(name):
-        if path.suffix not in FORMATS:
-            raise DataError(f"{name}: must be one of {formats}, a folder of those, or a hub name")
-        if not path.stat().st_size:
-            raise DataError(f"{name}: the file is empty")
-    elif path.suffix in FORMATS or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise DataError(f"{name}: no such file or folder")
-
-
-def _load(datasets: Any, source: str, **where: Any) -> Any:
-    rows = datasets.load_dataset(source, **where)
-    # Text that looks like a date in every row is read from JSON as one; as free-form JSON it stays
-    # text.
-    dates = [name for name, feature in rows.features.items() if "timestamp" in str(feature)]
-    if rows.info.builder_name != "json" or not dates:
-        return rows
-    features = rows.features | {name: datasets.Json() for name in dates}
-    return datasets.load_dataset(source, features=datasets.Features(features), **where)

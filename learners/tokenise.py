@@ -17,9 +17,9 @@ from learners.errors import DataError
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Return ids with the tokenizer's leading special tokens (once, even if the text has them), no
-    trailing ones.
+    trailing ones. Raises DataError on a text that the tokenizer cannot encode.
     """
-    encoded = tokenizer(text, return_special_tokens_mask=True)
+    encoded = _encoded(tokenizer, text, return_special_tokens_mask=True)
     ids = encoded["input_ids"]
     added = encoded["special_tokens_mask"]
     end = len(ids)
@@ -30,23 +30,69 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-    """Return text and ids of a conversation that the assistant is to continue."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """Return text and ids of a conversation that the assistant is to continue. Raises DataError
+    when the tokenizer's template cannot render it, or when its text cannot be encoded.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # Jinja's, and whatever a template's own code raises
+        raise DataError(f"the chat template cannot render it: {_said(error)}") from error
     # The template has written its special tokens; the tokenizer would add them twice.
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text, _encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
     """Return ids that end with one EOS, or [SEP] on an encoder. Raises DataError when the tokenizer
-    has none.
+    has none, or cannot encode the text.
     """
-    end = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
+    end = end_of_response(tokenizer, encoder)
+    ids: list[int] = _encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def end_of_response(tokenizer: Any, encoder: bool = False) -> int:
+    """Return the id that ends a response: EOS, or [SEP] on an encoder. Raises DataError when the
+    tokenizer has none.
+    """
+    end: int | None = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
     if end is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path} has no {'SEP' if encoder else 'EOS'} token"
         )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if ids[-1:] == [end] else [*ids, end]
+    return end
+
+
+def _encoded(tokenizer: Any, text: str, **how: Any) -> Any:
+    """Return what a tokenizer makes of a text; a DataError of whatever it raises."""
+    try:
+        return tokenizer(text, **how)
+    except Exception as error:  # tokenizers raises bare Exceptions, others TypeErrors and the like
+        unknown = _unknown_parts(tokenizer, text)
+        parts = f" (unknown: {', '.join(map(repr, unknown))})" if unknown else ""
+        raise DataError(f"the tokenizer cannot encode it: {_said(error)}{parts}") from error
+
+
+def _unknown_parts(tokenizer: Any, text: str, most: int = 5) -> list[str]:
+    """Return the letters that a tokenizer cannot encode; words, if it knows no letter."""
+
+    def fails(part: str) -> bool:
+        try:
+            tokenizer(part, add_special_tokens=False)
+        except Exception:  # as with the whole text
+            return True
+        return False
+
+    letters = list(dict.fromkeys(text))
+    unknown = [letter for letter in letters if fails(letter)]
+    if len(unknown) == len(letters):
+        unknown = [word for word in dict.fromkeys(text.split()) if fails(word)]
+    return unknown[:most]
+
+
+def _said(error: Exception) -> str:
+    """Return one line of an error, with its kind where that says something."""
+    line = (str(error).strip() or "no reason given").splitlines()[0]
+    return line if type(error) is Exception else f"{type(error).__name__}: {line}"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

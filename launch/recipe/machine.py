@@ -30,9 +30,9 @@ from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
 from launch.recipe.schema import OLD_KEYS
 from learners.errors import Problem, UserError, first_wrong
+from learners.files import DataFiles, find_files, json_lines
 from learners.kernels import dropped_by
 from learners.positions import positions_of
-from learners.rows import check_path
 from learners.settings import ModelSettings, PairData, PromptData, SFTData
 from learners.tokenise import pad_problem
 
@@ -330,50 +330,33 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:
 
 
 def _data_file(key: str, data: Data) -> Iterator[Problem]:
-    """Yield what is wrong with a data file: it is not there, not in a format we read or, when it
-    holds JSON lines, its first row lacks a column.
+    """Yield what is wrong with the files of a data set: there are none, it would have to be guessed
+    which are meant, their format is not read or, where they hold JSON lines, their first rows lack
+    a column.
     """
     named = (f"{key}.path",)
+    if not os.path.lexists(data.path):
+        yield Problem(named, f"{data.path}: no such data file or folder (and no hub name)")
+        return
     try:
-        file, row = _first_row(data.path)
+        files = find_files(data.path, data.split)
+        rows = _first_rows(files) if files and files.format == "json" else {}
     except UserError as error:
         yield Problem(named, error.problems[0])
         return
     for name, column in _columns(key, data):
-        if row is not None and column not in row:
-            close = difflib.get_close_matches(column, row, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(row)}"
-            yield Problem((name, *named), f"{file} has no column {column!r}; {hint}")
+        for file, row in rows.items():
+            if column not in row:
+                close = difflib.get_close_matches(column, row, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(row)}"
+                yield Problem((name, *named), f"{file} has no column {column!r}; {hint}")
+                break
 
 
-def _first_row(path: str) -> tuple[str, dict[str, Any] | None]:
-    """Return a file of JSON lines and its first row; None for formats that learners.rows alone
-    reads. Raises UserError on a file that nothing can read.
-    """
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such data file or folder (and no hub name)")
-    check_path(path)
-    files = [Path(path)] if os.path.isfile(path) else sorted(Path(path).glob("*.jsonl"))[:1]
-    if not files or files[0].suffix not in (".jsonl", ".json"):
-        return path, None
-    file = str(files[0])
-    try:
-        with open(file, encoding="utf-8") as lines:
-            rows = ((n, text) for n, text in enumerate(lines, 1) if text.strip())
-            number, line = next(rows, (0, ""))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{file}: cannot be read as UTF-8 text") from None
-    if not line:
-        raise UserError(f"{file}: has no rows")
-    if line.lstrip().startswith("[") or (file.endswith(".json") and line.strip() == "{"):
-        return file, None  # one JSON value over many lines
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{file}:{number}: not a line of JSON") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{file}:{number}: not a row of columns, such as {{"prompt": "..."}}')
-    return file, row
+def _first_rows(files: DataFiles) -> dict[str, dict[str, Any]]:
+    """Return the first row of every file of JSON lines. Raises UserError on what is none."""
+    first = {file: next(json_lines(file, empty=bool(files.folder)), None) for file in files.all}
+    return {file: numbered[1] for file, numbered in first.items() if numbered}
 
 
 def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.engines
 def test_sft_learns_the_answers(sft: Run) -> None:
     assert sft.steps[-1]["loss"] < 0.5 * sft.steps[0]["loss"]
     assert sft.summary["held_out/loss"] < 0.5 * sft.steps[0]["loss"]
+    assert (sft.folder / "notices.txt").read_text() == ""  # nothing is wrong with its texts
 
 
 def test_training_that_blew_up_stops_with_a_checkpoint(workshop: Workshop) -> None:

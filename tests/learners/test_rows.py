@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from learners.errors import DataError
-from learners.rows import load_pairs, load_prompts, load_sft, read_rows
+from learners.reading import read
+from learners.rows import load_pairs, load_prompts, load_sft
 from learners.settings import PairData, PromptData, SFTData
 from learners.tokenise import encode_prompt, encode_response
 
@@ -60,6 +61,10 @@ def write(tmp_path):
         return str(path)
 
     return write
+
+
+def read_rows(data, columns):
+    return read(data, columns).rows
 
 
 def ids(text):
@@ -307,8 +312,8 @@ def test_missing_columns_are_named(write):
         ("some/where/absent", None, "no such file or folder"),
         ("rows.csv", "prompt\na\n", "must be one of"),
         ("folder/readme.txt", "", "holds no .jsonl, .json, .parquet files"),
-        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read"),
-        ("broken.parquet", "PAR", "cannot be read"),
+        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "broken.jsonl:2: not a line of JSON"),
+        ("broken.parquet", "PAR", "not a parquet file"),
         ("empty.jsonl", "", "the file is empty"),
         ("x" * 300, None, "no such file or folder"),
     ],
