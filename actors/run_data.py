@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.functions import load_function
+from actors.rewards.reading import Reader
 from actors.roles import Head, roles_of
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problems
@@ -15,6 +16,7 @@ from learners.checkpoints import (
     length_problems,
     load_config,
     load_tokenizer,
+    read_calibration,
     sampling_defaults,
     vocabulary_problems,
 )
@@ -63,12 +65,36 @@ class RunData:
             return [str(problem) for problem in asked]
         models = {r.model_key: (r.model, r.head) for r in roles_of(recipe).values() if r.model}
         needed = self.longest_prompt() + recipe.generation.max_new_tokens
-        too_short = [p for key, (m, _) in models.items() for p in length_problems(key, m, needed)]
+        too_short = [
+            problem
+            for key, (model, head) in models.items()
+            for problem in (self._unread if head == "score" else length_problems)(
+                key, model, needed
+            )
+        ]
         return too_short or [
             problem
             for key, (model, head) in models.items()
             for problem in self._id_problems(key, model, head, path)
         ]
+
+    def _unread(self, key: str, model: ModelSettings, tokens: int) -> list[str]:
+        """Return what keeps a reward model from reading sequences of `tokens` if it reads the
+        Actor's ids, or from reading a prompt and the shortest answer in ids of its own.
+        """
+        try:
+            reader = Reader.of(model, self.tokenizer)
+            read_calibration(load_config(model))
+        except UserError as error:
+            return [f"{key}: {problem}" for problem in error.problems]
+        if reader.same_ids and (too_long := length_problems(key, model, tokens)):
+            return too_long
+        for prompt in self.prompts:
+            ids = [*reader.prompt(prompt.text, prompt.ids), *reader.ending]
+            if wrong := reader.problem(ids):
+                row = f"row {prompt.index + 1} of prompts.path and an empty answer"
+                return [f"{key}: {model.path} cannot read {row}: {wrong}"]
+        return []
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
         """Return the problems a model would have with the token ids that it is to read."""
