@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LONGEST_WORDS = 500
 
@@ -38,13 +38,15 @@ def end_child(error: BaseException | None) -> NoReturn:
     """End a forked child as Python ends a process that runs out of its code, but without the exit
     hooks of the parent, whose connections it shares.
     """
-    code = error.code if isinstance(error, SystemExit) else error
-    if code is not None and not isinstance(code, int):
-        traceback.print_exception(error)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit((code or 0) & 0xFF)
+    code: Any = error.code if isinstance(error, SystemExit) else error
+    silent = code is None or isinstance(code, int)
+    try:
+        if not silent:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit((code or 0) & 0xFF if silent else 1)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -31,7 +31,7 @@ class Reader:
     same_ids: bool
     ending: list[int]
     positions: int | None
-    vocabulary: int
+    vocabulary: int | None
 
     @classmethod
     def of(cls, model: ModelSettings, actor_tokenizer: Any) -> Reader:
@@ -50,7 +50,7 @@ class Reader:
             same_ids=same_ids,
             ending=own_ending if same_ids else encode_response(tokenizer, "", encoder),
             positions=positions_of(config),
-            vocabulary=config.get_text_config().vocab_size,
+            vocabulary=getattr(config.get_text_config(), "vocab_size", None),
         )
 
     def prompt(self, text: str, actor_ids: list[int]) -> list[int]:
@@ -73,7 +73,7 @@ class Reader:
                 f"{len(ids)} tokens, the model has {self.positions} positions",
             ),
             (
-                highest >= self.vocabulary,
+                self.vocabulary is not None and highest >= self.vocabulary,
                 f"token id {highest}, the model knows {self.vocabulary} ids",
             ),
         )

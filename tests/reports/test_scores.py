@@ -286,6 +286,16 @@ def test_what_is_no_list_of_scores_is_said(kind: str, monkeypatch: pytest.Monkey
     assert all(score.value is None and said in str(score.error) for score in scores)
 
 
+async def not_awaited(prompts: list[str], responses: list[str]) -> list[float]:
+    return [1.0] * len(responses)
+
+
+def test_a_function_that_somebody_would_have_to_await_is_refused_before_start() -> None:
+    """No public report known to us; other trainers take such functions."""
+    with pytest.raises(UserError, match="not_awaited: is async, nobody would wait for it"):
+        asked(not_awaited, "a")
+
+
 def test_the_patience_is_a_minute() -> None:
     """It must stay well below the deadline of a call, half an hour by default."""
     assert rewards_of_functions.PATIENCE_S == 60.0
