@@ -10,6 +10,7 @@ from typing import Any
 from actors.functions import load_function
 from actors.rewards.reading import Reader
 from actors.roles import Head, roles_of
+from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problems
 from learners.checkpoints import (
@@ -82,18 +83,20 @@ class RunData:
         """Return what keeps a reward model from reading sequences of `tokens` if it reads the
         Actor's ids, or from reading a prompt and the shortest answer in ids of its own.
         """
+        eos = self.tokenizer.eos_token_id
+        shortest = [] if eos is None else [eos]
         try:
             reader = Reader.of(model, self.tokenizer)
             read_calibration(load_config(model))
+            if reader.same_ids and (too_long := length_problems(key, model, tokens)):
+                return too_long
+            for prompt in self.prompts:
+                sample = Sample(prompt.ids, shortest, prompt.text, "", "stop", prompt.columns)
+                if wrong := reader.problem([i for part in reader.ids(sample) for i in part]):
+                    row = f"row {prompt.index + 1} of prompts.path and an empty answer"
+                    return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         except UserError as error:
             return [f"{key}: {problem}" for problem in error.problems]
-        if reader.same_ids and (too_long := length_problems(key, model, tokens)):
-            return too_long
-        for prompt in self.prompts:
-            ids = [*reader.prompt(prompt.text, prompt.ids), *reader.ending]
-            if wrong := reader.problem(ids):
-                row = f"row {prompt.index + 1} of prompts.path and an empty answer"
-                return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         return []
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
