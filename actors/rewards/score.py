@@ -57,10 +57,9 @@ class Rewards:
         self, pending: Sequence[Sequence[Any]], samples: Sequence[Sample]
     ) -> tuple[list[Score], dict[str, list[Score]]]:
         """Return the weighted sums of all samples in order, and every source's own scores."""
-        count = len(samples)
         sources: dict[str, list[Score]] = {}
         for one, group, refs in zip(self.settings, self.groups, pending, strict=True):
-            scores = [Score()] * count
+            scores = [Score()] * len(samples)
             for i, share in enumerate(group.gather(refs, "score", self.deadline_s)):
                 scores[i :: len(group)] = share
             if self.compared > 1 and any(score.noise for score in scores):
@@ -70,7 +69,7 @@ class Rewards:
         counted = {one.name: one.weight for one in self.settings if one.weight != 0}
         sums = [
             weighted_sum([(weight, sources[name][i]) for name, weight in counted.items()])
-            for i in range(count)
+            for i in range(len(samples))
         ]
         return sums, sources
 
