@@ -108,7 +108,7 @@ class Driver:
         with self.folder.phase("score", step):
             pending_scores = workers.rewards.submit(samples)
             batch = self.read_models(batch)
-            scores, by_source = workers.rewards.gather(pending_scores, len(batch))
+            scores, by_source = workers.rewards.gather(pending_scores, samples)
 
         with self.folder.phase("advantages", step):
             reasons = [r.finish_reason for r in rollouts]

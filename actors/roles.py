@@ -228,5 +228,6 @@ def _reward(section: str, reward: RewardSettings, recipe: RLRecipe) -> Role:
             "actor_model": recipe.actor.model,
             "micro_batch_tokens": reward.micro_batch_tokens,
             "device": recipe.cluster.device,
+            "measures_noise": recipe.algorithm.compares_groups,
         },
     )

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.functions import load_function
+from actors.rewards.reading import Reader
 from actors.roles import Head, roles_of
+from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
@@ -18,6 +20,7 @@ from learners.checkpoints import (
     length_problems,
     load_config,
     load_tokenizer,
+    read_calibration,
     sampling_defaults,
     vocabulary_problems,
 )
@@ -79,7 +82,7 @@ class RunData:
         models = {r.model_key: (r.model, r.head) for r in roles_of(recipe).values() if r.model}
         settings = {key: model for key, (model, _) in models.items()}
         return (
-            self._length_problems(settings, recipe)
+            self._length_problems(models, recipe)
             or [p for key, model in settings.items() for p in kernel_problems(key, model)]
             or [
                 problem
@@ -88,7 +91,9 @@ class RunData:
             ]
         )
 
-    def _length_problems(self, models: Mapping[str, ModelSettings], recipe: RLRecipe) -> list[str]:
+    def _length_problems(
+        self, models: Mapping[str, tuple[ModelSettings, Head]], recipe: RLRecipe
+    ) -> list[str]:
         """Return which models have too few positions. The Actor's also hold in the engine, which
         samples for the evaluation too, and has room for `max_model_tokens` from the start; the
         others read what is trained on.
@@ -96,7 +101,7 @@ class RunData:
         generation = recipe.generation
         most = generation.max_model_tokens or sys.maxsize
         problems: list[str] = []
-        for key, model in models.items():
+        for key, (model, head) in models.items():
             prompts: Sequence[Prompt] = self.prompts
             asked: list[str] = []
             if key == "actor.model":
@@ -104,8 +109,29 @@ class RunData:
                 positions = positions_of(load_config(model))
                 asked = [str(p) for p in position_problems(key, positions, generation)]
             needed = min(most, longest_of(prompts) + generation.max_new_tokens)
-            problems += asked or length_problems(key, model, needed)
+            look = self._unread if head == "score" else length_problems
+            problems += asked or look(key, model, needed)
         return problems
+
+    def _unread(self, key: str, model: ModelSettings, tokens: int) -> list[str]:
+        """Return what keeps a reward model from reading sequences of `tokens` if it reads the
+        Actor's ids, or from reading a prompt and the shortest answer in ids of its own.
+        """
+        eos = self.tokenizer.eos_token_id
+        shortest = [] if eos is None else [eos]
+        try:
+            reader = Reader.of(model, self.tokenizer)
+            read_calibration(load_config(model))
+            if reader.same_ids and (too_long := length_problems(key, model, tokens)):
+                return too_long
+            for prompt in self.prompts:
+                sample = Sample(prompt.ids, shortest, prompt.text, "", "stop", prompt.columns)
+                if wrong := reader.problem([i for part in reader.ids(sample) for i in part]):
+                    row = f"row {prompt.index + 1} of prompts.path and an empty answer"
+                    return [f"{key}: {model.path} cannot read {row}: {wrong}"]
+        except UserError as error:
+            return [f"{key}: {problem}" for problem in error.problems]
+        return []
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
         """Return the problems a model would have with the token ids that it is to read."""

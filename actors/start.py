@@ -70,7 +70,8 @@ class Workers:
         self.frozen = [groups[name] for name, role in roles.items() if role.kind == "frozen"]
         self.deadline_s = recipe.cluster.call_deadline_s
         sources = [groups[f"reward {reward.name}"] for reward in recipe.rewards]
-        self.rewards = Rewards(recipe.rewards, sources, self.deadline_s)
+        compared = recipe.step.group_size if recipe.algorithm.compares_groups else 1
+        self.rewards = Rewards(recipe.rewards, sources, self.deadline_s, compared)
         shared = roles if placement.shared else {}
         on_gpus = {name: groups[name] for name, role in shared.items() if role.gpus}
         self.gpu_sharing = GpuSharing(on_gpus, self.deadline_s)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from learners.calibration import calibration_problem
 from learners.errors import UserError, first_wrong
 from learners.kernels import dropped_by
 from learners.positions import positions_of
@@ -47,17 +47,21 @@ class Calibration(NamedTuple):
 
 
 def read_calibration(config: Any) -> Calibration:
-    """Return the calibration saved in a model's config; (0, 1) where there is none."""
-    return Calibration(
-        float(getattr(config, "score_mean", 0.0)), float(getattr(config, "score_std", 1.0))
-    )
+    """Return the calibration saved in a model's config; (0, 1) where there is none. Raises
+    UserError on one that cannot be meant.
+    """
+    mean = getattr(config, "score_mean", 0.0)
+    std = getattr(config, "score_std", 1.0)
+    if wrong := calibration_problem(mean, std):
+        raise UserError(f"{config.name_or_path}: config.json: {wrong}")
+    return Calibration(float(mean), float(std))
 
 
 def write_calibration(config: Any, calibration: Calibration) -> None:
-    """Put the calibration where `save_pretrained` keeps it. Raises UserError unless mean and std
-    are finite and std is positive.
+    """Put the calibration where `save_pretrained` keeps it. Raises UserError on one that
+    `read_calibration` would refuse.
     """
-    if not (0 < calibration.std < math.inf and math.isfinite(calibration.mean)):
+    if calibration_problem(calibration.mean, calibration.std):
         raise UserError(
             f"scores with {calibration} cannot be calibrated: they must be finite and not all equal"
         )

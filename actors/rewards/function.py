@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+import reprlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import islice
+from typing import Any
 
 from actors.functions import load_function
+from actors.rewards.contained import contained, in_words, is_interrupt
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample
+
+PATIENCE_S = 60.0  # spent in calls for single responses, none of which has succeeded
 
 
 class FunctionReward:
@@ -16,37 +25,38 @@ class FunctionReward:
 
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its
     signature accepts. None marks a response that could not be scored; a number that is not finite
-    raises an alarm. When the function raises, it is called again for one response at a time, so
-    that only the responses at fault go without a score; not after an OSError, when a file or a
-    server is missing for all of them.
+    raises an alarm. Whatever else goes wrong costs the responses at fault: when the function
+    raises, or gives another number of scores, it is called again for one response at a time. So
+    that a server that is away does not take a step's whole time, this ends after `patience_s`
+    without any success.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, patience_s: float = PATIENCE_S) -> None:
         self.name = function
         self.function = load_function(function)
+        self.patience_s = patience_s
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
 
     def scores(self, samples: Sequence[Sample]) -> list[Score]:
         """Return one score per sample: without a value where the function gave None, with an error
-        where it raised.
+        where it failed.
         """
         if not samples:
             return []
         try:
-            scores = self._call(samples)
-        except Exception as error:
-            if len(samples) == 1 or isinstance(error, OSError):
-                return [Score(error=f"{type(error).__name__}: {error}")] * len(samples)
-            return [score for one in samples for score in self.scores([one])]
-        if len(scores) != len(samples):
-            raise ValueError(
-                f"{self.name} returned {len(scores)} scores for {len(samples)} responses"
-            )
-        return [Score(None if s is None else float(s)) for s in scores]
+            with contained():
+                given = one_each(self._call(samples), len(samples))
+                return [self._score(value) for value in given]
+        except BaseException as error:  # sys.exit() in user code is a failure like any other
+            if is_interrupt(error):
+                raise
+            if len(samples) == 1:
+                return [Score(error=in_words(error))]
+        return self._one_by_one(samples)
 
-    def _call(self, samples: Sequence[Sample]) -> Sequence[float | None]:
+    def _call(self, samples: Sequence[Sample]) -> Any:
         names = {name for c in samples for name in c.columns}
         columns = {name: [c.columns.get(name) for c in samples] for name in names}
         columns["finish_reasons"] = [c.finish_reason for c in samples]
@@ -55,3 +65,42 @@ class FunctionReward:
             [c.response for c in samples],
             **{k: v for k, v in columns.items() if self.takes_all or k in self.accepted},
         )
+
+    def _score(self, value: Any) -> Score:
+        try:
+            return Score(None if value is None else float(value))
+        except Exception as error:  # what is no number may raise anything
+            shown = reprlib.repr(value)
+            return Score(error=f"{self.name} gave {shown}, not a number: {in_words(error)}")
+
+    def _one_by_one(self, samples: Sequence[Sample]) -> list[Score]:
+        """Ask for every response alone; after `patience_s` of failures only, for no further one."""
+        began = time.monotonic()
+        scores: dict[int, Score] = {}
+        succeeded = False
+        # neighbours answer the same prompt, and a prompt that is too hard is not a server away
+        stride = math.isqrt(len(samples))
+        for i in [i for first in range(stride) for i in range(first, len(samples), stride)]:
+            (scores[i],) = self.scores([samples[i]])
+            succeeded = succeeded or scores[i].error is None
+            spent = time.monotonic() - began
+            if not succeeded and spent > self.patience_s:
+                failed = f"the first {len(scores)} asked alone failed for {spent:.0f} s"
+                rest = Score(error=f"{scores[i].error} (not asked again: {failed})")
+                return [scores.get(j, rest) for j in range(len(samples))]
+        return [scores[j] for j in range(len(samples))]
+
+
+def one_each(given: Any, count: int) -> list[Any]:
+    """Return what a function gave as a list of `count` entries. Raises TypeError where it has no
+    order, ValueError where there are fewer or more.
+    """
+    unordered = isinstance(given, str | bytes | Mapping | AbstractSet)
+    if unordered or not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise TypeError(f"returned a {kind}, not a list with one score for each response")
+    values = list(islice(given, count + 1))  # a generator may never end
+    if len(values) != count:
+        found = len(values) if len(values) < count else f"more than {count}"
+        raise ValueError(f"returned {found} scores for {count} responses")
+    return values

@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from actors.reference import FrozenModel
+from actors.rewards.reading import Reader
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample
-from learners.checkpoints import is_encoder, load_reward_model, load_tokenizer, read_calibration
+from learners.checkpoints import load_reward_model, load_tokenizer, read_calibration
 from learners.experience import Experience, map_rows
 from learners.forward import sequence_scores
 from learners.settings import ModelSettings
-from learners.tokenise import encode_prompt, encode_response
+
+# Sequences scored twice for the noise: some in the first step, of the others one in so many.
+FIRST_TRIED = 16
+ONE_IN = 64
+# The noise of a group is taken as so many times the largest difference seen: it has more pairs of
+# scores than were tried.
+MARGIN = 2.0
 
 
 class RewardWorker(FrozenModel):
     """A trained reward model, frozen. Scores are calibrated with the mean and std in its config.
 
-    When its vocabulary is the Actor's, it reads the Actor's token ids; otherwise texts are
-    tokenised anew for it (and end like a finished response, also those that were truncated).
+    With `measures_noise` it scores a few sequences again, each alone: the same sequence in another
+    batch has another rounding, and scores that differ by no more say nothing.
     """
 
     def __init__(
-        self, model: ModelSettings, actor_model: ModelSettings, micro_batch_tokens: int, device: str
+        self,
+        model: ModelSettings,
+        actor_model: ModelSettings,
+        micro_batch_tokens: int,
+        device: str,
+        measures_noise: bool = False,
     ) -> None:
         super().__init__(load_reward_model(model, pad_token_id=None), micro_batch_tokens, device)
-        self.tokenizer = load_tokenizer(model)
-        self.encoder = is_encoder(self.model.config)
-        self.same_ids = (
-            not self.encoder
-            and self.tokenizer.get_vocab() == load_tokenizer(actor_model).get_vocab()
-        )
+        self.reader = Reader.of(model, load_tokenizer(actor_model))
         self.calibration = read_calibration(self.model.config)
+        self.measures_noise = measures_noise
+        self.largest_difference = 0.0  # of two raw scores of one sequence, so far
+        self.tried = 0
 
     def scores(self, samples: Sequence[Sample]) -> list[Score]:
-        """Return one calibrated score per sample."""
+        """Return one calibrated score per sample; an error for what the model cannot read."""
         if not samples:
             return []
-        ids = [self._ids(c) for c in samples]
-        batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])
-        raw = map_rows(
-            batch, self.micro_batch_tokens, lambda b: sequence_scores(self.model, b), self.device
-        )
+        ids = [self.reader.ids(c) for c in samples]
+        problems = [self.reader.problem([*p, *r]) for p, r in ids]
+        read = [pair for pair, problem in zip(ids, problems, strict=True) if not problem]
+        raw = self._raw(read, self.micro_batch_tokens)
         calibrated = (raw - self.calibration.mean) / self.calibration.std
-        return [Score(value) for value in calibrated.tolist()]
+        noise = self._noise(read, raw) if self.measures_noise else torch.zeros_like(raw)
+        scores = map(Score, calibrated.tolist(), [None] * len(read), noise.tolist())
+        return [Score(error=problem) if problem else next(scores) for problem in problems]
 
-    def _ids(self, sample: Sample) -> tuple[list[int], list[int]]:
-        if self.same_ids:
-            return sample.prompt_ids, sample.response_ids
-        prompt = encode_prompt(self.tokenizer, sample.prompt)
-        return prompt, encode_response(self.tokenizer, sample.response, self.encoder)
+    def _raw(self, ids: Sequence[tuple[list[int], list[int]]], token_budget: int) -> Tensor:
+        batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])
+        return map_rows(batch, token_budget, lambda b: sequence_scores(self.model, b), self.device)
+
+    def _noise(self, ids: Sequence[tuple[list[int], list[int]]], raw: Tensor) -> Tensor:
+        """Return the noise [B] of calibrated scores, from the largest difference that one sequence
+        has shown: to its copies in this step, or to itself alone.
+        """
+        wanted = max(1, FIRST_TRIED - self.tried, math.ceil(len(ids) / ONE_IN))
+        tried = range(0, len(ids), max(1, len(ids) // wanted))[:wanted]
+        alone = self._raw([ids[i] for i in tried], token_budget=1)
+        self.tried += len(tried)
+        first: dict[tuple[int, ...], int] = {}
+        copies = [first.setdefault((*p, *r), i) for i, (p, r) in enumerate(ids)]
+        differences = torch.cat([raw - raw[copies], raw[list(tried)] - alone]).abs()
+        seen = differences[differences.isfinite()].tolist()
+        self.largest_difference = max([self.largest_difference, *seen])
+        # no score is more exact than its own last digit
+        last_digit = raw.abs() * torch.finfo(self.model.dtype).eps
+        return MARGIN * last_digit.clamp(min=self.largest_difference) / self.calibration.std

@@ -4,17 +4,21 @@ is read.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
-from actors.settings import Recipe, RewardSettings, RLRecipe, SFTRecipe
+from actors.run.metrics import BY_NAME
+from actors.settings import Recipe, RewardSettings, RLRecipe, RMRecipe, SFTRecipe
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import LearnerSettings, ModelSettings
 
 LEAST_GROUP_TEMPERATURE = 0.7
 USUAL_GROUP = 8
+# what a reward function is given beside the answer columns
+OWN_COLUMNS = ("prompts", "responses", "finish_reasons")
 
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -26,12 +30,14 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
             yield from problems_of(_learner(role.section, role.learner, recipe.cluster.device))
     if isinstance(recipe, RLRecipe):
         yield from recipe.algorithm.problems(recipe.sequences_per_step)
-        for part in (_batches, _rewards, _evaluation, _generation, _off_policy_sampling):
+        for part in (_batches, _rewards, _columns, _evaluation, _generation, _off_policy_sampling):
             yield from problems_of(part(recipe))
         yield from sharing_problems(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
         keys = ("train.evaluate_every", "held_out")
         yield Problem(keys, "needs held-out examples: set held_out.path")
+    if not isinstance(recipe, RLRecipe):
+        yield from problems_of(_distinct_columns(recipe))
 
 
 def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
@@ -132,10 +138,39 @@ def _rewards(recipe: RLRecipe) -> list[Rule]:
     ]
 
 
+def _name_rules(key: str, name: str) -> list[Rule]:
+    """Require a name that makes a metric of its own, `score/{name}`, and fits on a line."""
+    taken = [metric.removeprefix("score/") for metric in BY_NAME if metric.startswith("score/")]
+    unwritable = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    return [
+        (not name.strip(), (key,), "is empty; its scores are logged as score/<name>"),
+        (unwritable, (key,), f"{name!r} has control characters; use letters, digits, _ and -"),
+        (
+            name in taken,
+            (key,),
+            f"{name!r} is taken: score/{name} is a metric of the whole step; choose another name",
+        ),
+    ]
+
+
+def _columns(recipe: RLRecipe) -> Iterator[Rule]:
+    """Require that a reward function is given every column, and each once."""
+    evaluation = recipe.evaluation
+    data = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
+    data["evaluation.test_prompts"] = evaluation.test_prompts
+    for section, columns in ((k, d.answer_columns) for k, d in data.items() if d is not None):
+        for i, name in enumerate(columns):
+            key = (f"{section}.answer_columns.{i}",)
+            own = f"{name!r} is what a function is given beside the columns; rename the data's"
+            yield name in OWN_COLUMNS, key, own
+            yield name in columns[:i], key, f"{name!r} is listed twice"
+
+
 def _source(key: str, reward: RewardSettings) -> list[Rule]:
     """Require of a source of scores the key that is named like its kind, and not the other."""
     hints = {"model": f"set {key}.model.path", "function": "set it to module:function"}
-    rules: list[Rule] = [_function_name(f"{key}.function", reward.function)]
+    rules = [*_name_rules(f"{key}.name", reward.name)]
+    rules.append(_function_name(f"{key}.function", reward.function))
     for name, hint in hints.items():
         given = getattr(reward, name) is not None
         keys = (f"{key}.{name}", f"{key}.kind")
@@ -150,6 +185,20 @@ def _source(key: str, reward: RewardSettings) -> list[Rule]:
 def _function_name(key: str, name: str | None) -> Rule:
     wrong = name is not None and name.count(":") != 1
     return wrong, (key,), f"must read module:function, not {name!r}"
+
+
+def _distinct_columns(recipe: SFTRecipe | RMRecipe) -> Iterator[Rule]:
+    """Require that prompts and answers do not come from the same column."""
+    data = {"data": recipe.data, "held_out": recipe.held_out}
+    if isinstance(recipe, RMRecipe):
+        data["reward_model.calibration"] = recipe.reward_model.calibration
+    for section, settings in data.items():
+        users: dict[str, str] = {}
+        for name, column in settings or ():
+            if name.endswith("_column") and column is not None:
+                key = f"{section}.{name}"
+                other = users.setdefault(column, key)
+                yield other != key, (key, other), f"{column!r} is {other} too; they must differ"
 
 
 def _evaluation(recipe: RLRecipe) -> list[Rule]:

@@ -29,6 +29,7 @@ from actors.settings import (
 from launch.recipe.combinations import lacking_gpus, models_of
 from launch.recipe.document import Document, in_words
 from launch.recipe.schema import OLD_KEYS
+from learners.calibration import calibration_problem
 from learners.errors import Problem, UserError, first_wrong
 from learners.files import DataFiles, find_files, json_lines
 from learners.kernels import dropped_by
@@ -260,6 +261,8 @@ def _unfit(key: str, config: dict[str, Any], folder: Path, recipe: Recipe) -> st
     policy = not (reward or critic or trains_scores)
     encoder = _is_encoder(config)
     pad = _pad(folder, config) if trains_scores and not encoder else ""
+    mean = config.get("score_mean", 0.0)
+    uncalibrated = calibration_problem(mean, config.get("score_std", 1.0))
     return first_wrong(
         (
             reward and not scorer,
@@ -280,6 +283,7 @@ def _unfit(key: str, config: dict[str, Any], folder: Path, recipe: Recipe) -> st
             f"{name} has no language-model head; a ...ForCausalLM is needed",
         ),
         (pad, pad),
+        ((reward or critic) and uncalibrated, f"config.json: {uncalibrated}"),
     )
 
 

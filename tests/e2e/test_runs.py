@@ -5,7 +5,9 @@ every run.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -289,11 +291,17 @@ asked: list[str] = []
 
 
 def flat(prompts: list[str], responses: list[str]) -> list[float | None]:
-    """Takes one response at a time, all are worth the same, and the sixth breaks it."""
+    """Takes one response at a time, all are worth the same; the sixth breaks it, the seventh ends
+    its process, and for the eighth it forks one that does.
+    """
     (response,) = responses
     asked.append(response)
     if len(asked) == 6:
         raise ArithmeticError("the sixth")
+    if len(asked) == 7:
+        sys.exit("the seventh")
+    if len(asked) == 8 and os.fork() == 0:
+        sys.exit(0)
     return [0.5]
 
 
@@ -302,10 +310,10 @@ def test_a_step_from_which_nothing_can_be_learned_says_so(workshop: Workshop, sf
     run = workshop.quick("flat", sft, rewards, "step.steps=1", "generation.max_new_tokens=2")
     raised = {row["name"] for row in run.alarms}
     assert raised == {"reward_error", "equal_scores", "all_truncated", "no_spread", "zero_gradient"}
-    assert "flat failed for 1 of 64, first: ArithmeticError: the sixth" in {
+    assert "flat failed for 2 of 64, first: ArithmeticError: the sixth" in {
         row["message"] for row in run.alarms
     }
-    assert run.steps[0]["score/unscorable"] == 1 / 64 and "alarm/skipped" not in run.steps[0]
+    assert run.steps[0]["score/unscorable"] == 2 / 64 and "alarm/skipped" not in run.steps[0]
 
 
 def infinite(prompts: list[str], responses: list[str], answer: list[str]) -> list[float]:

@@ -1,0 +1,61 @@
+"""Texts as a reward model reads them: in which token ids, and which of them it cannot read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.rollouts.requests import Sample
+from learners.checkpoints import is_encoder, load_config, load_tokenizer
+from learners.positions import positions_of
+from learners.settings import ModelSettings
+from learners.tokenise import encode_prompt, encode_response
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The ids in which a reward model reads prompts and responses, and the ids it can read.
+
+    When its vocabulary is the Actor's (`same_ids`), those are the Actor's own; otherwise texts are
+    tokenised anew for it, and end like a finished response, also those that were truncated.
+    """
+
+    tokenizer: Any
+    encoder: bool
+    same_ids: bool
+    positions: int | None
+    vocabulary: int | None
+
+    @classmethod
+    def of(cls, model: ModelSettings, actor_tokenizer: Any) -> Reader:
+        """Read the model's config and tokenizer. Raises UserError where they cannot be read."""
+        config = load_config(model)
+        tokenizer = load_tokenizer(model)
+        encoder = is_encoder(config)
+        return cls(
+            tokenizer=tokenizer,
+            encoder=encoder,
+            same_ids=not encoder and tokenizer.get_vocab() == actor_tokenizer.get_vocab(),
+            positions=positions_of(config),
+            vocabulary=getattr(config.get_text_config(), "vocab_size", None),
+        )
+
+    def ids(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Return the ids of prompt and response. Raises DataError where the model's tokenizer has
+        none to end a response with.
+        """
+        if self.same_ids:
+            return sample.prompt_ids, sample.response_ids
+        prompt = encode_prompt(self.tokenizer, sample.prompt)
+        return prompt, encode_response(self.tokenizer, sample.response, self.encoder)
+
+    def problem(self, ids: Sequence[int]) -> str:
+        """Return what keeps the model from reading a sequence; nothing when it can."""
+        if not ids:
+            return "nothing to read: no token in prompt and response"
+        if self.positions is not None and len(ids) > self.positions:
+            return f"{len(ids)} tokens, the model has {self.positions} positions"
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            return f"token id {max(ids)}, the model knows {self.vocabulary} ids"
+        return ""
