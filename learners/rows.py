@@ -100,9 +100,9 @@ def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
     return _not_empty(data, rows)
 
 
-def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
-    """Load SFT examples; those over `max_tokens` are dropped. Raises DataError on bad rows and
-    empty answers.
+def load_sft(data: SFTData, tokenizer: Any, encoder: bool = False) -> Rows[Example]:
+    """Load SFT examples, or texts that an `encoder` is to score; those over `max_tokens` are
+    dropped. Raises DataError on bad rows and empty answers.
     """
     rows: Rows[Example] = Rows()
     for i, row in enumerate(read_rows(data, [data.prompt_column, data.response_column])):
@@ -112,7 +112,7 @@ def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
             raise _row_error(
                 data, i, f"{data.response_column} is empty: there is no answer to learn"
             )
-        example = Example(prompt, encode_response(tokenizer, answer))
+        example = Example(prompt, encode_response(tokenizer, answer, encoder))
         if example.tokens <= data.max_tokens:
             rows.append(example)
         else:
