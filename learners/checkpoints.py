@@ -37,7 +37,7 @@ from learners.tokenise import pad_problem
 REWARD_MODEL = "ForSequenceClassification"
 CRITIC = "ForTokenClassification"
 OWN_CODE = "comes with code of its own (auto_map)"
-ABSENT = object()
+ABSENT = ...  # stands for a value in a config where there is none
 
 
 class Calibration(NamedTuple):
