@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
@@ -188,7 +189,8 @@ class Loop:
         if not (saved := finished_checkpoints(run)):
             return f"{failed}there is no earlier one: the weights are lost"
         newest, path = saved[-1]
-        return f"{failed}the weights of step {newest} are safe: quatuor export {path} OUT"
+        command = f"quatuor export {shlex.quote(str(path))} OUT"
+        return f"{failed}the weights of step {newest} are safe: {command}"
 
     def log_seconds(self, name: str, step: int) -> None:
         """Log the time since the run began, as `seconds/{name}`."""

@@ -5,6 +5,7 @@ something other than it said.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ from learners.checkpoints import (
 from learners.errors import UserError
 from learners.export import save_config, save_weights
 from learners.settings import ModelSettings
+from tests.learners.test_checkpoints import OWN
 
 SMALL = {
     "vocab_size": 40,
@@ -542,7 +544,115 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.glob("out*"))
 
 
+def saved_as(model: Any, run: Path) -> Path:
+    """A checkpoint with the model's weights, as ZeRO 0 to 2 write them."""
+    checkpoint = make_checkpoint(run, 1)
+    (checkpoint / "learner" / "layout.json").write_text('{"ranks": 1, "zero_stage": 2}')
+    (checkpoint / "learner" / "state").mkdir()
+    module = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    file = checkpoint / "learner" / "state" / "mp_rank_00_model_states.pt"
+    torch.save({"module": module}, file)
+    save_config(model, checkpoint / "model_files")
+    return checkpoint
+
+
+def test_the_export_of_a_reward_model_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenRLHF/OpenRLHF#693: without mean and std nothing is normalised, and nothing says so."""
+    model = load_reward_model(made("qwen3", tmp_path / "base"), 0)
+    saved_as(model, tmp_path / "raw")
+    write_calibration(model.config, Calibration(3.0, 2.0))
+    saved_as(model, tmp_path / "calibrated")
+    for name in ("raw", "calibrated"):
+        assert cli.main(["export", str(tmp_path / name), str(tmp_path / f"{name}-out")]) == 0
+        assert ("not calibrated" in capsys.readouterr().out) == (name == "raw")
+        again = load_reward_model(ModelSettings(path=str(tmp_path / f"{name}-out")), None)
+        assert torch.equal(again.score.weight, model.score.weight)
+    assert read_calibration(again.config) == (3.0, 2.0)
+
+
+def test_a_checkpoint_with_weights_of_another_model_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verl-project/verl#2493: a config that does not belong to the weights beside it."""
+    checkpoint = saved_as(load_causal_lm(made("qwen3", tmp_path / "base")), tmp_path / "run")
+    save_config(load_causal_lm(made("gpt2", tmp_path / "other")), checkpoint / "model_files")
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
+    assert "the weights beside it lack transformer." in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_code_that_came_with_a_model_leaves_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No public report known to us: a model of its own code, exported without that code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    base = tmp_path / "base"
+    settings = made("qwen3", base).model_copy(update={"trust_remote_code": True})
+    (base / "own.py").write_text(OWN)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    written = config_of(base) | {"model_type": "own", "auto_map": classes}
+    (base / "config.json").write_text(json.dumps(written))
+    model = load_causal_lm(settings)
+    saved_as(model, tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "OwnForCausalLM"
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 def test_load_config_still_turns_dropout_off(tmp_path: Path) -> None:
     """hiyouga/LlamaFactory#10779, the other half: the forward pass has none."""
     settings = made("gemma3", tmp_path / "base")
     assert not any(dropout_in(load_config(settings).to_dict()).values())
+
+
+@pytest.mark.engines
+def test_a_run_that_used_to_leave_nothing(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenRLHF/OpenRLHF#212 in a real run, and huggingface/transformers#10789: from a checkpoint of
+    it the same model again, to the byte. Resumed onto a disk where the model cannot be written, it
+    leaves a checkpoint and names the command.
+    """
+    base = tmp_path / "base [1]"
+    run = tmp_path / "run é"
+    task.make_tokenizer(base)
+    task.make_model(base, 0)
+    config = config_of(base) | {"attention_dropout": 0.1}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").write_text(json.dumps({**SAMPLING, "eos_token_id": 7}))
+    task.write_rows(tmp_path / "sft.jsonl", task.make_demonstrations(64, 0))
+    small = ["learner.ranks=1", "learner.zero_stage=3", "train.batch_size=8", "held_out=null"]
+    small += ["run.tensorboard=false", "run.progress=false", "run.checkpoint_every_steps=2"]
+    paths = [f"learner.model.path={base}", f"data.path={tmp_path / 'sft.jsonl'}"]
+    overrides = [*small, *paths, f"run.folder={run}", "train.evaluate_every=0"]
+
+    def train(steps: int, resume: bool) -> None:
+        recipe: Any = load_recipe(
+            RECIPES / "demo_sft.yaml", [*overrides, f"train.steps={steps}"], "sft"
+        )
+        supervised.run(recipe, resume=resume)
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    train(2, resume=False)
+    assert config_of(run / "model")["attention_dropout"] == 0.1
+    generation = json.loads((run / "model" / "generation_config.json").read_text())
+    assert generation == {**SAMPLING, "eos_token_id": [7, 2]}
+    assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == files(run / "model")
+
+    (run / "model.tmp").symlink_to(tmp_path / "a disk that is gone")
+    with pytest.raises(WorkerError, match="^the model was not exported: ") as error:
+        train(3, resume=True)
+    told = shlex.split(str(error.value).partition("safe: ")[2])
+    assert told == ["quatuor", "export", str(run / "checkpoints" / "step-000003"), "OUT"]
+    assert files(run / "model") == files(tmp_path / "out"), "that of step 2 is still there"
+    assert cli.main([*told[1:3], str(tmp_path / "rescued")]) == 0
+    rescued = files(tmp_path / "rescued")
+    assert rescued.keys() == files(run / "model").keys()
+    assert rescued["model.safetensors"] != files(run / "model")["model.safetensors"]
+    assert capsys.readouterr().out.count("the model of ") == 2
