@@ -53,8 +53,8 @@ class Training(Protocol):
         """Go on from what `save` wrote."""
 
     def complete_model(self) -> None:
-        """Add to the trained model what only the end can tell. When this fails, the model is
-        exported without.
+        """Add to the trained model what only the end can tell: a reward model's calibration. When
+        this fails, the model is exported without.
         """
 
     def end(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Loop:
             incomplete = in_a_line(error)
         self.export(model, step)
         if incomplete:
-            raise WorkerError(f"{incomplete}: the model was exported without it, to {model}")
+            raise WorkerError(f"{incomplete}: the model was exported uncalibrated, to {model}")
         try:
             return self.training.end()
         except Exception as error:

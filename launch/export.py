@@ -37,7 +37,10 @@ def export_model(source: Path, folder: Path) -> None:
         with complete_or_absent(folder) as draft:
             export_saved(saved, checkpoint / MODEL_FILES, draft)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or in_a_line(error)
+        raise UserError(
+            f"{folder}: cannot be written: {reason}: make room, or choose another folder"
+        ) from error
     _say(checkpoint, folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -45,8 +46,11 @@ def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     if model.can_generate():
         # Transformers refuses to save one that asks for a temperature without sampling.
         model.generation_config = GenerationConfig()
-    with quiet():
-        model.save_pretrained(folder, state_dict=state)
+    try:
+        with quiet():
+            model.save_pretrained(folder, state_dict=state)
+    except SafetensorError as error:  # as it calls a full disk
+        raise OSError(f"{folder}: {error}") from error
 
 
 def export_saved(saved: dict[str, Tensor], files: Path, folder: Path) -> None:

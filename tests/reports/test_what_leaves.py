@@ -5,6 +5,7 @@ something other than it said.
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -438,7 +439,7 @@ def test_the_model_is_written_before_what_may_fail(tmp_path: Path) -> None:
 def test_a_model_is_exported_though_its_calibration_fails(tmp_path: Path) -> None:
     """No public report known to us: scores that are all equal, or not finite, at the end."""
     with pytest.raises(
-        WorkerError, match=r"^calibrate broke: .* exported without it, to .*/model$"
+        WorkerError, match=r"^calibrate broke: .* exported uncalibrated, to .*/model$"
     ):
         run_to_the_end(tmp_path, Trained({"calibrate"}))
     assert (tmp_path / "run" / "model").is_dir()
@@ -581,6 +582,29 @@ def test_a_checkpoint_with_weights_of_another_model_is_refused(
     assert cli.main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "the weights beside it lack transformer." in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_fills_while_it_is_written_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """hiyouga/LlamaFactory#5155: safetensors has an error of its own for a full disk. A limit on
+    the size of files stands for the disk.
+    """
+    config = Qwen3Config(**{**QWEN, "vocab_size": 9000})
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = load_causal_lm(ModelSettings(path=str(tmp_path / "base")))
+    saved_as(model, tmp_path / "run")
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path / 'out'}: cannot be written: ")
+    assert line.endswith("File too large (os error 27): make room, or choose another folder\n")
+    assert line.count("\n") == 1 and not list(tmp_path.glob("out*"))
 
 
 def test_code_that_came_with_a_model_leaves_with_it(
