@@ -16,6 +16,7 @@ import torch
 
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.evaluation import evaluate
+from actors.export import Export
 from actors.loop import conduct
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
@@ -61,6 +62,7 @@ class Driver:
         self.total_steps = recipe.step.steps
         make_algorithm = find_algorithm(recipe.algorithm.kind)
         self.algorithm = make_algorithm(recipe.algorithm, recipe.step.group_size)
+        self.export = Export(recipe, self.groups, data.tokenizer)
         self.version = 0  # of the weights: the step they were learned in
 
     def begin(self, first: int) -> dict[str, Any]:
@@ -209,12 +211,12 @@ class Driver:
         self.version = state["version"]
         self.algorithm.load_state(state["algorithm"])
 
+    def complete_model(self) -> None:
+        """Leave the Actor as it is: all of it was trained."""
+
     def end(self) -> dict[str, Any]:
-        """Check that the frozen models have not changed, export the Actor and evaluate it."""
+        """Check that the frozen models have not changed, and evaluate the Actor."""
         self.workers.check_frozen(self.frozen)
-        model = self.folder.path / "model"
-        self.workers.actor.call("export", str(model), phase="export", deadline_s=self.deadline_s)
-        self.data.tokenizer.save_pretrained(model)
         return {"after": self.evaluate_all(self.total_steps)}
 
 

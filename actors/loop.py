@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +11,16 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from actors.cluster.groups import WorkerGroup
+from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.placement import Placement
+from actors.export import Export
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
-from actors.run.folder import RunFolder, finished_checkpoints, to_disk
+from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
+from actors.run.room import bytes_needed, no_room
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
 from actors.settings import Recipe
-from learners.errors import DisagreementError
+from learners.errors import UserError, in_a_line
 
 R = TypeVar("R", bound=Recipe)
 D = TypeVar("D", bound="Data")  # the data of a kind of training
@@ -36,6 +39,7 @@ class Training(Protocol):
     """One kind of training, as the loop calls it."""
 
     total_steps: int
+    export: Export
 
     @property
     def groups(self) -> Mapping[str, WorkerGroup]: ...
@@ -57,8 +61,13 @@ class Training(Protocol):
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
 
+    def complete_model(self) -> None:
+        """Add to the trained model what only the end can tell: a reward model's calibration. When
+        this fails, the model is exported without.
+        """
+
     def end(self) -> dict[str, Any]:
-        """Export the model; return the end of the summary."""
+        """Do what the exported model does not depend on; return the end of the summary."""
 
 
 def conduct(
@@ -90,10 +99,11 @@ def conduct(
             (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
             notices = "".join(f"{line}\n" for line in data.notices)
             (folder.path / "notices.txt").write_text(notices, "utf-8", "backslashreplace")
+            loop = Loop(recipe, made, folder, alarms, clock)
             try:
-                summary = Loop(recipe, made, folder, alarms, clock).run(resume)
-            except DisagreementError:
-                if not resume:
+                summary = loop.run(resume)
+            except UserError:
+                if not resume and not loop.began:
                     folder.discard()  # nothing was trained: leave the name free for another try
                 raise
             folder.finish(summary)
@@ -111,14 +121,17 @@ class Loop:
         self.folder = folder
         self.alarms = alarms
         self.clock = clock
+        self.began = False  # a first step
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Do all steps, evaluations and checkpoints; return the run's summary."""
         training = self.training
         total = training.total_steps
         first = self.restore() + 1 if resume else 1
+        self.rehearse_end(range(first, total + 1))
         self.log_seconds("start", first - 1)
         summary = training.begin(first)
+        self.began = True
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
             stopping = stop_requested()
@@ -129,9 +142,68 @@ class Loop:
                 raise self.alarms.stop(step)
             if stopping:
                 raise Interrupted(step)
-        summary |= training.end()
+        summary |= self.end(total)
         self.log_seconds("wall", total)
         return summary
+
+    def rehearse_end(self, steps: range) -> None:
+        """Write what the end will write beside the weights, and look for room for these. Raises
+        UserError where the end would fail.
+        """
+        export = self.training.export
+        run = self.folder.path
+        export.rehearse(run)
+        settings = self.recipe.run
+        there = len(finished_checkpoints(run))
+        if wrong := no_room(run, bytes_needed(*export.disk_bytes(), settings, steps, there)):
+            raise UserError(
+                f"run.folder: {wrong} for the model and checkpoints: make room, choose another "
+                "folder, or lower run.keep_checkpoints"
+            )
+
+    def end(self, step: int) -> dict[str, Any]:
+        """Export the model before anything that may fail; return the end of the summary."""
+        model = self.folder.path / "model"
+        incomplete = ""
+        try:
+            self.training.complete_model()
+        except Exception as error:
+            incomplete = in_a_line(error)
+        self.export(model, step)
+        if incomplete:
+            raise WorkerError(f"{incomplete}: the model was exported uncalibrated, to {model}")
+        try:
+            return self.training.end()
+        except Exception as error:
+            raise WorkerError(f"{in_a_line(error)}: the model is complete, in {model}") from error
+
+    def export(self, model: Path, step: int) -> None:
+        """Write the model or, when that fails, a checkpoint of it. Raises WorkerError that says
+        where the weights are.
+        """
+        try:
+            self.training.export.write_model(model)
+        except Exception as error:
+            kept = self.keep_weights(step)
+            raise WorkerError(f"the model was not exported: {in_a_line(error)}; {kept}") from error
+
+    def keep_weights(self, step: int) -> str:
+        """Save the last step as a checkpoint unless it is one; return in words where its weights
+        are.
+        """
+        run = self.folder.path
+        failed = ""
+        if step not in dict(finished_checkpoints(run)):
+            try:
+                with self.folder.checkpoint(step) as path:
+                    self.save(path, step)
+            except Exception as error:
+                failed = f"a checkpoint could not be saved either ({in_a_line(error)}); "
+        if not (saved := finished_checkpoints(run)):
+            return f"{failed}there is no earlier one: the weights are lost"
+        newest, path = saved[-1]
+        command = f"quatuor export {shlex.quote(str(path))} OUT"
+        return f"{failed}the weights of step {newest} are safe: {command}"
 
     def log_seconds(self, name: str, step: int) -> None:
         """Log the time since the run began, as `seconds/{name}`."""
@@ -157,10 +229,15 @@ class Loop:
             try:
                 if path is not None:
                     with self.folder.phase("checkpoint", step):
-                        self.training.save(path, step)
-                        to_disk(path)
+                        self.save(path, step)
             finally:
                 self.folder.log(step, metrics | self.folder.seconds(step))
+
+    def save(self, path: Path, step: int) -> None:
+        """Write a checkpoint's files to disk: the training's, and what makes a model of them."""
+        self.training.save(path, step)
+        self.training.export.write_files(path / MODEL_FILES)
+        to_disk(path)
 
     def restore(self) -> int:
         """Load the newest checkpoint and return its step."""

@@ -15,6 +15,7 @@ import torch
 from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
 from actors.cluster.rows import gather_rows, scatter_rows
+from actors.export import Export
 from actors.loop import conduct
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
@@ -34,6 +35,7 @@ from learners.checkpoints import (
 from learners.errors import UserError
 from learners.experience import Experience
 from learners.rows import Example, Rows, load_pairs, load_sft, notices_of
+from learners.settings import ModelSettings
 from learners.tokenise import tokenizer_digest
 
 
@@ -77,13 +79,11 @@ class SupervisedData:
             pairs = load_pairs(recipe.data, tokenizer, encoder)
             held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder)
             wanted = recipe.reward_model.calibration
-            calibration = load_sft(wanted, tokenizer) if wanted else Rows()
+            calibration = load_sft(wanted, tokenizer, encoder) if wanted else Rows()
             data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
-        every = [*data.rows, *data.held_out]
-        problems = length_problems("learner.model", model, max(row.tokens for row in every))
+        problems = _unreadable("learner.model", model, [*data.rows, *data.held_out])
         problems = problems or kernel_problems("learner.model", model)
-        ids = (part for row in every for part in row.parts)
-        if problems := problems or vocabulary_problems("learner.model", model, ids):
+        if problems := problems or _uncalibratable(model, data.calibration):
             raise UserError(problems)
         return data
 
@@ -91,6 +91,26 @@ class SupervisedData:
     def notices(self) -> list[str]:
         """Return what there is to say about files and texts, once each."""
         return notices_of(self.rows, self.held_out, self.calibration)
+
+
+def _unreadable(key: str, model: ModelSettings, rows: Sequence[Any]) -> list[str]:
+    """Return why the model could not read the rows: too few positions, or unknown ids."""
+    problems = length_problems(key, model, max(row.tokens for row in rows))
+    ids = (part for row in rows for part in row.parts)
+    return problems or vocabulary_problems(key, model, ids)
+
+
+def _uncalibratable(model: ModelSettings, rows: Sequence[Example]) -> list[str]:
+    """Return why these rows could not calibrate the model at the end; nothing without rows."""
+    if not rows:
+        return []
+    key = "reward_model.calibration"
+    if len({(*row.prompt_ids, *row.response_ids) for row in rows}) < 2:
+        return [
+            f"{key}: {len(rows)} row(s) of one and the same text: a standard deviation needs the "
+            "scores of at least two different ones"
+        ]
+    return _unreadable(key, model, rows)
 
 
 def start_learner(
@@ -101,7 +121,12 @@ def start_learner(
         "total_steps": steps_of(recipe, data),
         "pad_token_id": data.tokenizer.pad_token_id,
     }
-    return start_groups(roles_of(recipe), facts, placement)[recipe.kind]
+    group = start_groups(roles_of(recipe), facts, placement)[recipe.kind]
+    if isinstance(recipe, RMRecipe):
+        digest = tokenizer_digest(data.tokenizer)
+        deadline_s = recipe.cluster.call_deadline_s
+        group.call("remember_tokenizer", digest, phase="start", deadline_s=deadline_s)
+    return group
 
 
 def steps_of(recipe: SFTRecipe | RMRecipe, data: SupervisedData) -> int:
@@ -128,6 +153,8 @@ class Supervised:
         self.folder = folder
         self.alarms = alarms
         self.total_steps = steps_of(recipe, data)
+        self.export = Export(recipe, self.groups, data.tokenizer)
+        self.calibrated: dict[str, float] = {}
         self.rows_per_unit = roles_of(recipe)[recipe.kind].rows_per_unit
 
     def begin(self, first: int) -> dict[str, Any]:
@@ -161,31 +188,27 @@ class Supervised:
     def load(self, folder: Path) -> None:
         self.call("load", str(folder / "learner"), phase="restore")
 
-    def end(self) -> dict[str, Any]:
-        """Evaluate, calibrate a reward model, and export; return and log the metrics."""
-        last = self.total_steps
-        with self.folder.phase("evaluate", last):
-            summary = self.evaluate(last)
-        summary |= {f"dropped/{why}": float(n) for why, n in self.data.rows.dropped.items()}
-        tokenizer = self.data.tokenizer
-        if isinstance(self.recipe, RMRecipe):
-            self.call("remember_tokenizer", tokenizer_digest(tokenizer), phase="export")
-            summary |= self.calibrate() if self.data.calibration else {}
-        model = self.folder.path / "model"
-        self.call("export", str(model), phase="export")
-        tokenizer.save_pretrained(model)
-        self.folder.log(last, summary | self.folder.seconds(last), phase="evaluation")
-        return summary
-
-    def calibrate(self) -> dict[str, float]:
-        """Set the scores' mean and std from the calibration responses."""
+    def complete_model(self) -> None:
+        """Set the mean and std of a reward model's scores from the calibration responses."""
+        if not self.data.calibration:
+            return
         batch = examples_batch(self.data.calibration)
         pending = scatter_rows(self.group, "infer", batch)
         scores = gather_rows(pending, batch, "calibrate", self.recipe.cluster.call_deadline_s)
         mean = float(scores.mean())
         std = float(scores.std(correction=0))
         self.call("calibrate", mean, std, phase="calibrate")
-        return {"calibration/mean": mean, "calibration/std": std}
+        self.calibrated = {"calibration/mean": mean, "calibration/std": std}
+
+    def end(self) -> dict[str, Any]:
+        """Evaluate; return and log the metrics."""
+        last = self.total_steps
+        with self.folder.phase("evaluate", last):
+            summary = self.evaluate(last)
+        summary |= {f"dropped/{why}": float(n) for why, n in self.data.rows.dropped.items()}
+        summary |= self.calibrated
+        self.folder.log(last, summary | self.folder.seconds(last), phase="evaluation")
+        return summary
 
     def share(self, method: str, batch: Experience) -> dict[str, float]:
         """Call a learner's method on the batch; every rank returns the metrics of all of it."""

@@ -24,7 +24,7 @@ from launch.recipe.machine import code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
-from learners.errors import UserError
+from learners.errors import UserError, in_a_line
 
 BAD_INPUT = 2
 FAILED = 1
@@ -135,6 +135,21 @@ def plan(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|CHECKPOINT", help="a run's folder (its newest checkpoint)"),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="where to write; must not exist")],
+    debug: Debug = False,
+) -> None:
+    """Write the model of a checkpoint for plain Transformers: of PPO the Actor's. One process, no
+    GPU.
+    """
+    guarded(folder, debug, "launch.export", "export_model", source, folder)
+
+
+@app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="cpu or cuda: what runs shall use")] = "cpu",
     start: Annotated[
@@ -242,8 +257,7 @@ def guarded(
             log = folder / "error.log"
             log.write_text(traceback.format_exc())
             detail = f"traceback in {log}"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"{reason} ({detail})")
+        fail(f"{in_a_line(error)} ({detail})")
         raise typer.Exit(FAILED) from None
 
 

@@ -6,7 +6,10 @@ Every head is one that plain Transformers knows, so that whatever is trained her
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib.util
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from learners.calibration import calibration_problem
@@ -37,6 +41,7 @@ from learners.tokenise import pad_problem
 REWARD_MODEL = "ForSequenceClassification"
 CRITIC = "ForTokenClassification"
 OWN_CODE = "comes with code of its own (auto_map)"
+ABSENT = ...  # stands for a value in a config where there is none
 
 
 class Calibration(NamedTuple):
@@ -69,6 +74,13 @@ def write_calibration(config: Any, calibration: Calibration) -> None:
     config.score_std = float(calibration.std)
 
 
+def forget_calibration(config: Any) -> None:
+    """Remove the calibration of weights that are trained on: it says nothing of their scores."""
+    for name in ("score_mean", "score_std"):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
 def load_tokenizer(model: ModelSettings) -> Any:
     """Load the checkpoint's tokenizer. Raises UserError when there is none."""
     with _one_line(model.path):
@@ -77,10 +89,14 @@ def load_tokenizer(model: ModelSettings) -> Any:
 
 def load_config(model: ModelSettings) -> Any:
     """Load the checkpoint's config, with dropout off. Raises UserError when there is none."""
-    with _one_line(model.path):
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    config = _config_as_it_came(model)
     _without_dropout(config)
     return config
+
+
+def _config_as_it_came(model: ModelSettings) -> Any:
+    with _one_line(model.path):
+        return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
 def needs_own_code(model: ModelSettings) -> bool:
@@ -102,6 +118,40 @@ def sampling_defaults(path: str) -> dict[str, Any]:
             return GenerationConfig.from_pretrained(path).to_diff_dict()
         except OSError:
             return {}
+
+
+def generation_config(model: ModelSettings, tokenizer: Any) -> dict[str, Any]:
+    """Return the generation_config.json of what is trained from this checkpoint: the one that it
+    came with (or else what its config.json says), with every token that ends an answer as EOS.
+
+    These are the tokenizer's EOS, with which answers are taught to end, and those of the file: at
+    the same ones a run's engine stops. Raises UserError when the file is broken.
+    """
+    came = _read_generation_config(model.path)
+    if came is None:
+        derived = GenerationConfig.from_model_config(_config_as_it_came(model)).to_diff_dict()
+        derived.setdefault("pad_token_id", tokenizer.pad_token_id)
+        left_out = ("_from_model_config", "transformers_version")
+        came = {k: v for k, v in derived.items() if v is not None and k not in left_out}
+    listed = came.get("eos_token_id")
+    named = listed if isinstance(listed, list) else [listed]
+    ends = [end for end in dict.fromkeys([*named, tokenizer.eos_token_id]) if end is not None]
+    if ends and ends != named:
+        came["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        # some versions of Transformers take this mark as leave to ask the config.json instead
+        came.pop("_from_model_config", None)
+    return came
+
+
+def _read_generation_config(path: str) -> dict[str, Any] | None:
+    """Return every key of a checkpoint's generation_config.json; None where there is none."""
+    with _one_line(path):
+        try:
+            file = cached_file(path, "generation_config.json")
+        except OSError:
+            return None
+        with open(str(file), encoding="utf-8") as text:
+            return dict(json.load(text))
 
 
 def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[int]]) -> list[str]:
@@ -206,7 +256,7 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
             f"{settings.path}: {config.model_type} is an encoder-decoder; a reward model must be a "
             "decoder or an encoder"
         )
-    finished = _is_a(config, REWARD_MODEL)
+    finished = is_a(config, REWARD_MODEL)
     if finished and config.num_labels != 1:
         raise UserError(f"{settings.path}: a reward model has one label, not {config.num_labels}")
     config.num_labels = 1
@@ -238,8 +288,8 @@ def load_critic(settings: ModelSettings) -> Any:
             "causal decoder"
         )
     mean, std = read_calibration(config)
-    from_reward_model = _is_a(config, REWARD_MODEL)
-    finished = _is_a(config, CRITIC)
+    from_reward_model = is_a(config, REWARD_MODEL)
+    finished = is_a(config, CRITIC)
     config.num_labels = 1
     write_calibration(config, Calibration(0.0, 1.0))
     model, missing = _load(AutoModelForTokenClassification, settings, config)
@@ -270,7 +320,7 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
         )
     if wrong := dropped_by(settings.attention, config):
         raise UserError(f"{settings.path}: {wrong}")
-    with _quiet(), _one_line(settings.path):
+    with quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,
             config=config,
@@ -281,6 +331,11 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
         )
     # An embedding's padding_idx keeps that token from learning, also where it is the EOS.
     model.get_input_embeddings().padding_idx = None
+    came = _config_as_it_came(settings)
+    # the language model of a larger one has a config of its own
+    model.came_with = _without_dropout(
+        came if type(came) is type(model.config) else came.get_text_config()
+    )
     return model, set(info["missing_keys"])
 
 
@@ -323,7 +378,7 @@ def _one_line(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence Transformers' table of new heads and its progress bar: missing weights are checked
     here.
     """
@@ -339,18 +394,39 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _without_dropout(config: Any) -> None:
-    """Set dropout and routing noise to 0 in every field of the config and of those inside it."""
+def _without_dropout(config: Any) -> dict[tuple[str, ...], Any]:
+    """Set dropout and routing noise to 0 in every field of the config and of those inside it;
+    return what was there, by the names that lead to it, with ABSENT for what was not.
+    """
+    came: dict[tuple[str, ...], Any] = {}
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            _without_dropout(value)
+            came |= {(name, *inner): old for inner, old in _without_dropout(value).items()}
         elif ("drop" in name or "jitter" in name) and type(value) in (int, float):
+            came[(name,)] = value
             setattr(config, name, 0.0)
     # Where it is absent or None, token classification falls back to 0.1.
+    came.setdefault(("classifier_dropout",), vars(config).get("classifier_dropout", ABSENT))
     config.classifier_dropout = 0.0
+    return came
 
 
-def _is_a(config: Any, architecture: str) -> bool:
+def as_it_came(model: Any) -> Any:
+    """Return a copy of the config of a model that was loaded here, with the dropout that it came
+    with.
+    """
+    config = copy.deepcopy(model.config)
+    for (*inside, name), value in model.came_with.items():
+        owner = functools.reduce(getattr, inside, config)
+        if value is ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    return config
+
+
+def is_a(config: Any, architecture: str) -> bool:
+    """Tell whether a config names a class of this ending, such as REWARD_MODEL."""
     return any(name.endswith(architecture) for name in config.architectures or ())
 
 

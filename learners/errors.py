@@ -51,3 +51,8 @@ def problems_of(rules: Iterable[Rule]) -> Iterator[Problem]:
 def first_wrong(*rules: tuple[object, str]) -> str:
     """Return the message of the first rule that is broken; nothing when all hold."""
     return next((message for wrong, message in rules if wrong), "")
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

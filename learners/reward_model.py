@@ -7,7 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from learners.checkpoints import Calibration, load_reward_model, write_calibration
+from learners.checkpoints import (
+    Calibration,
+    forget_calibration,
+    load_reward_model,
+    write_calibration,
+)
 from learners.experience import Experience
 from learners.forward import sequence_scores
 from learners.learner import Learner
@@ -38,6 +43,7 @@ class RewardModelLearner(Learner):
         super().__init__(
             lambda: load_reward_model(settings.model, pad_token_id), settings, rank, total_steps
         )
+        forget_calibration(self.model.config)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return sequence_scores(model, batch, self.reward_model.padding_side)

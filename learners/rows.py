@@ -107,18 +107,18 @@ def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
     return _finished(rows, source, notices)
 
 
-def load_sft(data: SFTData, tokenizer: Any) -> Rows[Example]:
-    """Load SFT examples; those over `max_tokens` are dropped. Raises DataError on bad rows and
-    empty answers.
+def load_sft(data: SFTData, tokenizer: Any, encoder: bool = False) -> Rows[Example]:
+    """Load SFT examples, or texts that an `encoder` is to score; those over `max_tokens` are
+    dropped. Raises DataError on bad rows and empty answers.
     """
-    end_of_response(tokenizer)
+    end_of_response(tokenizer, encoder)
     source = read(data, [data.prompt_column, data.response_column])
     notices = Notices(tokenizer)
     rows: Rows[Example] = Rows()
     for i, row in enumerate(source.rows):
         with source.at(i):
             text, prompt = _prompt(tokenizer, data.prompt_column, row)
-            answer, ids = _answer(tokenizer, data.response_column, row)
+            answer, ids = _answer(tokenizer, data.response_column, row, encoder)
             if not answer:
                 raise DataError(f"{data.response_column} is empty: there is no answer to learn")
         example = Example(prompt, ids)

@@ -1,16 +1,21 @@
-"""Trained weights: gathered layer by layer, exported, saved, loaded."""
+"""Trained weights: gathered layer by layer, exported, saved, loaded, read from a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
+from learners.export import save_config, save_weights
 from learners.settings import LearnerSettings, Rank
 
 
@@ -63,7 +68,26 @@ class TrainedWeights:
             if self.rank.index == 0:
                 state.update(zip(names, (t.cpu() for t in tensors), strict=True))
         if self.rank.index == 0:
-            self.model.save_pretrained(folder, state_dict=state)
+            save_weights(self.model, state, Path(folder))
+            save_config(self.model, Path(folder))
+
+    def export_config(self, folder: str) -> None:
+        """Write the config.json that `export` writes, without the weights. Call on every rank;
+        rank 0 writes.
+        """
+        if self.rank.index == 0:
+            save_config(self.model, Path(folder))
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Return the bytes that an export and that a checkpoint of all ranks take at least."""
+        sizes = [(math.prod(shape), dtype.itemsize) for _, dtype, shape in self.metadata()]
+        model = sum(count * size for count, size in sizes)
+        moments = 2 if self.settings.optimizer.kind == "adamw" else 0
+        if self.settings.zero_stage == 0:
+            return model, model * (1 + moments)
+        masters = 4 * (1 + moments) * sum(count for count, _ in sizes)
+        # ZeRO-3 keeps the float32 weights alone
+        return model, masters + (model if self.settings.zero_stage < 3 else 0)
 
     def save(self, folder: str) -> None:
         """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every
@@ -90,3 +114,20 @@ class TrainedWeights:
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
+
+
+def read_saved(folder: Path) -> dict[str, Tensor]:
+    """Return the whole weights of every rank's `save`, in the dtype they were trained in, on the
+    CPU. Files alone are read: there need be neither ranks nor their devices.
+    """
+    stage = json.loads((folder / "layout.json").read_text())["zero_stage"]
+    first = "zero_pp_rank_0_mp_rank_00" if stage == 3 else "mp_rank_00"
+    file = folder / "state" / f"{first}_model_states.pt"
+    # DeepSpeed pickles objects of its own beside the tensors
+    module = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
+    if stage == 3:  # whose ranks hold parts, in float32; here the names, dtypes and buffers are
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            whole = get_fp32_state_dict_from_zero_checkpoint(folder, tag="state", lazy_mode=True)
+        parameters = {name for name, tensor in module.items() if not tensor.numel()}
+        module |= {name: whole[name].contiguous().to(module[name].dtype) for name in parameters}
+    return {name.removeprefix("model."): tensor for name, tensor in module.items()}

@@ -21,6 +21,8 @@ from actors.run.progress import show_progress
 from actors.settings import RunSettings
 from learners.errors import UserError
 
+MODEL_FILES = "model_files"  # of a checkpoint: what makes a model of its weights
+
 
 class RunFolder:
     """One run on disk. Get it from `open`; end it with `close` or `finish`.
@@ -28,7 +30,7 @@ class RunFolder:
     `config.yaml`, `config-until-step-*.yaml` (replaced by a resume), `metrics.jsonl` (one
     object per line: step, phase, time in Unix seconds, and the metrics by name), `alarms.jsonl`
     (one object per line: step, name, message), `samples/step-*.jsonl`, `timeline.json` (Chrome
-    trace events), `tensorboard/`, `checkpoints/step-*/`.
+    trace events), `tensorboard/`, `model_files/`, `checkpoints/step-*/`, `model/`.
     """
 
     def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
@@ -235,6 +237,30 @@ class Timeline:
         with self.path.open("r+b") as file:
             file.seek(-len(self.END), os.SEEK_END)
             file.write(b",\n" + json.dumps(event).encode() + self.END)
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder` to fill. Once complete and on disk it takes that
+    name, in place of what was there; otherwise it disappears.
+    """
+    draft = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        to_disk(draft)
+        if folder.exists():
+            old = folder.with_name(f"{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def finished_checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -61,6 +61,9 @@ def steps_and_checkpoints(folder: Path) -> tuple[list[int], list[str]]:
 def run(recipe: Any, folder: RunFolder, training: Any, data: Any, workers: Any) -> None:
     alarms = AlarmLog(folder, 3)
     made = training(recipe, data, workers, folder, alarms)
+    made.export = SimpleNamespace(  # there is no model here
+        rehearse=lambda run: None, disk_bytes=lambda: (0, 0), write_files=lambda folder: None
+    )
     Loop(recipe, made, folder, alarms, clock=0.0).run(resume=False)
 
 
@@ -74,7 +77,7 @@ def test_reinforcement_leaves_after_its_step(
     ]
     recipe: Any = load_recipe(RECIPES / "demo_grpo.yaml", settings)
     workers: Any = SimpleNamespace(
-        groups={},
+        groups={"actor": None, "critic": None},
         engines=None,
         actor=None,
         learners={},
@@ -110,7 +113,7 @@ def test_supervised_training_leaves_after_its_step(
     recipe: Any = load_recipe(
         RECIPES / "demo_sft.yaml", [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false"]
     )
-    data: Any = SimpleNamespace(rows=[0] * 64)
+    data: Any = SimpleNamespace(rows=[0] * 64, tokenizer=None)
     group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
     monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
     folder = RunFolder.open(recipe.run, recipe.to_yaml())

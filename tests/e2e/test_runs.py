@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from actors.cluster.groups import WorkerError
 from actors.run import metrics
+from launch.export import export_model
 from learners.errors import UserError
 from tests.actors.test_alarms import SOUND
 from tests.e2e.conftest import Run, Workshop
@@ -168,6 +170,12 @@ def test_exported_actor_loads_in_plain_transformers_and_has_learned(any_run: Run
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before = AutoModelForCausalLM.from_pretrained(sft.model).state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_ppo_exports_the_actor(ppo_zero2: Run, tmp_path: Path) -> None:
+    export_model(ppo_zero2.folder, tmp_path / "out")
+    written = {path.name: path.read_bytes() for path in ppo_zero2.model.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_ppo_reports_critic_and_kl(ppo_zero2: Run, ppo_zero3: Run) -> None:

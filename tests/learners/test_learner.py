@@ -20,12 +20,14 @@ from transformers import (
 
 from learners.checkpoints import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.experience import Experience
+from learners.export import export_saved
 from learners.settings import (
     LearnerSettings,
     ModelSettings,
     OptimizerSettings,
     RewardModelSettings,
 )
+from learners.weights import read_saved
 from tests.learners.ranks import Ranks
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
@@ -239,6 +241,15 @@ def train_and_export(rank, role, settings, batch, folder):
         engine.calibrate(0.5, 2.0)
     engine.export(folder)
     return engine.infer(shard), [tuple(entry) for entry in engine.metadata()]
+
+
+def train_save_and_export(rank, role, settings, batch, folder):
+    engine = learner(rank, role, settings)
+    engine.train(share(rank, role, batch))
+    engine.save(f"{folder}/learner")
+    engine.export_config(f"{folder}/model_files")
+    engine.export(f"{folder}/model")
+    return engine.disk_bytes()
 
 
 def factors(rank, settings, steps, total_steps):
@@ -815,6 +826,36 @@ def test_an_export_loads_in_plain_transformers(
         ]
     outputs = [output for output, _ in results]
     assert_outputs(in_order(outputs, batch, 2 if role == "reward" else 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("role", "start", "stage", "dtype"),
+    [
+        *(("ppo", "tied", stage, "float32") for stage in STAGES),
+        *(("sft", "untied", stage, "bfloat16") for stage in STAGES[1:]),
+        ("ppo", "tied", 3, "bfloat16"),
+        ("reward", "untied", 2, "float32"),
+        ("reward", "untied", 3, "float32"),
+    ],
+)
+def test_a_checkpoint_becomes_the_model_that_the_run_exports(
+    ranks, paths, settings_of, batches, tmp_path, role, start, stage, dtype
+):
+    """From the files alone, to the byte; and both take no less room than was foretold."""
+    plain = settings_of(role, stage, path=paths[start], optimizer=ADAMW)
+    model = plain.model.model_copy(update={"dtype": dtype})
+    settings = plain.model_copy(update={"model": model})
+    arguments = (role, settings, batches[role], str(tmp_path))
+    (foretold, *others) = ranks[2].run(train_save_and_export, *arguments)
+    assert others == [foretold]
+
+    export_saved(read_saved(tmp_path / "learner"), tmp_path / "model_files", tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    taken = [(tmp_path / "model" / "model.safetensors").stat().st_size]
+    taken.append(sum(file.stat().st_size for file in (tmp_path / "learner").rglob("*.pt")))
+    for least, size in zip(foretold, taken, strict=True):
+        assert 0.5 * size < least <= size
 
 
 # --- the learning rate ----------------------------------------------------------------------------
