@@ -19,6 +19,7 @@ from actors.loop import conduct
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
 from actors.run.folder import RunFolder
+from actors.run.resume import Resume
 from actors.seeds import rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
@@ -37,7 +38,7 @@ from learners.tokenise import tokenizer_digest
 
 
 def run(
-    recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None
+    recipe: SFTRecipe | RMRecipe, resume: Resume | bool = False, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
     return conduct(
@@ -84,22 +85,27 @@ class SupervisedData:
             raise UserError(problems)
         return data
 
+    @property
+    def sets(self) -> dict[str, Sequence[Any]]:
+        """The data sets by the recipe's key."""
+        others = {"held_out": self.held_out, "reward_model.calibration": self.calibration}
+        return {"data": self.rows} | {key: rows for key, rows in others.items() if rows}
+
+    def total_steps(self, recipe: SFTRecipe | RMRecipe) -> int:
+        """Return the optimizer steps of the run."""
+        train = recipe.train
+        return train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+
 
 def start_learner(
     recipe: SFTRecipe | RMRecipe, data: SupervisedData, placement: Placement
 ) -> WorkerGroup:
     """Start the learner's ranks, each with its model; return their group."""
     facts = {
-        "total_steps": steps_of(recipe, data),
+        "total_steps": data.total_steps(recipe),
         "pad_token_id": data.tokenizer.pad_token_id,
     }
     return start_groups(roles_of(recipe), facts, placement)[recipe.kind]
-
-
-def steps_of(recipe: SFTRecipe | RMRecipe, data: SupervisedData) -> int:
-    """Return the optimizer steps of the run."""
-    train = recipe.train
-    return train.steps or max(1, math.ceil(train.epochs * len(data.rows) / train.batch_size))
 
 
 class Supervised:
@@ -119,7 +125,7 @@ class Supervised:
         self.groups: dict[str, WorkerGroup] = {recipe.kind: group}
         self.folder = folder
         self.alarms = alarms
-        self.total_steps = steps_of(recipe, data)
+        self.total_steps = data.total_steps(recipe)
         self.rows_per_unit = roles_of(recipe)[recipe.kind].rows_per_unit
 
     def begin(self, first: int) -> dict[str, Any]:
