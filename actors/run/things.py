@@ -161,7 +161,7 @@ def _rows(rows: Sequence[Any]) -> str:
     whole = blake2b(digest_size=8)
     for row in rows:
         whole.update(_digest(repr(row)).encode())
-    return f"{len(rows)} rows ({whole.hexdigest()})"
+    return f"{len(rows)} ({whole.hexdigest()})"
 
 
 def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
@@ -177,8 +177,8 @@ def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
         yield "Python files", f"{len(files)} files ({_digest(*(f.read_bytes() for f in files))})"
     learner = role.kind == "learner" and role.head != "value"
     if learner:
-        template = json.dumps(tokenizer.chat_template, ensure_ascii=False)
-        yield "chat template", f"{len(template)} characters ({_digest(template)})"
+        template = json.dumps(tokenizer.chat_template or "", ensure_ascii=False)
+        yield "chat template", f"{len(template) - 2} characters ({_digest(template)})"
         yield "generation_config.json", _plain(sampling_defaults(model.path))
     if learner or role.head == "score":
         own = tokenizer if learner else load_tokenizer(model)
