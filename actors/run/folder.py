@@ -108,6 +108,7 @@ class RunFolder:
 
     def alarm(self, step: int, name: str, message: str) -> None:
         """Keep an alarm, and print it unless the step before had it too."""
+        self.still_ours()
         self._alarms.write(_json({"step": step, "name": name, "message": message}) + "\n")
         self._alarms.flush()
         if self._alarmed.get(name, -2) < step - 1:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ import psutil
 import pytest
 import yaml
 
+from actors import driver, supervised
 from actors.loop import check_steps
 from actors.run import lock as locks
 from actors.run.folder import RunFolder, finished_checkpoints
@@ -97,6 +99,17 @@ def things_of(kind: str, resume: Resume | None, *overrides: str, weights: str = 
     return things
 
 
+def leave_run(kind: str) -> None:
+    """Leave the folder of a run that was killed a step after its checkpoint."""
+    recipe, _ = read_recipe(f"{kind}.yaml")
+    run = RunFolder.open(recipe.run, recipe.to_yaml())
+    run.things = things_of(kind, None).table
+    with run.checkpoint(STEP):
+        run.log(STEP, {"loss": 1.0})
+    run.log(STEP + 1, {"loss": 1.0})
+    run.close()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Models as far as they are read before they load, data, recipes, and for each recipe the
@@ -124,15 +137,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("rewards_of_resume.py").write_text(FUNCTION)
         for kind, values in recipes().items():
             Path(f"{kind}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-            recipe, _ = read_recipe(f"{kind}.yaml")
-            run = RunFolder.open(recipe.run, recipe.to_yaml())
-            run.things = things_of(kind, None).table
-            with run.checkpoint(STEP):
-                run.log(STEP, {"loss": 1.0})
-            run.log(STEP + 1, {"loss": 1.0})
-            run.close()
+            leave_run(kind)
     yield folder
     sys.modules.pop("rewards_of_resume")
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the command line from telling Ray, which this process has imported, of a token."""
+    monkeypatch.setattr(cli, "show_ray_token", lambda: None)
 
 
 @pytest.fixture
@@ -610,3 +623,77 @@ def test_a_displaced_run_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
                 pass
             assert files(str(tmp_path)) == before
         assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+
+
+# --- with real processes of a run -----------------------------------------------------------------
+
+
+@pytest.fixture
+def real(place: Path) -> Path:
+    """The working directory with models that load, and nothing begun."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from launch.tasks import unique_digits as task
+
+    shutil.rmtree("runs")
+    task.make_model("base", 0)
+    config = AutoConfig.from_pretrained("base", num_labels=1)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("judge")
+    return place
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(120)
+def test_weights_of_a_frozen_model_are_compared_once_it_has_loaded(
+    real: Path, cluster: None
+) -> None:
+    """NVIDIA-NeMo/RL#3722."""
+    few = ["generation.threads=1", "generation.kv_cache_gib=0.125", "algorithm.kl_beta=0"]
+    recipe, _ = read_recipe("grpo.yaml", few)
+    leave_run("grpo")
+    before = files("runs")
+    with pytest.raises(UserError) as refused:
+        driver.run(recipe, resume=True)  # type: ignore[arg-type]
+    (line,) = refused.value.problems
+    assert re.search(r"weights of the reward judge: [0-9a-f]{32} now, 0a1b at step 60", line)
+    assert files("runs") == before
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(120)
+def test_a_run_that_is_taken_over_is_resumed_by_the_other(
+    real: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run ends before its next step is written. What it saved is gone on from with other
+    held-out rows, which are accepted, and as many steps as were done: the end is done again.
+
+    No public report known to us.
+    """
+    small = ["run.checkpoint_every_steps=1", "run.progress=false"]
+    recipe: Any = read_recipe("sft.yaml", [*small, "train.steps=100000"])[0]
+    other = RunLock(Path("runs/sft"), take_over=True)
+
+    def take_over() -> None:
+        while not finished_checkpoints(Path("runs/sft")):
+            time.sleep(0.01)
+        other.__enter__()
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    with pytest.raises(Displaced):
+        supervised.run(recipe)
+    thread.join()
+    done, _ = finished_checkpoints(Path("runs/sft"))[-1]
+    assert not Path("runs/sft/model").exists() and not Path("runs/sft/summary.json").exists()
+    other.__exit__()
+    shorten_held_out()
+    recipe = read_recipe("sft.yaml", [*small, f"train.steps={done}"])[0]
+    supervised.run(recipe, resume=Resume(("held_out.path",)))
+    assert "accepted: held_out.path" in capsys.readouterr().err
+    lines = Path("runs/sft/metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["phase"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, done + 1))
+    assert Path("runs/sft/model/config.json").exists()
+    assert not Path("runs/sft", locks.FILE).exists()
