@@ -1,6 +1,4 @@
-"""How a run is resumed: what may differ from the run that was, and whether its folder is taken
-over.
-"""
+"""A wish to resume: what may differ from the run that was, and whether its folder is taken over."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
     ("sft", other_template, "learner.model.path", "chat template: 25 characters .* now, 0 ch"),
     # NVIDIA-NeMo/RL#3722: a resumed run with another frozen model than it began with
     ("grpo", other_calibration, "rewards.0.model.path", "config.json: score_mean is 0.75 now"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "change", "key", "said"), CHANGES)
@@ -327,11 +327,22 @@ def test_a_checkpoint_without_digests_says_so(
 # --- words ----------------------------------------------------------------------------------------
 
 
-def resumed(kind: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[Any]]:
-    """Resume on the command line without running; return its exit code, and what would run."""
+def resumed(
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    during: Callable[[], None] = lambda: None,
+) -> tuple[int, list[Any]]:
+    """Resume on the command line with `during` as the run; return the exit code, and what ran."""
     runs: list[Any] = []
-    module = type(sys)("runner_of_resume")
-    module.run = lambda recipe, resume, config_yaml: runs.append(resume) or {}  # type: ignore[attr-defined]
+
+    def run(recipe: Any, resume: Any, config_yaml: str) -> dict[str, Any]:
+        runs.append(resume)
+        during()
+        return {}
+
+    module: Any = type(sys)("runner_of_resume")
+    module.run = run
     monkeypatch.setitem(sys.modules, "runner_of_resume", module)
     monkeypatch.setattr(cli, "_runner", lambda recipe: "runner_of_resume")
     return cli.main([kind, f"{kind}.yaml", "--resume", *arguments]), runs
@@ -604,6 +615,23 @@ def test_a_run_that_is_taken_over_stops_and_writes_nothing_more(
     assert re.fullmatch(
         r"1 error: run.folder: .*held was taken over .*this run stops", holder.said()
     )
+
+
+def test_a_displaced_run_is_one_line_and_exit_code_1(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its traceback would go into the folder, which is no longer its own."""
+    before = files("runs")
+
+    def displaced() -> None:
+        raise Displaced(Path("runs/sft"), "the run of process 7 on node b")
+
+    assert resumed("sft", monkeypatch, during=displaced)[0] == 1
+    assert files("runs") == before
+    assert capsys.readouterr().err.splitlines() == [
+        "error: run.folder: runs/sft was taken over by the run of process 7 on node b; this run "
+        "stops"
+    ]
 
 
 def test_a_displaced_run_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
