@@ -23,6 +23,7 @@ from actors.rollouts.requests import Sample, requests_for, samples_of
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.run.folder import RunFolder
 from actors.run.metrics import reduce
+from actors.run.resume import Resume
 from actors.run_data import RunData
 from actors.seeds import derive_seed
 from actors.settings import RLRecipe
@@ -35,9 +36,19 @@ from learners.kl import kl_estimate
 from learners.rows import Prompt
 
 
-def run(recipe: RLRecipe, resume: bool = False, config_yaml: str | None = None) -> dict[str, Any]:
+def run(
+    recipe: RLRecipe, resume: Resume | bool = False, config_yaml: str | None = None
+) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
-    return conduct(recipe, resume, config_yaml, read=RunData.load, start=Workers, training=Driver)
+    return conduct(
+        recipe,
+        resume,
+        config_yaml,
+        read=RunData.load,
+        start=Workers,
+        training=Driver,
+        fingerprints=lambda workers: workers.loaded,
+    )
 
 
 class Driver:
@@ -70,7 +81,6 @@ class Driver:
         recipe = self.recipe
         dropped = {f"dropped/{why}": float(n) for why, n in self.data.prompts.dropped.items()}
         self.folder.log(0, dropped, phase="data")
-        self.frozen = self.workers.fingerprints()
         self.workers.weights.connect(self.version)
         gap = check_engine_agrees(
             self.workers.engines, self.workers.actor, self.data.prompts, recipe
@@ -216,7 +226,7 @@ class Driver:
 
     def end(self) -> dict[str, Any]:
         """Check that the frozen models have not changed, and evaluate the Actor."""
-        self.workers.check_frozen(self.frozen)
+        self.workers.check_frozen()
         return {"after": self.evaluate_all(self.total_steps)}
 
 

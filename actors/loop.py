@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,22 +17,36 @@ from actors.export import Export
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
 from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
+from actors.run.lock import RunLock
+from actors.run.resume import Resume, wish
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
-from actors.settings import Recipe
+from actors.run.things import Things, found_by, weights_of
+from actors.settings import Recipe, RLRecipe
 from learners.errors import UserError, in_a_line
 
 R = TypeVar("R", bound=Recipe)
-D = TypeVar("D", bound="Data")  # the data of a kind of training
+D = TypeVar("D", bound="Data")  # of a kind of training
 W = TypeVar("W")  # its workers
 
 
 class Data(Protocol):
-    """Checked data of a kind of training."""
+    """All that is read and checked before anything starts."""
 
     @property
     def notices(self) -> list[str]:
         """Return lines about files and texts for whoever starts the run."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the trained model."""
+
+    @property
+    def sets(self) -> Mapping[str, Sequence[Any]]:
+        """Rows as they were loaded, by the recipe's key of the data set."""
+
+    def total_steps(self, recipe: Any) -> int:
+        """Return the steps of the whole run."""
 
 
 class Training(Protocol):
@@ -70,43 +84,81 @@ class Training(Protocol):
         """Do what the exported model does not depend on; return the end of the summary."""
 
 
+def nothing_frozen(workers: Any) -> dict[str, list[str]]:
+    """Return the fingerprints of a training whose every model is trained."""
+    return {}
+
+
 def conduct(
     recipe: R,
-    resume: bool,
+    resume: Resume | bool,
     config_yaml: str | None,
     *,
     read: Callable[[R], D],
     start: Callable[[R, D, Placement], W],
     training: Callable[[R, D, W, RunFolder, AlarmLog], Training],
+    fingerprints: Callable[[W], Mapping[str, Sequence[str]]] = nothing_frozen,
 ) -> dict[str, Any]:
     """Run a recipe from its data to its summary, and return that.
 
-    `read` reads and checks the data before anything starts, `start` starts the processes, and
-    `training` is made of all of them. `config_yaml` is the recipe's own text, kept with the run for
-    its comments.
+    `read` reads and checks the data before anything starts, `start` starts the processes,
+    `fingerprints` are those of its models that are not trained, by role, and `training` is made of
+    all of them. `config_yaml` is the recipe's own text, kept with the run for its comments.
     """
     clock = time.perf_counter()
-    RunFolder.check(recipe.run, resume)
-    data = read(recipe)
-    for line in data.notices:
-        print(f"notice: {line}", file=sys.stderr, flush=True)
-    with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
-        workers = start(recipe, data, placement)
-        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
-            alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
-            made = training(recipe, data, workers, folder, alarms)
-            nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
-            (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
-            notices = "".join(f"{line}\n" for line in data.notices)
-            (folder.path / "notices.txt").write_text(notices, "utf-8", "backslashreplace")
-            loop = Loop(recipe, made, folder, alarms, clock)
-            try:
-                summary = loop.run(resume)
-            except UserError:
-                if not resume and not loop.began:
-                    folder.discard()  # nothing was trained: leave the name free for another try
-                raise
-            folder.finish(summary)
+    path = Path(recipe.run.folder)
+    how = wish(resume)
+    RunFolder.check(recipe.run, bool(how))
+    with RunLock(path, how.take_over if how else False) as lock:
+        RunFolder.check(recipe.run, bool(how))  # from here on no other run changes it
+        things = Things(path, how)
+        data = read(recipe)
+        for line in data.notices:
+            print(f"notice: {line}", file=sys.stderr, flush=True)
+        things.add(found_by(recipe, data.tokenizer, data.sets))
+        check_steps(recipe, data.total_steps(recipe), things.step)
+        with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
+            workers = start(recipe, data, placement)
+            things.add(weights_of(recipe, fingerprints(workers)))
+            things.check_accepted()
+            text = config_yaml or recipe.to_yaml()
+            with closing(RunFolder.open(recipe.run, text, bool(how))) as folder:
+                folder.lock = lock
+                folder.things = things.table
+                notices = "".join(f"{line}\n" for line in data.notices)
+                (folder.path / "notices.txt").write_text(notices, "utf-8", "backslashreplace")
+                alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
+                made = training(recipe, data, workers, folder, alarms)
+                return carry_out(Loop(recipe, made, folder, alarms, clock), bool(how))
+
+
+def check_steps(recipe: Recipe, total: int, done: int) -> None:
+    """Raise UserError when the run would have fewer steps than its checkpoint has done."""
+    if total >= done:
+        return
+    if isinstance(recipe, RLRecipe):
+        key = "step.steps"
+    else:
+        key = "train.steps" if recipe.train.steps else "train.epochs"
+    raise UserError(
+        f"{key}: makes a run of {total} steps, and the checkpoint to resume from has done {done}; "
+        f"give as many as make {done} or more"
+    )
+
+
+def carry_out(loop: Loop, resume: bool) -> dict[str, Any]:
+    """Run the loop, and leave its summary and where everything ran in the run folder."""
+    folder = loop.folder
+    groups = loop.training.groups.items()
+    nodes = {name: [node.id for node in group.nodes] for name, group in groups}
+    (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
+    try:
+        summary = loop.run(resume)
+    except UserError:
+        if not resume and not loop.began:
+            folder.discard()  # nothing was trained: leave the name free for another try
+        raise
+    folder.finish(summary)
     return summary
 
 
@@ -142,6 +194,7 @@ class Loop:
                 raise self.alarms.stop(step)
             if stopping:
                 raise Interrupted(step)
+        self.folder.still_ours()
         summary |= self.end(total)
         self.log_seconds("wall", total)
         return summary

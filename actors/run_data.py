@@ -40,6 +40,12 @@ class RunData:
     held_out: Rows[Prompt]
     test: Rows[Prompt]
 
+    @property
+    def sets(self) -> dict[str, Sequence[Prompt]]:
+        """The data sets by the recipe's key."""
+        evaluation = {"evaluation.prompts": self.held_out, "evaluation.test_prompts": self.test}
+        return {"prompts": self.prompts} | {key: rows for key, rows in evaluation.items() if rows}
+
     @classmethod
     def load(cls, recipe: RLRecipe) -> RunData:
         """Read everything. Raises UserError on data, models or functions that cannot serve."""
@@ -156,6 +162,10 @@ class RunData:
             "max_model_tokens": generation.max_model_tokens or longest,
             "eos_token_id": self.tokenizer.eos_token_id,
         }
+
+    def total_steps(self, recipe: RLRecipe) -> int:
+        """Return the steps of the run."""
+        return recipe.step.steps
 
     def prompts_of(self, step: int, count: int, seed: int) -> list[Prompt]:
         """Return the prompts of a step, from 1: a function of (seed, step)."""

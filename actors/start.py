@@ -78,19 +78,17 @@ class Workers:
         longest = facts["max_model_tokens"]
         probe = probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1))
         self.weights = WeightSync(self.actor, engines, self.gpu_sharing, probe, recipe)
+        self.loaded = self.fingerprints()
 
-    def fingerprints(self) -> list[str]:
-        """Return the fingerprints of all frozen models."""
+    def fingerprints(self) -> dict[str, list[str]]:
+        """Return the fingerprints of all frozen models, by role; one a process."""
         deadline_s = self.deadline_s
-        return [
-            one
+        return {
+            group.name: group.call("fingerprint", phase="fingerprint", deadline_s=deadline_s)
             for group in self.frozen
-            for one in group.call("fingerprint", phase="fingerprint", deadline_s=deadline_s)
-        ]
+        }
 
-    def check_frozen(self, before: list[str]) -> None:
-        """Raise WorkerError unless the fingerprints of Reference and Reward models are those of
-        `before`.
-        """
-        if self.fingerprints() != before:
+    def check_frozen(self) -> None:
+        """Raise WorkerError unless Reference and Reward models are as they were loaded."""
+        if self.fingerprints() != self.loaded:
             raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")

@@ -20,6 +20,7 @@ from actors.loop import conduct
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
 from actors.run.folder import RunFolder
+from actors.run.resume import Resume
 from actors.seeds import rows_of_step
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
@@ -40,7 +41,7 @@ from learners.tokenise import tokenizer_digest
 
 
 def run(
-    recipe: SFTRecipe | RMRecipe, resume: bool = False, config_yaml: str | None = None
+    recipe: SFTRecipe | RMRecipe, resume: Resume | bool = False, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
     return conduct(
@@ -92,6 +93,17 @@ class SupervisedData:
         """Return what there is to say about files and texts, once each."""
         return notices_of(self.rows, self.held_out, self.calibration)
 
+    @property
+    def sets(self) -> dict[str, Sequence[Any]]:
+        """The data sets by the recipe's key."""
+        others = {"held_out": self.held_out, "reward_model.calibration": self.calibration}
+        return {"data": self.rows} | {key: rows for key, rows in others.items() if rows}
+
+    def total_steps(self, recipe: SFTRecipe | RMRecipe) -> int:
+        """Return the optimizer steps of the run."""
+        train = recipe.train
+        return train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+
 
 def _unreadable(key: str, model: ModelSettings, rows: Sequence[Any]) -> list[str]:
     """Return why the model could not read the rows: too few positions, or unknown ids."""
@@ -118,7 +130,7 @@ def start_learner(
 ) -> WorkerGroup:
     """Start the learner's ranks, each with its model; return their group."""
     facts = {
-        "total_steps": steps_of(recipe, data),
+        "total_steps": data.total_steps(recipe),
         "pad_token_id": data.tokenizer.pad_token_id,
     }
     group = start_groups(roles_of(recipe), facts, placement)[recipe.kind]
@@ -127,12 +139,6 @@ def start_learner(
         deadline_s = recipe.cluster.call_deadline_s
         group.call("remember_tokenizer", digest, phase="start", deadline_s=deadline_s)
     return group
-
-
-def steps_of(recipe: SFTRecipe | RMRecipe, data: SupervisedData) -> int:
-    """Return the optimizer steps of the run."""
-    train = recipe.train
-    return train.steps or max(1, math.ceil(train.epochs * len(data.rows) / train.batch_size))
 
 
 class Supervised:
@@ -152,7 +158,7 @@ class Supervised:
         self.groups: dict[str, WorkerGroup] = {recipe.kind: group}
         self.folder = folder
         self.alarms = alarms
-        self.total_steps = steps_of(recipe, data)
+        self.total_steps = data.total_steps(recipe)
         self.export = Export(recipe, self.groups, data.tokenizer)
         self.calibrated: dict[str, float] = {}
         self.rows_per_unit = roles_of(recipe)[recipe.kind].rows_per_unit

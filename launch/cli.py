@@ -18,9 +18,10 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from actors.run.resume import Resume
 from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import models_of
-from launch.recipe.machine import code_problems
+from launch.recipe.machine import accepted, code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
@@ -54,9 +55,22 @@ AnyRecipe = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="replace keys of the recipe")
 ]
-Resume = Annotated[
+Resumed = Annotated[
     bool,
     typer.Option("--resume", help="go on with the run in run.folder from its newest checkpoint"),
+]
+Accept = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept",
+        metavar="KEY",
+        help="with --resume: let what this key says or names differ from what the checkpoint was "
+        "made of; may be repeated",
+    ),
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", help="with --resume: take run.folder from a run that still has it"),
 ]
 Check = Annotated[
     bool,
@@ -82,11 +96,14 @@ def recipe_command(kind: str) -> Callable[..., None]:
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
-        resume: Resume = False,
+        resume: Resumed = False,
+        accept: Accept = None,
+        take_over: TakeOver = False,
         check: Check = False,
         debug: Debug = False,
     ) -> None:
-        train(kind, recipe, overrides or [], resume, check, debug)
+        how = wanted(resume, accept, take_over)
+        train(kind, recipe, overrides or [], how, check, debug)
 
     return command
 
@@ -172,15 +189,18 @@ def submit(
         str, typer.Option(help="the cluster's job server, such as http://head:8265")
     ],
     overrides: Overrides = None,
-    resume: Resume = False,
+    resume: Resumed = False,
+    accept: Accept = None,
+    take_over: TakeOver = False,
 ) -> None:
     """Run a recipe as a job of a Ray cluster: ship this checkout, follow the log, return the job's
     exit code.
     """
+    how = wanted(resume, accept, take_over)
     parsed, _ = read_recipe(recipe, overrides or [])
     from launch.cluster.ray_job import submit_job
 
-    raise typer.Exit(submit_job(parsed.kind, recipe, overrides or [], address, resume))
+    raise typer.Exit(submit_job(parsed.kind, recipe, overrides or [], address, how))
 
 
 @app.command()
@@ -215,8 +235,19 @@ def version() -> None:
         print("not installed: a checkout (make install installs it)")
 
 
+def wanted(resume: bool, accept: list[str] | None, take_over: bool) -> Resume | None:
+    """Return how to resume, None for a new run. Raises UserError for options that only a resume
+    has.
+    """
+    if resume:
+        return Resume(tuple(accept or ()), take_over)
+    if accept or take_over:
+        raise UserError(f"{'--accept' if accept else '--take-over'}: only together with --resume")
+    return None
+
+
 def train(
-    kind: str, path: Path, overrides: list[str], resume: bool, check: bool, debug: bool
+    kind: str, path: Path, overrides: list[str], resume: Resume | None, check: bool, debug: bool
 ) -> None:
     """Check everything that can be known before a model loads, then run the recipe and print its
     summary.
@@ -224,6 +255,8 @@ def train(
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
     if problems := list(code_problems(recipe)):
         raise RecipeError([located(p, document) for p in problems])
+    for line in accepted(recipe, resume.accept) if resume else ():
+        print(line, file=sys.stderr)
     for key, model in models_of(recipe).items():
         if model.trust_remote_code:
             print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from actors.run.lock import RunLock, only_locked
 from actors.run.progress import show_progress
 from actors.settings import RunSettings
 from learners.errors import UserError
@@ -37,6 +38,8 @@ class RunFolder:
         """Open an existing folder, to log from `first_step` on."""
         self.settings = settings
         self.path = Path(settings.folder).resolve()  # workers may run in another directory
+        self.lock: RunLock | None = None  # whose folder it is; None: nobody else's
+        self.things: dict[str, Any] = {}  # what the checkpoints are made of
         self._keep_config(config_yaml, first_step - 1)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
@@ -57,7 +60,7 @@ class RunFolder:
         path = Path(settings.folder)
         if resume and not finished_checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
-        if not resume and path.exists():
+        if not resume and path.exists() and not only_locked(path):
             raise UserError(
                 f"run.folder: {path} exists: choose another folder, or --resume to go on with "
                 "that run"
@@ -79,15 +82,21 @@ class RunFolder:
                 os.truncate(path / name, size)
             return cls(settings, config_yaml, first_step=step + 1)
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from None
         return cls(settings, config_yaml, first_step=0)
+
+    def still_ours(self) -> None:
+        """Raise Displaced when another run has taken the folder over: write nothing then."""
+        if self.lock is not None:
+            self.lock.check()
 
     def log(self, step: int, metrics: dict[str, float], phase: str = "train") -> None:
         """Record the metrics of a step. NaN and infinity become null in metrics.jsonl: JSON has no
         word for them.
         """
+        self.still_ours()
         line = {"step": step, "phase": phase, "time": round(time.time(), 3), **metrics}
         self._metrics.write(_json(line) + "\n")
         self._metrics.flush()
@@ -101,6 +110,7 @@ class RunFolder:
 
     def alarm(self, step: int, name: str, message: str) -> None:
         """Keep an alarm, and print it unless the step before had it too."""
+        self.still_ours()
         self._alarms.write(_json({"step": step, "name": name, "message": message}) + "\n")
         self._alarms.flush()
         if self._alarmed.get(name, -2) < step - 1:
@@ -123,9 +133,12 @@ class RunFolder:
         """Yield a temporary folder to fill. It takes its final name only once complete and on
         disk, or disappears.
         """
+        self.still_ours()
         final = self.path / "checkpoints" / _name(step)
-        draft = final.with_name(f"{final.name}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
+        for left in final.parent.glob("step-*.tmp"):  # by runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        # a name of its own: a run that was displaced may still be writing its draft of this step
+        draft = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
         draft.mkdir(parents=True)
         try:
             yield draft
@@ -134,7 +147,9 @@ class RunFolder:
                 os.fsync(log.fileno())
             sizes = {Path(log.name).name: os.fstat(log.fileno()).st_size for log in logs}
             (draft / "run_folder.json").write_text(json.dumps({"bytes": sizes}))
+            (draft / "things.json").write_text(_json(self.things, indent=1) + "\n")
             to_disk(draft)
+            self.still_ours()
             draft.rename(final)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -168,6 +183,7 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and close."""
+        self.still_ours()
         _replace(self.path / "summary.json", _json(summary, indent=2) + "\n")
         self.close()
 

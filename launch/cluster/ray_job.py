@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.run.resume import Resume, wish
 from actors.settings import Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
@@ -58,7 +59,9 @@ NOT_FOUND = 127
 INTERRUPTED = 130
 
 
-def submit_job(kind: str, path: Path, overrides: Sequence[str], address: str, resume: bool) -> int:
+def submit_job(
+    kind: str, path: Path, overrides: Sequence[str], address: str, resume: Resume | None
+) -> int:
     """Ship, run and follow; returns the driver's exit code, 130 when interrupted. Raises UserError
     before anything is sent when the job could not work, or nobody answers at `address`.
     """
@@ -203,11 +206,14 @@ def pack(root: Path, files: Iterable[str], recipe: Path, package: Path) -> None:
         archive.write(recipe, f"{FOLDER}/{recipe.name}")
 
 
-def entrypoint(kind: str, recipe: str, overrides: Sequence[str], resume: bool) -> str:
+def entrypoint(
+    kind: str, recipe: str, overrides: Sequence[str], resume: Resume | bool | None
+) -> str:
     """Return what the cluster's shell runs, in the unpacked checkout, with the Python that is on
     its PATH.
     """
-    options = ["--resume"] if resume else []
+    how = wish(resume)
+    options = how.options if how else []
     command = ["python", "-m", "launch", kind, *options, f"{FOLDER}/{recipe}"]
     return shlex.join([*command, *overrides, "cluster.address=auto"])
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from actors.cluster.layout import layout
 from actors.roles import roles_of
 from actors.run.folder import finished_checkpoints
+from actors.run.lock import only_locked
 from actors.settings import Recipe
 from launch.recipe.combinations import lacking_gpus
 from learners.errors import UserError
@@ -52,7 +53,8 @@ def write_job(
     if lacking := lacking_gpus(recipe):
         raise UserError(f"--nodes: {lacking}")
     folder = Path(recipe.run.folder).absolute()
-    if os.path.exists(folder) and not finished_checkpoints(folder):
+    begun = os.path.exists(folder) and not only_locked(folder)
+    if begun and not finished_checkpoints(folder):
         raise UserError(
             f"run.folder: {folder} exists and holds no checkpoint to go on from; choose "
             "another folder"

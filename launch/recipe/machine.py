@@ -12,13 +12,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from actors.run.folder import finished_checkpoints
+from actors.run.lock import only_locked
+from actors.run.resume import Resume, differing, wish
 from actors.settings import (
     Recipe,
     RLRecipe,
@@ -93,7 +95,7 @@ ENCODERS = frozenset(
 )
 
 
-def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
+def file_problems(recipe: Recipe, resume: Resume | bool | None = None) -> Iterator[Problem]:
     """Yield what is wrong with GPUs, the run folder, models' JSON files and data columns, as far as
     they are on this machine.
 
@@ -105,8 +107,9 @@ def file_problems(recipe: Recipe, resume: bool = False) -> Iterator[Problem]:
     folder = recipe.run.folder
     if wrong := _no_run_to_resume(folder) if resume else _no_new_run(folder):
         yield Problem(("run.folder",), f"{folder} {wrong}")
-    elif resume:
-        yield from _changed(recipe)
+    elif how := wish(resume):
+        yield from _changed(recipe, how.accept)
+        yield from _fewer_steps(recipe)
     for key, model in models_of(recipe).items():
         if is_local(model.path):
             yield from _model_folder(key, model, recipe)
@@ -140,7 +143,7 @@ def _no_run_to_resume(folder: str) -> str:
 def _no_new_run(folder: str) -> str:
     """Return why no run can begin in the folder; nothing when one can. Leaves nothing behind."""
     path = Path(os.path.abspath(folder))
-    if os.path.exists(path):
+    if os.path.exists(path) and not only_locked(path):
         return "exists; choose another folder, or --resume to go on with that run"
     above = next(parent for parent in path.parents if os.path.exists(parent))
     if not above.is_dir():
@@ -154,9 +157,27 @@ def _no_new_run(folder: str) -> str:
     return ""
 
 
-def _changed(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what decides a resumed run's numbers and is not what it was: the run must go on as if
-    it had never stopped.
+def _changed(recipe: Recipe, accept: Collection[str]) -> Iterator[Problem]:
+    """Yield what decides a resumed run's numbers, is not what it was and is not accepted: the run
+    must go on as if it had never stopped.
+    """
+    try:
+        changed = changes(recipe)
+    except UserError as error:
+        yield Problem(("run.folder",), error.problems[0])
+        return
+    refused = {
+        key: f"{message}; a changed recipe is a new run: choose another run.folder, or go on all "
+        f"the same: --accept {key}"
+        for key, message in changed.items()
+        if key not in accept
+    }
+    yield from (Problem((key, "run.folder"), message) for key, message in differing(refused))
+
+
+def changes(recipe: Recipe) -> dict[str, str]:
+    """Return the keys that decide a resumed run's numbers and are not what they were, with both
+    values in words. Raises UserError when the run to resume does not say what it was.
     """
     before = Path(recipe.run.folder) / "config.yaml"
     missing = (
@@ -167,18 +188,51 @@ def _changed(recipe: Recipe) -> Iterator[Problem]:
         document = Document.read(before)
     except UserError as error:
         broken = f"{error.problems[0]}; the run to resume must say what it was"
-        yield Problem(("run.folder",), broken if os.path.isfile(before) else missing)
-        return
+        raise UserError(broken if os.path.isfile(before) else missing) from None
     document.rename(OLD_KEYS)
     old = flat(_with_defaults(document.values, type(recipe)))
     new = flat(recipe.model_dump(mode="json"))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE):
-            message = (
-                f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}; a "
-                "changed recipe is a new run: choose another run.folder"
+    return {
+        key: f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    }
+
+
+def accepted(recipe: Recipe, accept: Collection[str]) -> Iterator[str]:
+    """Yield a line for every change of the recipe that is accepted. Raises UserError for a key
+    under which nothing could be.
+
+    What lies under a path is compared once it is read (actors/run/things.py).
+    """
+    changed = changes(recipe)
+    read = {**models_of(recipe), **dict(_data(recipe))}
+    paths = [f"{key}.path" for key in read]
+    for key in accept:
+        if key in changed:
+            yield f"accepted: {key}: {changed[key]}"
+        elif key not in paths:
+            there = ", ".join([*changed, *(path for path in paths if path not in changed)])
+            raise UserError(
+                f"--accept {key}: nothing to accept there; what could be is what has changed "
+                f"under {there}"
             )
-            yield Problem((key, "run.folder"), message)
+
+
+def _fewer_steps(recipe: Recipe) -> Iterator[Problem]:
+    """Yield a problem when the recipe says fewer steps than the newest checkpoint has done."""
+    if isinstance(recipe, RLRecipe):
+        key = "step.steps"
+        steps: int | None = recipe.step.steps
+    else:
+        key = "train.steps"
+        steps = recipe.train.steps
+    done, _ = finished_checkpoints(Path(recipe.run.folder))[-1]
+    if steps is not None and steps < done:
+        yield Problem(
+            (key,),
+            f"is {steps}, and the checkpoint to resume from has done {done}: give {done} or more",
+        )
 
 
 def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:

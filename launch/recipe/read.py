@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from actors.run.resume import Resume
 from actors.settings import Recipe, RLRecipe, RMRecipe, SFTRecipe, rl_recipe
 from launch.recipe.combinations import combination_problems
 from launch.recipe.document import Document, in_words
@@ -73,7 +74,7 @@ def read_recipe(
     kind: str | None = None,
     *,
     files: bool = False,
-    resume: bool = False,
+    resume: Resume | bool | None = None,
 ) -> tuple[Recipe, Document]:
     """Load a recipe like load_recipe; also return where every value was written.
 

@@ -81,7 +81,6 @@ def test_reinforcement_leaves_after_its_step(
         engines=None,
         actor=None,
         learners={},
-        fingerprints=list,
         weights=SimpleNamespace(connect=lambda version: None),
         evaluator=None,
     )
@@ -113,7 +112,9 @@ def test_supervised_training_leaves_after_its_step(
     recipe: Any = load_recipe(
         RECIPES / "demo_sft.yaml", [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false"]
     )
-    data: Any = SimpleNamespace(rows=[0] * 64, tokenizer=None)
+    unused: Any = None
+    rows: Any = [0] * 64
+    data = supervised.SupervisedData(unused, unused, rows, [])
     group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
     monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
     folder = RunFolder.open(recipe.run, recipe.to_yaml())

@@ -56,11 +56,11 @@ def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -
     workers: Any = object.__new__(Workers)
     workers.deadline_s = 60
     workers.frozen = [group]
-    before = workers.fingerprints()
-    workers.check_frozen(before)
+    workers.loaded = workers.fingerprints()
+    workers.check_frozen()
     group.call("disturb", phase="test", deadline_s=60)
     with pytest.raises(WorkerError, match="a frozen model .* changed during the run"):
-        workers.check_frozen(before)
+        workers.check_frozen()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

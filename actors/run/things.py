@@ -1,0 +1,235 @@
+"""Things: all that a recipe's paths named when a run read it. Every checkpoint has a table of them,
+so that a resumed run can tell what lies there now from what it was made of.
+
+The table says, by the recipe's key of the path and part by part, what was found: digests, with
+words beside them for a person.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from actors.roles import Role, roles_of
+from actors.run.folder import finished_checkpoints
+from actors.run.resume import Resume, differing
+from actors.settings import Recipe, RLRecipe
+from learners.errors import UserError
+
+Found = Mapping[str, Mapping[str, Any]]
+"""Parts by the recipe's key: words with a digest, or a section of plain values."""
+
+FILE = "things.json"  # in a checkpoint
+NAMED = "named"  # the part that says which words of the recipe the others belong to
+CODE = "code"  # the part that may differ: most changes of a source file change no number
+LONGEST = 60  # of a value in a message, characters
+
+
+class Things:
+    """The things of one run, compared with those of the checkpoint that it goes on from."""
+
+    def __init__(self, folder: Path, resume: Resume | None) -> None:
+        """Read the newest checkpoint's table if the run resumes. Raises UserError when it is
+        broken.
+        """
+        self.table: dict[str, dict[str, Any]] = {}
+        self.before: Found = {}
+        self.accept = resume.accept if resume else ()
+        self.differ: set[str] = set()
+        self.step = 0
+        if resume:
+            self.step, checkpoint = finished_checkpoints(folder)[-1]
+            self.before = _read(checkpoint / FILE)
+
+    def add(self, found: Found) -> None:
+        """Enter what was found into the table. Raises UserError for what differs from the
+        checkpoint's and is not accepted; says what is.
+
+        What other words of the recipe name is not compared: those words are, with the recipe.
+        """
+        refused: dict[str, str] = {}
+        for key, parts in found.items():
+            self.table.setdefault(key, {}).update(parts)
+            before = self.before.get(key)
+            if before is None:
+                continue
+            if before.get(NAMED) != parts[NAMED]:
+                self.differ.add(key)
+            elif differences := list(_differences(parts, before, self.step)):
+                self.differ.add(key)
+                more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+                self._judge(key, f"{parts[NAMED]['path']}: {differences[0]}{more}", refused)
+        if refused:
+            raise UserError([f"{key}: {message}" for key, message in differing(refused)])
+
+    def _judge(self, key: str, difference: str, refused: dict[str, str]) -> None:
+        if CODE in self.table[key]:
+            say(f"warning: {key}: {difference}; from here on the new one counts")
+        elif key in self.accept:
+            say(f"accepted: {key}: {difference}")
+        else:
+            refused[key] = (
+                f"{difference}; put back what was there, or go on with what is there now: "
+                f"--accept {key}"
+            )
+
+    def check_accepted(self) -> None:
+        """Raise UserError if something was to be accepted under whose key nothing differs."""
+        if unneeded := [key for key in self.accept if key in self.table and key not in self.differ]:
+            there = ", ".join(sorted(self.differ)) or "nothing does"
+            raise UserError(
+                f"--accept {unneeded[0]}: nothing differs there from the checkpoint of step "
+                f"{self.step}; leave it out (what differs: {there})"
+            )
+
+
+def _read(file: Path) -> Found:
+    if not file.exists():
+        say(
+            f"{file.parent}: saved by a version that kept no digests; whether data and models are "
+            "what they were cannot be compared"
+        )
+        return {}
+    try:
+        table: Found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"run.folder: {file} cannot be read: {error}") from None
+    return table
+
+
+def _differences(now: Mapping[str, Any], before: Mapping[str, Any], step: int) -> Iterator[str]:
+    """Yield what differs among the parts that both have, each with both values."""
+    for part in now:
+        if part not in before or now[part] == before[part]:
+            continue
+        if isinstance(now[part], dict) and isinstance(before[part], dict):
+            for name in dict.fromkeys([*now[part], *before[part]]):
+                values = [_short(of[part].get(name)) for of in (now, before)]
+                if now[part].get(name) != before[part].get(name):
+                    yield f"{part}: {name} is {values[0]} now, {values[1]} at step {step}"
+        else:
+            yield f"{part}: {_short(now[part])} now, {_short(before[part])} at step {step}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+# --- what the paths name --------------------------------------------------------------------------
+
+
+def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) -> Found:
+    """Return everything that can be known before a model loads: the rows of the data `sets` as they
+    were loaded, by the recipe's key; models' configs and tokenizers; the source of functions.
+
+    `tokenizer` is the trained model's.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, rows in sets.items():
+        settings = reduce(getattr, key.split("."), recipe)
+        found[f"{key}.path"] = {NAMED: settings.model_dump(mode="json"), "rows": _rows(rows)}
+    for role in roles_of(recipe).values():
+        if role.model is not None:
+            parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
+            parts.update(_model(role, tokenizer))
+    return found | dict(_code(recipe))
+
+
+def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Found:
+    """Return the weights of the models that are not trained, from their processes' fingerprints by
+    role.
+    """
+    roles = roles_of(recipe)
+    return {
+        f"{roles[name].model_key}.path": {
+            NAMED: {"path": model.path},
+            f"weights of the {name}": " ".join(sorted(set(prints))),
+        }
+        for name, prints in fingerprints.items()
+        if (model := roles[name].model)
+    }
+
+
+def _rows(rows: Sequence[Any]) -> str:
+    """Return how many rows there are, and a digest of every one of them in order."""
+    whole = blake2b(digest_size=8)
+    for row in rows:
+        whole.update(json.dumps(vars(row), default=_words).encode() + b"\n")
+    return f"{len(rows)} ({whole.hexdigest()})"
+
+
+def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a model's folder that a role reads besides the weights."""
+    from learners.checkpoints import load_config, load_tokenizer, sampling_defaults
+    from learners.tokenise import tokenizer_digest
+
+    model = role.model
+    assert model is not None
+    yield "config.json", _plain(load_config(model).to_diff_dict())
+    if model.trust_remote_code:
+        files = sorted(Path(model.path).glob("*.py"))
+        yield "Python files", f"{len(files)} files ({_digest(*(f.read_bytes() for f in files))})"
+    learner = role.kind == "learner" and role.head != "value"
+    if learner:
+        template = json.dumps(tokenizer.chat_template or "", ensure_ascii=False)
+        yield "chat template", f"{len(template) - 2} characters ({_digest(template)})"
+        yield "generation_config.json", _plain(sampling_defaults(model.path))
+    if learner or role.head == "score":
+        own = tokenizer if learner else load_tokenizer(model)
+        yield "tokenizer", f"{len(own)} tokens ({tokenizer_digest(own)})"
+
+
+def _code(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the source files of functions and classes that the recipe names as module:name; they
+    have been imported.
+    """
+    if not isinstance(recipe, RLRecipe):
+        return
+    names = {f"rewards.{i}.function": reward.function for i, reward in enumerate(recipe.rewards)}
+    names |= {
+        "evaluation.function": recipe.evaluation.function,
+        "algorithm.kind": recipe.algorithm.kind if ":" in recipe.algorithm.kind else None,
+    }
+    for key, name in names.items():
+        if name is None:
+            continue
+        module, _, attribute = name.partition(":")
+        value = getattr(sys.modules[module], attribute)
+        modules = {module, getattr(value, "__module__", module)}  # named in one, written in another
+        files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
+        sources = [Path(file).read_bytes() for file in sorted(filter(None, files))]
+        lines = sum(source.count(b"\n") for source in sources)
+        yield key, {NAMED: {"path": name}, CODE: f"{lines} lines ({_digest(*sources)})"}
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as JSON would hold it, without what only says who saved it and from where."""
+    names = ("transformers_version", "_name_or_path", "_from_model_config")
+    kept = {name: value for name, value in values.items() if name not in names}
+    plain: dict[str, Any] = json.loads(
+        json.dumps(kept, default=_words, sort_keys=True), parse_constant=str
+    )
+    return plain
+
+
+def _words(value: Any) -> str:
+    """Return a value that JSON does not know in words that are the same in every process."""
+    text = repr(value)
+    return type(value).__name__ if " at 0x" in text else text
+
+
+def _digest(*parts: str | bytes) -> str:
+    whole = blake2b(digest_size=8)
+    for part in parts:
+        whole.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass"))
+    return whole.hexdigest()
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
