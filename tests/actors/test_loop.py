@@ -114,7 +114,7 @@ def test_supervised_training_leaves_after_its_step(
     )
     unused: Any = None
     rows: Any = [0] * 64
-    data = supervised.SupervisedData(unused, unused, rows, [])
+    data = supervised.SupervisedData(unused, unused, rows, unused, unused)
     group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
     monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
     folder = RunFolder.open(recipe.run, recipe.to_yaml())

@@ -595,12 +595,15 @@ def test_what_was_noticed_is_said_before_anything_starts(
     )
     monkeypatch.setattr(loop, "Placement", start)
     monkeypatch.setattr(loop, "roles_of", lambda recipe: {})
+    monkeypatch.setattr(loop, "found_by", lambda *_: {})
     with pytest.raises(Started):
         loop.conduct(
             recipe,
             False,
             "",
-            read=lambda recipe: SimpleNamespace(notices=[said]),
+            read=lambda recipe: SimpleNamespace(
+                notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1
+            ),
             start=start,
             training=start,
         )
