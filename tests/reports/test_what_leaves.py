@@ -53,6 +53,7 @@ from learners.checkpoints import (
 from learners.errors import UserError
 from learners.export import save_config, save_weights
 from learners.settings import ModelSettings
+from tests.e2e.conftest import make_encoder
 from tests.learners.test_checkpoints import OWN
 
 SMALL = {
@@ -284,12 +285,13 @@ def test_what_the_end_will_write_lies_in_the_run_folder_before(tmp_path: Path) -
 
 def supervised_data(tmp_path: Path, rows: list[dict[str, str]], ids: int = 64) -> Any:
     """The data of a reward model's recipe with these rows for its calibration, read and checked;
-    the model knows `ids` of its tokenizer's.
+    the model knows `ids` of its tokenizer's, unless there is one at `base` already.
     """
     base = tmp_path / "base"
-    task.make_tokenizer(base)
-    config = Qwen3Config(**{**QWEN, "vocab_size": ids}, max_position_embeddings=24)
-    config.save_pretrained(base)
+    if not base.exists():
+        task.make_tokenizer(base)
+        config = Qwen3Config(**{**QWEN, "vocab_size": ids}, max_position_embeddings=24)
+        config.save_pretrained(base)
     pair = {"prompt": "1=", "chosen": "1", "rejected": "2"}
     task.write_rows(tmp_path / "pairs.jsonl", [pair])
     task.write_rows(tmp_path / "calibration.jsonl", rows)
@@ -330,6 +332,14 @@ def test_rows_with_ids_that_the_model_lacks_are_refused_with_the_data(tmp_path: 
     assert len(supervised_data(tmp_path / "sound", beyond).calibration) == 2
     with pytest.raises(UserError, match=r"^reward_model\.calibration: .* knows 42 ids"):
         supervised_data(tmp_path / "small", beyond, ids=42)
+
+
+def test_an_encoder_is_calibrated_on_texts_that_end_as_its_own_do(tmp_path: Path) -> None:
+    """No public report known to us: calibration rows were given an EOS, which a BERT has not."""
+    make_encoder(tmp_path / "base")
+    data = supervised_data(tmp_path, [ROW, {**ROW, "response": "21"}])
+    ends = {row.response_ids[-1] for row in data.calibration}
+    assert ends == {data.tokenizer.sep_token_id} == {data.rows[0].chosen_ids[-1]}
 
 
 # --- room on the disk -----------------------------------------------------------------------------
