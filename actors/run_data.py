@@ -28,7 +28,7 @@ from learners.errors import DataError, UserError
 from learners.positions import positions_of
 from learners.rows import Prompt, Rows, load_prompts, notices_of
 from learners.settings import ModelSettings, PromptData
-from learners.tokenise import tokenizer_digest
+from learners.tokenise import end_of_response, tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,12 @@ class RunData:
             read_calibration(load_config(model))
             if reader.same_ids and (too_long := length_problems(key, model, tokens)):
                 return too_long
+            if not reader.same_ids:
+                end_of_response(reader.tokenizer, reader.encoder)
             for prompt in self.prompts:
                 sample = Sample(prompt.ids, shortest, prompt.text, "", "stop", prompt.columns)
-                if wrong := reader.problem([i for part in reader.ids(sample) for i in part]):
+                _, wrong = reader.read(sample)
+                if wrong:
                     row = f"row {prompt.index + 1} of prompts.path and an empty answer"
                     return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         except UserError as error:

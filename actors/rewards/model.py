@@ -51,14 +51,13 @@ class RewardWorker(FrozenModel):
         """Return one calibrated score per sample; an error for what the model cannot read."""
         if not samples:
             return []
-        ids = [self.reader.ids(c) for c in samples]
-        problems = [self.reader.problem([*p, *r]) for p, r in ids]
-        read = [pair for pair, problem in zip(ids, problems, strict=True) if not problem]
+        readings = [self.reader.read(sample) for sample in samples]
+        read = [ids for ids, problem in readings if not problem]
         raw = self._raw(read, self.micro_batch_tokens)
         calibrated = (raw - self.calibration.mean) / self.calibration.std
         noise = self._noise(read, raw) if self.measures_noise else torch.zeros_like(raw)
         scores = map(Score, calibrated.tolist(), [None] * len(read), noise.tolist())
-        return [Score(error=problem) if problem else next(scores) for problem in problems]
+        return [Score(error=problem) if problem else next(scores) for _, problem in readings]
 
     def _raw(self, ids: Sequence[tuple[list[int], list[int]]], token_budget: int) -> Tensor:
         batch = Experience.from_ids([p for p, _ in ids], [r for _, r in ids])

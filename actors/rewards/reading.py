@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.rollouts.requests import Sample
 from learners.checkpoints import is_encoder, load_config, load_tokenizer
+from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
 from learners.tokenise import encode_prompt, encode_response
@@ -49,6 +50,16 @@ class Reader:
             return sample.prompt_ids, sample.response_ids
         prompt = encode_prompt(self.tokenizer, sample.prompt)
         return prompt, encode_response(self.tokenizer, sample.response, self.encoder)
+
+    def read(self, sample: Sample) -> tuple[tuple[list[int], list[int]], str]:
+        """Return the ids of prompt and response, and what keeps the model from reading them; nothing
+        when it can.
+        """
+        try:
+            prompt, response = self.ids(sample)
+        except DataError as error:  # a letter that its tokenizer does not know
+            return ([], []), error.problems[0]
+        return (prompt, response), self.problem([*prompt, *response])
 
     def problem(self, ids: Sequence[int]) -> str:
         """Return what keeps the model from reading a sequence; nothing when it can."""

@@ -17,10 +17,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from actors.rewards import function as rewards_of_functions
 from actors.rewards.function import FunctionReward
 from actors.rewards.model import RewardWorker
+from actors.rewards.reading import Reader
 from actors.rewards.score import Rewards, Score
 from actors.rollouts.requests import Sample
 from actors.run.metrics import BY_NAME
@@ -753,3 +758,14 @@ def test_other_calibrations_are_read(written: dict[str, Any]) -> None:
 
     mean, std = read_calibration(Qwen3Config(**written))
     assert (mean, std) == (written.get("score_mean", 0.0), written.get("score_std", 1.0))
+
+
+def test_a_response_that_a_reward_models_tokenizer_cannot_encode_has_no_score() -> None:
+    """huggingface/tokenizers raises for a word that is not in a vocabulary without UNK."""
+    words = Tokenizer(WordLevel({"2+2=": 0, "4": 1, "</s>": 2}))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    reader = Reader(tokenizer, encoder=False, same_ids=False, positions=None, vocabulary=3)
+    assert reader.read(sample("4")) == (([0], [1, 2]), "")
+    ids, problem = reader.read(sample("four"))
+    assert ids == ([], []) and "the tokenizer cannot encode it" in problem
