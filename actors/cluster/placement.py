@@ -15,20 +15,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster.connection import connect
 from actors.cluster.groups import WorkerError
+from actors.cluster.host import GpuReservation
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
 from actors.settings import ClusterSettings
 from learners.errors import UserError
 
 # for resources that exist but are in use: a run that has just ended gives them back in a moment
 PATIENCE_S = 30.0
-
-
-class GpuReservation:
-    """Holds all GPUs of a bundle for the processes that share them."""
-
-    def gpus(self) -> list[str]:
-        """Return the GPUs' ids on their node."""
-        return [str(i) for i in ray.get_gpu_ids()]
 
 
 class Placement:
@@ -165,12 +158,13 @@ def strategy(cluster: ClusterSettings) -> str:
 def environment(device: str, threads: int) -> dict[str, str]:
     """Return the environment of one worker process. OMP_NUM_THREADS is explicit, because Ray would
     set it to 1.
+
+    The current folder is no part of PYTHONPATH: its modules would hide Python's own.
     """
+    path = os.environ.get("PYTHONPATH")
     return {
         "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": device,
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(
-            p for p in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if p
-        ),
+        **({"PYTHONPATH": path} if path else {}),
     }
