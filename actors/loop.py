@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,9 +14,9 @@ from actors.cluster.placement import Placement
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder, finished_checkpoints, to_disk
-from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from actors.run.outcome import accounted_for
+from actors.run.stop import interrupted, stepping, stop_requested
 from actors.settings import Recipe
-from learners.errors import DisagreementError
 
 R = TypeVar("R", bound=Recipe)
 D = TypeVar("D")  # the data of a kind of training
@@ -69,21 +69,25 @@ def conduct(
     """
     clock = time.perf_counter()
     RunFolder.check(recipe.run, resume)
-    data = read(recipe)
-    with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
+    with accounted_for(recipe.run.folder), ExitStack() as stack:
+        data = read(recipe)
+
+        def opened() -> RunFolder:
+            text = config_yaml or recipe.to_yaml()
+            return stack.enter_context(RunFolder.open(recipe.run, text, resume))
+
+        # what a new run needs is tried before anything starts; the folder of one to resume stays
+        # as it is until everything has
+        early = None if resume else opened()
+        placement = stack.enter_context(Placement(recipe.cluster, roles_of(recipe)))
         workers = start(recipe, data, placement)
-        with closing(RunFolder.open(recipe.run, config_yaml or recipe.to_yaml(), resume)) as folder:
-            alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
-            made = training(recipe, data, workers, folder, alarms)
-            nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
-            (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
-            try:
-                summary = Loop(recipe, made, folder, alarms, clock).run(resume)
-            except DisagreementError:
-                if not resume:
-                    folder.discard()  # nothing was trained: leave the name free for another try
-                raise
-            folder.finish(summary)
+        folder = early or opened()
+        alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
+        made = training(recipe, data, workers, folder, alarms)
+        nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
+        (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
+        summary = Loop(recipe, made, folder, alarms, clock).run(resume)
+        folder.finish(summary)
     return summary
 
 
@@ -106,16 +110,17 @@ class Loop:
         first = self.restore() + 1 if resume else 1
         self.log_seconds("start", first - 1)
         summary = training.begin(first)
+        stepping()
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
             stopping = stop_requested()
             every = self.recipe.run.checkpoint_every_steps
             due = bool(every) and step % every == 0
-            self.record(step, metrics, checkpoint=due or stopping or self.alarms.full)
+            self.record(step, metrics, checkpoint=due or bool(stopping) or self.alarms.full)
             if self.alarms.full:
                 raise self.alarms.stop(step)
             if stopping:
-                raise Interrupted(step)
+                raise interrupted(step, stopping)
         summary |= training.end()
         self.log_seconds("wall", total)
         return summary

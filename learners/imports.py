@@ -1,5 +1,5 @@
-"""Whose module an import finds: our packages are those of one folder, and the folder that a run
-was started in, which users import their functions from, hides nobody's.
+"""Order of imports: our packages are those of one folder, and the folder that a run was started in,
+which users import their functions from, hides nobody's.
 
 Only what every Python process has imported already is imported here: this comes before all else.
 """

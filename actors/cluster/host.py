@@ -1,4 +1,4 @@
-"""What runs in a process of a run before any of our packages is imported there.
+"""Ray actors that run before any of our packages is imported in their process.
 
 Ray puts the folder that the run was started in before all others, where an `actors.py` of the
 user's, or a `random.py`, would be taken for ours or Python's own. So these classes travel as code

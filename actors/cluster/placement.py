@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster.connection import connect
+from actors.cluster.connection import cluster_ended, connect
 from actors.cluster.groups import WorkerError
 from actors.cluster.host import GpuReservation
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
@@ -46,10 +46,10 @@ class Placement:
 
     def __enter__(self) -> Placement:
         cpus = sum(d.processes * d.threads for d in self.demands.values())
-        if not ray.is_initialized():
-            self.started_here = True
-            connect(self.cluster.address, cpus)
         try:
+            if not ray.is_initialized():
+                self.started_here = True
+                connect(self.cluster.address, cpus)
             self._reserve()
             if self.shared:
                 self._reserve_shared_gpus()
@@ -59,7 +59,7 @@ class Placement:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.group is not None:
+        if self.group is not None and not cluster_ended():
             remove_placement_group(self.group)  # and with it every process that runs in it
         if self.started_here:
             ray.shutdown()

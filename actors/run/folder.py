@@ -10,16 +10,26 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from actors.run.progress import show_progress
 from actors.settings import RunSettings
 from learners.errors import UserError
+
+TRIAL_BYTES = 64 * 1024
+# each of them says how a run reaches Weights & Biases, or that it need not
+WANDB_VARIABLES = (
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "WANDB_IDENTITY_TOKEN_FILE",
+)
 
 
 class RunFolder:
@@ -35,6 +45,8 @@ class RunFolder:
         """Open an existing folder, to log from `first_step` on."""
         self.settings = settings
         self.path = Path(settings.folder).resolve()  # workers may run in another directory
+        self.begun = first_step > 0  # a step is finished: what the folder holds is worth keeping
+        self.made: list[Path] = []  # it and the folders above it, as far as they are this run's
         self._keep_config(config_yaml, first_step - 1)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
@@ -48,25 +60,20 @@ class RunFolder:
     @staticmethod
     def check(settings: RunSettings, resume: bool) -> None:
         """Raise UserError if `open` could not succeed, before anything has been started for it."""
-        if settings.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError(
-                "run.wandb_project: wandb is not installed: pip install wandb, or remove the key"
-            )
+        if settings.wandb_project and (wrong := wandb_problem()):
+            raise UserError(f"run.wandb_project: {wrong}")
         path = Path(settings.folder)
         if resume and not finished_checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
-        if not resume and path.exists():
-            raise UserError(
-                f"run.folder: {path} exists: choose another folder, or --resume to go on with "
-                "that run"
-            )
+        if wrong := unwritable(path) if resume else no_new_folder(path):
+            raise UserError(f"run.folder: {path} {wrong}")
 
     @classmethod
     def open(cls, settings: RunSettings, config_yaml: str, resume: bool = False) -> Self:
         """Make the folder, or with `resume` open it as it was at its newest checkpoint.
 
-        Raises UserError, leaving everything as it was, if it exists already or, with `resume`, has
-        no checkpoint.
+        Raises UserError, leaving everything as it was, if it cannot be made or opened with all that
+        the settings want, if it exists already or, with `resume`, has no checkpoint.
         """
         cls.check(settings, resume)
         path = Path(settings.folder)
@@ -76,11 +83,29 @@ class RunFolder:
             for name, size in state["bytes"].items():
                 os.truncate(path / name, size)
             return cls(settings, config_yaml, first_step=step + 1)
+        path = path.absolute()
+        made = [one for one in (path, *path.parents) if not one.exists()]
         try:
             path.mkdir(parents=True)
+            folder = cls(settings, config_yaml, first_step=0)
+            folder.made = made
+            return folder
         except OSError as error:
-            raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from None
-        return cls(settings, config_yaml, first_step=0)
+            remove(made)
+            raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from error
+        except Exception:
+            remove(made)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close; a run that ended before it had finished its first step leaves nothing."""
+        if kind is None or self.begun:
+            self.close()
+        else:
+            self.discard()
 
     def log(self, step: int, metrics: dict[str, float], phase: str = "train") -> None:
         """Record the metrics of a step. NaN and infinity become null in metrics.jsonl: JSON has no
@@ -89,6 +114,7 @@ class RunFolder:
         line = {"step": step, "phase": phase, "time": round(time.time(), 3), **metrics}
         self._metrics.write(_json(line) + "\n")
         self._metrics.flush()
+        self.begun |= phase == "train"
         self._latest |= metrics
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -170,9 +196,10 @@ class RunFolder:
         self.close()
 
     def discard(self) -> None:
-        """Remove the folder of a run that never began."""
-        self.close()
-        shutil.rmtree(self.path)
+        """Remove the folder of a run that never began, and those above that were made for it."""
+        with suppress(OSError):  # a full disk may refuse the last words
+            self.close()
+        remove(self.made)
 
     def close(self) -> None:
         """Close all writers; a second call does nothing."""
@@ -205,13 +232,20 @@ class RunFolder:
         kept = self.path / "wandb_id"  # the same run again after a resume
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex)
-        return wandb.init(
-            project=project,
-            name=self.path.name,
-            dir=str(self.path),
-            id=kept.read_text(),
-            resume="allow",
-        )
+        try:
+            return wandb.init(
+                project=project,
+                name=self.path.name,
+                dir=str(self.path),
+                id=kept.read_text(),
+                resume="allow",
+            )
+        except Exception as error:  # of the network, of the account, of wandb
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"run.wandb_project: Weights & Biases does not take the run: {reason}; "
+                "WANDB_MODE=offline keeps it here"
+            ) from error
 
 
 class Timeline:
@@ -235,6 +269,83 @@ class Timeline:
         with self.path.open("r+b") as file:
             file.seek(-len(self.END), os.SEEK_END)
             file.write(b",\n" + json.dumps(event).encode() + self.END)
+
+
+def no_new_folder(path: Path) -> str:
+    """Return why no new folder can be made and written there; nothing when one can. Leaves nothing
+    behind.
+    """
+    where = ""
+    try:
+        if os.path.exists(path):
+            return "exists: choose another folder, or --resume to go on with that run"
+        if link := next((p for p in (path, *path.absolute().parents) if dangling(p)), None):
+            return f"cannot be made: {link} is a link to {os.readlink(link)}, which does not exist"
+        above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        if not above.is_dir():
+            return f"cannot be made: {above} is a file"
+        where = f"{above}: "
+        # permissions alone do not tell: the disk may be read-only or full, the user root, or the
+        # name too long
+        with tempfile.TemporaryDirectory(dir=above) as trial:
+            inside = Path(trial, path.absolute().relative_to(above))
+            inside.mkdir(parents=True)
+            write_trial(inside)
+    except (OSError, ValueError) as error:
+        return f"cannot be made: {where}{getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def unwritable(path: Path) -> str:
+    """Return why nothing can be written in a folder; nothing when it can."""
+    try:
+        write_trial(path)
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return ""
+
+
+def write_trial(folder: Path) -> None:
+    """Write a file there that is gone at once. Raises OSError."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(TRIAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def dangling(path: Path) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def wandb_problem() -> str:
+    """Return why Weights & Biases cannot take a run; nothing when it can, as far as that is known
+    without asking it.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        return "wandb is not installed: pip install wandb, or remove the key"
+    if any(os.environ.get(name) for name in WANDB_VARIABLES):
+        return ""
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    settings = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    said = {os.environ.get("NETRC") or "~/.netrc": re.escape(server), "~/_netrc": re.escape(server)}
+    said |= dict.fromkeys(("wandb/settings", f"{settings}/settings"), "mode|api_key")
+    for file, word in said.items():
+        with suppress(OSError):
+            if re.search(word, Path(file).expanduser().read_text(errors="replace")):
+                return ""
+    return (
+        "no key for Weights & Biases is here: wandb login, or set WANDB_API_KEY, or "
+        "WANDB_MODE=offline"
+    )
+
+
+def remove(folders: Sequence[Path]) -> None:
+    """Remove the first folder with all it holds, and the others as far as nothing else is there."""
+    for folder in folders[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 def finished_checkpoints(run: Path) -> list[tuple[int, Path]]:
