@@ -240,7 +240,7 @@ def guarded(
     except Exception as error:
         if debug:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error, folder)
         fail(f"{reason} ({kept_traceback(folder)})")
         raise typer.Exit(FAILED) from None
 
@@ -256,6 +256,15 @@ def kept_traceback(folder: Path) -> str:
     except OSError as error:
         return f"--debug shows the traceback, {log} cannot be written: {error.strerror}"
     return f"traceback in {log}"
+
+
+def first_line(error: Exception, folder: Path | str) -> str:
+    """Return an error's first line; one of the system's with the file, in `folder` if it has no
+    name.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or folder}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fail(line: str) -> None:
@@ -278,6 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             fail(problem)
         return BAD_INPUT
+    except OSError as error:  # of a file that a command writes
+        if error.errno is None:
+            raise
+        fail(first_line(error, "a file"))
+        return FAILED
     except SystemExit as error:  # a run that was stopped by a signal
         print(error, file=sys.stderr)
         return int(error.code or 0)
@@ -310,11 +324,14 @@ def outlive_terminal() -> None:
             continue
         if name == "stdout":  # stderr never fails
             stream.reconfigure(errors="replace")
-        if stream is original and isinstance(stream.buffer, io.BufferedWriter):
+        if stream is original:
             stream.flush()
-            file = io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False))
-            line = stream.line_buffering
-            text = io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=line)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False)),
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering or stream.write_through,
+            )
             setattr(sys, name, text)
 
 

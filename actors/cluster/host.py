@@ -42,6 +42,9 @@ class Host:
 
             root = os.path.dirname(actors.__path__[0])
         settle_imports(root, here)
+        from learners.launchers import clear_foreign_launchers
+
+        clear_foreign_launchers()
         self.target = target
         self.worker: Any = None
 

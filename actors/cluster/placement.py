@@ -5,6 +5,7 @@ them and never decides.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ from actors.cluster.connection import cluster_ended, connect
 from actors.cluster.groups import WorkerError
 from actors.cluster.host import GpuReservation
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
+from actors.run.stop import stop_requested
 from actors.settings import ClusterSettings
 from learners.errors import UserError
 
 # for resources that exist but are in use: a run that has just ended gives them back in a moment
 PATIENCE_S = 30.0
+DYING_S = 5.0
 
 
 class Placement:
@@ -58,7 +61,12 @@ class Placement:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: object = None, *_: Any) -> None:
+        until = time.monotonic() + DYING_S
+        while kind is WorkerError and stop_requested() and time.monotonic() < until:
+            if cluster_ended():  # a signal to all processes: Ray dies a moment after its workers,
+                break  # and would be waited for in vain
+            time.sleep(0.1)
         if self.group is not None and not cluster_ended():
             remove_placement_group(self.group)  # and with it every process that runs in it
         if self.started_here:
