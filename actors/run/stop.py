@@ -109,6 +109,8 @@ def catch_stop_signals() -> Iterator[None]:
     if outermost:
         _answer = _Answer()
         answer_signals()
+    elif _answer is not None:
+        _answer.stepping = False  # a run within: it has not begun
     try:
         yield
     except KeyboardInterrupt:

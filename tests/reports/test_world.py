@@ -525,3 +525,35 @@ def test_an_engine_without_room_names_the_recipes_key(
     small = GenerationSettings(kv_cache_gib=0.00001, max_concurrent=8, threads=1)
     with pytest.raises(UserError, match=r"^generation.kv_cache_gib: .* raise"):
         GenerationEngine(ModelSettings(path=str(tmp_path)), small, "cpu", MAX_TOKENS, None)
+
+
+class Writer:
+    """Writes where there is no room, in a process of its own."""
+
+    def plainly(self) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x" * 9000)
+
+    def torches(self) -> None:
+        import torch
+
+        torch.save({"w": torch.zeros(9000)}, "/dev/full")
+
+
+@pytest.mark.engines
+def test_a_full_disk_in_a_worker_is_one_line(tmp_path: Path, cluster: None) -> None:
+    """zai-org/ChatGLM-6B #1166: save_checkpoint ended in `PytorchStreamWriter failed`."""
+    from actors.cluster.groups import WorkerGroup
+    from actors.cluster.placement import environment
+
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": environment("cpu", 1)}}
+    group = WorkerGroup("writer", f"{__name__}:Writer", [options])
+    group.gather(group.start({}, 60), "start", 60)
+    for method, said in (("plainly", "No space left on device"), ("torches", "to its end")):
+
+        def write(method: str = method) -> None:
+            group.call(method, phase="checkpoint", deadline_s=60)
+
+        told = storage_error(tmp_path, write)
+        assert told.startswith("checkpoint: writer[0] on node ") and said in told, told
+        assert "free some space there" in told and str(tmp_path) in told
