@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,9 +18,10 @@ from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
 from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
 from actors.run.lock import RunLock
+from actors.run.outcome import accounted_for
 from actors.run.resume import Resume, wish
 from actors.run.room import bytes_needed, no_room
-from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from actors.run.stop import interrupted, stepping, stop_requested
 from actors.run.things import Things, found_by, weights_of
 from actors.settings import Recipe, RLRecipe
 from learners.errors import UserError, in_a_line
@@ -106,10 +107,11 @@ def conduct(
     all of them. `config_yaml` is the recipe's own text, kept with the run for its comments.
     """
     clock = time.perf_counter()
-    path = Path(recipe.run.folder)
     how = wish(resume)
+    path = Path(recipe.run.folder)
     RunFolder.check(recipe.run, bool(how))
-    with RunLock(path, how.take_over if how else False) as lock:
+    lock = RunLock(path, take_over=how is not None and how.take_over)
+    with accounted_for(recipe.run.folder), lock, ExitStack() as stack:
         RunFolder.check(recipe.run, bool(how))  # from here on no other run changes it
         things = Things(path, how)
         data = read(recipe)
@@ -117,19 +119,28 @@ def conduct(
             print(f"notice: {line}", file=sys.stderr, flush=True)
         things.add(found_by(recipe, data.tokenizer, data.sets))
         check_steps(recipe, data.total_steps(recipe), things.step)
-        with catch_stop_signal(), Placement(recipe.cluster, roles_of(recipe)) as placement:
-            workers = start(recipe, data, placement)
-            things.add(weights_of(recipe, fingerprints(workers)))
-            things.check_accepted()
+
+        def opened() -> RunFolder:
             text = config_yaml or recipe.to_yaml()
-            with closing(RunFolder.open(recipe.run, text, bool(how))) as folder:
-                folder.lock = lock
-                folder.things = things.table
-                notices = "".join(f"{line}\n" for line in data.notices)
-                (folder.path / "notices.txt").write_text(notices, "utf-8", "backslashreplace")
-                alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
-                made = training(recipe, data, workers, folder, alarms)
-                return carry_out(Loop(recipe, made, folder, alarms, clock), bool(how))
+            return stack.enter_context(RunFolder.open(recipe.run, text, bool(how), lock))
+
+        # what a new run needs is tried before anything starts; the folder of one to resume stays
+        # as it is until everything has
+        early = None if how else opened()
+        placement = stack.enter_context(Placement(recipe.cluster, roles_of(recipe)))
+        workers = start(recipe, data, placement)
+        things.add(weights_of(recipe, fingerprints(workers)))
+        things.check_accepted()
+        folder = early or opened()
+        folder.things = things.table
+        folder.keep_notices(data.notices)
+        alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
+        made = training(recipe, data, workers, folder, alarms)
+        nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
+        (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
+        summary = Loop(recipe, made, folder, alarms, clock).run(bool(how))
+        folder.finish(summary)
+    return summary
 
 
 def check_steps(recipe: Recipe, total: int, done: int) -> None:
@@ -146,22 +157,6 @@ def check_steps(recipe: Recipe, total: int, done: int) -> None:
     )
 
 
-def carry_out(loop: Loop, resume: bool) -> dict[str, Any]:
-    """Run the loop, and leave its summary and where everything ran in the run folder."""
-    folder = loop.folder
-    groups = loop.training.groups.items()
-    nodes = {name: [node.id for node in group.nodes] for name, group in groups}
-    (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
-    try:
-        summary = loop.run(resume)
-    except UserError:
-        if not resume and not loop.began:
-            folder.discard()  # nothing was trained: leave the name free for another try
-        raise
-    folder.finish(summary)
-    return summary
-
-
 class Loop:
     """One run of a training; `clock` is time.perf_counter at its beginning."""
 
@@ -173,7 +168,6 @@ class Loop:
         self.folder = folder
         self.alarms = alarms
         self.clock = clock
-        self.began = False  # a first step
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Do all steps, evaluations and checkpoints; return the run's summary."""
@@ -183,17 +177,17 @@ class Loop:
         self.rehearse_end(range(first, total + 1))
         self.log_seconds("start", first - 1)
         summary = training.begin(first)
-        self.began = True
+        stepping()
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
             stopping = stop_requested()
             every = self.recipe.run.checkpoint_every_steps
             due = bool(every) and step % every == 0
-            self.record(step, metrics, checkpoint=due or stopping or self.alarms.full)
+            self.record(step, metrics, checkpoint=due or bool(stopping) or self.alarms.full)
             if self.alarms.full:
                 raise self.alarms.stop(step)
             if stopping:
-                raise Interrupted(step)
+                raise interrupted(step, stopping)
         self.folder.still_ours()
         summary |= self.end(total)
         self.log_seconds("wall", total)

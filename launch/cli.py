@@ -4,6 +4,7 @@ per problem.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import io
@@ -19,13 +20,14 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from actors.run.resume import Resume
+from actors.run.stop import catch_stop_signals
 from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import models_of
 from launch.recipe.machine import accepted, code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
-from learners.errors import UserError, in_a_line
+from learners.errors import UserError
 
 BAD_INPUT = 2
 FAILED = 1
@@ -163,7 +165,7 @@ def export(
     """Write the model of a checkpoint for plain Transformers: of PPO the Actor's. One process, no
     GPU.
     """
-    guarded(folder, debug, "launch.export", "export_model", source, folder)
+    guarded(None, debug, "launch.export", "export_model", source, folder)
 
 
 @app.command()
@@ -273,25 +275,44 @@ def train(
 
 
 def guarded(
-    folder: Path, debug: bool, module: str, function: str, *args: Any, **kwargs: Any
+    folder: Path | None, debug: bool, module: str, function: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Import and call; a failure that is not the user's becomes one line, its traceback a file in
-    the run folder.
+    the run folder, or beside it. Without a run (None) it is not kept.
     """
     try:
-        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+        with catch_stop_signals():
+            return getattr(importlib.import_module(module), function)(*args, **kwargs)
     except UserError:
         raise
     except Exception as error:
         if debug:
             raise
-        detail = "--debug shows the traceback"
-        if os.path.isdir(folder):
-            log = folder / "error.log"
-            log.write_text(traceback.format_exc())
-            detail = f"traceback in {log}"
-        fail(f"{in_a_line(error)} ({detail})")
+        kept = kept_traceback(folder) if folder else "--debug shows the traceback"
+        fail(f"{first_line(error, folder or 'a file')} ({kept})")
         raise typer.Exit(FAILED) from None
+
+
+def kept_traceback(folder: Path) -> str:
+    """Write the traceback of the error under way into the run folder, or beside it if the run left
+    none; return where it is.
+    """
+    log = folder / "error.log" if os.path.isdir(folder) else Path(f"{folder}.error.log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc())
+    except OSError as error:
+        return f"--debug shows the traceback, {log} cannot be written: {error.strerror}"
+    return f"traceback in {log}"
+
+
+def first_line(error: Exception, folder: Path | str) -> str:
+    """Return an error's first line; one of the system's with the file, in `folder` if it has no
+    name.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or folder}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fail(line: str) -> None:
@@ -300,12 +321,10 @@ def fail(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 1 failed, 2 bad input, 75 stopped with a
-    checkpoint, 130 interrupted.
+    checkpoint, 128 + signal stopped without one, 130 interrupted.
     """
     show_ray_token()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal may not know every letter; stderr never fails
-        sys.stdout.reconfigure(errors="replace")
+    outlive_terminal()
     try:
         code = app(arguments, prog_name="quatuor", standalone_mode=False)
     except TyperException as error:  # a command line that cannot be read
@@ -316,12 +335,52 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             fail(problem)
         return BAD_INPUT
-    except SystemExit as error:  # a run that was stopped by a signal, and has saved its checkpoint
+    except OSError as error:  # of a file that a command writes
+        if error.errno is None:
+            raise
+        fail(first_line(error, "a file"))
+        return FAILED
+    except SystemExit as error:  # a run that was stopped by a signal
         print(error, file=sys.stderr)
         return int(error.code or 0)
     if code == 130:
         print("interrupted", file=sys.stderr)
     return code or 0
+
+
+class Terminal(io.FileIO):
+    """Standard output or error. Its terminal may be closed, or its reader end: nobody reads on, but
+    a run goes on.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Have what this program prints neither end it where nobody reads, nor where a terminal does
+    not know a letter.
+    """
+    for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if name == "stdout":  # stderr never fails
+            stream.reconfigure(errors="replace")
+        if stream is original:
+            stream.flush()
+            text = io.TextIOWrapper(
+                io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False)),
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering or stream.write_through,
+            )
+            setattr(sys, name, text)
 
 
 def show_ray_token() -> None:

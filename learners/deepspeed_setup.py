@@ -17,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learners.experience import Experience
+from learners.launchers import clear_foreign_launchers
 from learners.settings import LearnerSettings, OptimizerSettings, Rank
 
 
@@ -38,6 +39,7 @@ def start_process_group(rank: Rank) -> None:
     """Join the ranks of this role (nccl on GPU, gloo on CPU) and hand the group to DeepSpeed."""
     if dist.is_initialized():
         return
+    clear_foreign_launchers()
     # DeepSpeed names its shared-memory segments after these two, and roles on one host must not
     # share them.
     os.environ.update(MASTER_ADDR=rank.address, MASTER_PORT=str(rank.port))

@@ -16,8 +16,30 @@ Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-# ~ is the home folder
-DiskPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})")
+
+
+def on_disk(path: str) -> str:
+    """Return a path with its `~` and its variables ($NAME, ${NAME}) replaced, as a shell would,
+    unless it is there as it is written. Raises ValueError for a variable that is not set and a
+    user who is not known.
+    """
+    if os.path.lexists(path):
+        return path
+    names = (found[1] or found[2] for found in VARIABLE.finditer(path))
+    if unset := next((name for name in names if not os.environ.get(name)), None):
+        raise ValueError(f"{path}: the variable {unset} is not set: set it, or write the path out")
+    expanded = VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path)
+    if not path.startswith("~"):
+        return expanded
+    home = os.path.expanduser(expanded)
+    if home.startswith("~"):
+        user = home.partition("/")[0]
+        raise ValueError(f"{path}: there is no user {user.removeprefix('~')}: write the path out")
+    return home
+
+
+DiskPath = Annotated[str, Field(min_length=1), AfterValidator(on_disk)]
 
 
 class Settings(BaseModel):

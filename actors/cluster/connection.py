@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private import services, utils
 from ray.exceptions import RayError
 
+from actors.run.stop import hold_signals, need
 from learners.errors import UserError
 
 REACH_S = 5.0  # for a connection to a cluster
@@ -24,17 +28,45 @@ def connect(address: str | None, cpus: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         # CPUs are logical in Ray: a dry run may have more processes than the machine has cores.
-        ray.init("local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        count = max(cpus, os.cpu_count() or 1)
+        with signals_of_our_own():
+            ray.init("local", num_cpus=count, include_dashboard=False, **quiet)
+        need(cluster_ended)
         return
     try:
         if "://" not in address:  # `auto` may well name a cluster that has ended
-            reach(canonicalize_bootstrap_address(address) or address)
-        ray.init(address, **quiet)
+            reach(services.canonicalize_bootstrap_address(address) or address)
+        with signals_of_our_own():
+            ray.init(address, **quiet)
     except (OSError, ValueError, RayError) as error:  # ConnectionError is an OSError
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cluster.address: no Ray cluster can be joined at {address}: {reason}"
         ) from error
+
+
+def cluster_ended() -> bool:
+    """Tell whether Ray was started here and has ended by itself."""
+    node = ray._private.worker._global_node
+    dead = node.dead_processes() if node is not None else []
+    return any(kind in ("raylet", "gcs_server") for kind, _ in dead)
+
+
+@contextmanager
+def signals_of_our_own() -> Iterator[None]:
+    """Start Ray so that signals are ours to answer: its handler of SIGTERM would end the run, and
+    one that a whole process group gets (`timeout`, `kill %1`) its processes, before a checkpoint.
+    """
+    popen = services.ConsolePopen
+    install = utils.set_sigterm_handler
+    services.ConsolePopen = partial(popen, process_group=0)
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        with hold_signals():  # Ray's C++ code has another handler, which prints a trace
+            yield
+    finally:
+        services.ConsolePopen = popen
+        utils.set_sigterm_handler = install
 
 
 def reach(address: str) -> None:

@@ -6,10 +6,9 @@ driver never loads vLLM, DeepSpeed or Transformers.
 
 from __future__ import annotations
 
-import importlib
-import socket
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -21,7 +20,9 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from actors.cluster.host import Host
 from learners.errors import UserError
+from learners.imports import ROOT
 from learners.settings import DeviceType, Rank, Settings, located
 
 
@@ -39,37 +40,6 @@ class Node(NamedTuple):
         return f"{self.host} ({self.id[:8]})"
 
 
-class Host:
-    """The Ray actor around a plain object. Built first, filled by `start`, so that rank 0 can name
-    the rendezvous.
-    """
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.worker: Any = None
-
-    def node(self) -> Node:
-        return Node(ray.get_runtime_context().get_node_id(), socket.gethostname())
-
-    def free_address(self) -> tuple[str, int]:
-        """Return this node's address and a port that was free a moment ago, for the rendezvous of
-        a process group.
-        """
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    def start(self, arguments: dict[str, Any]) -> None:
-        module, name = self.target.split(":")
-        self.worker = getattr(importlib.import_module(module), name)(**arguments)
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.worker, method)(*args, **kwargs)
-
-    def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        yield from getattr(self.worker, method)(*args)
-
-
 class WorkerGroup:
     """`len(options)` processes of one role, each with its own Ray options (resources, environment,
     placement).
@@ -85,7 +55,7 @@ class WorkerGroup:
         # Ray calls a process after its class, in `ps` and in its own reports.
         classes = [ray.remote(type(f"{name}[{i}]", (Host,), {})) for i in range(len(options))]
         self.handles = [
-            one.options(max_concurrency=self.concurrency, **own).remote(target)
+            one.options(max_concurrency=self.concurrency, **own).remote(target, ROOT, os.getcwd())
             for one, own in zip(classes, options, strict=True)
         ]
         self.nodes = [Node("?", "?")] * len(self.handles)
@@ -111,7 +81,8 @@ class WorkerGroup:
         seconds) each worker also gets its `rank`.
         """
         arguments = {k: located(v) if isinstance(v, Settings) else v for k, v in arguments.items()}
-        self.nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
+        nodes = self.gather([h.node.remote() for h in self.handles], "start", deadline_s)
+        self.nodes = [Node(*node) for node in nodes]
         own = [dict(one) for one in each] or [{} for _ in self.handles]
         if distributed is not None:
             device, timeout_s = distributed
@@ -201,7 +172,7 @@ def fetch(ref: Any, name: str, phase: str) -> Any:
             raise UserError(error.cause.problems) from error
         raise WorkerError(f"{phase}: {name} failed: {error.cause!r}\n{error}") from error
     except RayActorError as error:
-        raise WorkerError(f"{phase}: {name} died: {error}") from error
+        raise WorkerError(f"{phase}: {name} died: {last_words(error)}\n{error}") from error
     except GetTimeoutError as error:
         raise WorkerError(
             f"{phase}: the answer of {name} could not be fetched within 60 s"
@@ -214,3 +185,16 @@ def fetch(ref: Any, name: str, phase: str) -> Any:
     except RayError as error:
         what = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise WorkerError(f"{phase}: the answer of {name} is lost: {what}\n{error}") from error
+
+
+def last_words(error: RayActorError) -> str:
+    """Return in one line what is known of the end of a Ray actor's process, and where more is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if error.actor_init_failed:
+        return lines[-1]  # of a traceback
+    detail = lines[-1].rpartition("Worker exit detail: ")[2]
+    if "connection error" in detail:  # what Ray says of every process that is suddenly gone
+        detail = "it crashed, or was killed (by the kernel for want of memory? dmesg tells)"
+    process = next((line for line in lines if line.startswith("pid: ")), "").removeprefix("pid: ")
+    logs = f"; its log on that node: /tmp/ray/session_latest/logs/*{process}*" if process else ""
+    return detail.rstrip(".") + logs

@@ -5,6 +5,7 @@ them and never decides.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,22 +14,17 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster.connection import connect
+from actors.cluster.connection import cluster_ended, connect
 from actors.cluster.groups import WorkerError
+from actors.cluster.host import GpuReservation
 from actors.cluster.layout import Assignment, Demand, layout, misfit, shares_gpus
+from actors.run.stop import stop_requested
 from actors.settings import ClusterSettings
 from learners.errors import UserError
 
 # for resources that exist but are in use: a run that has just ended gives them back in a moment
 PATIENCE_S = 30.0
-
-
-class GpuReservation:
-    """Holds all GPUs of a bundle for the processes that share them."""
-
-    def gpus(self) -> list[str]:
-        """Return the GPUs' ids on their node."""
-        return [str(i) for i in ray.get_gpu_ids()]
+DYING_S = 5.0
 
 
 class Placement:
@@ -53,10 +49,10 @@ class Placement:
 
     def __enter__(self) -> Placement:
         cpus = sum(d.processes * d.threads for d in self.demands.values())
-        if not ray.is_initialized():
-            self.started_here = True
-            connect(self.cluster.address, cpus)
         try:
+            if not ray.is_initialized():
+                self.started_here = True
+                connect(self.cluster.address, cpus)
             self._reserve()
             if self.shared:
                 self._reserve_shared_gpus()
@@ -65,8 +61,13 @@ class Placement:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self.group is not None:
+    def __exit__(self, kind: object = None, *_: Any) -> None:
+        until = time.monotonic() + DYING_S
+        while kind is WorkerError and stop_requested() and time.monotonic() < until:
+            if cluster_ended():  # a signal to all processes: Ray dies a moment after its workers,
+                break  # and would be waited for in vain
+            time.sleep(0.1)
+        if self.group is not None and not cluster_ended():
             remove_placement_group(self.group)  # and with it every process that runs in it
         if self.started_here:
             ray.shutdown()
@@ -165,12 +166,13 @@ def strategy(cluster: ClusterSettings) -> str:
 def environment(device: str, threads: int) -> dict[str, str]:
     """Return the environment of one worker process. OMP_NUM_THREADS is explicit, because Ray would
     set it to 1.
+
+    The current folder is no part of PYTHONPATH: its modules would hide Python's own.
     """
+    path = os.environ.get("PYTHONPATH")
     return {
         "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": device,
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(
-            p for p in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if p
-        ),
+        **({"PYTHONPATH": path} if path else {}),
     }

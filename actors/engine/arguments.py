@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
 
 from actors.settings import GenerationSettings
 from actors.weights.client import transfer_backend
+from learners.errors import UserError
 from learners.settings import DeviceType, ModelSettings
 
 
@@ -64,8 +66,61 @@ def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
     }
 
 
+def our_key(argument: str, device: DeviceType) -> str:
+    """Return the recipe's key for the name by which vLLM calls one of its arguments."""
+    memory = "kv_cache_gib" if device == "cpu" else "gpu_memory_fraction"
+    return {
+        "gpu_memory_utilization": f"generation.{memory}",
+        "kv_cache_memory_bytes": f"generation.{memory}",
+        "vllm_cpu_kvcache_space": f"generation.{memory}",
+        "max_model_len": "generation.max_model_tokens",
+        "max_num_batched_tokens": "generation.max_model_tokens",
+        "max_num_seqs": "generation.max_concurrent",
+        "tensor_parallel_size": "generation.tensor_parallel",
+        "dtype": "actor.model.dtype",
+        "trust_remote_code": "actor.model.trust_remote_code",
+    }[argument.replace("-", "_").lower()]
+
+
+ARGUMENT = re.compile(
+    r"(?:--)?\b(gpu[-_]memory[-_]utilization|kv[-_]cache[-_]memory[-_]bytes|max[-_]model[-_]len"
+    r"|VLLM_CPU_KVCACHE_SPACE|max[-_]num[-_]batched[-_]tokens|max[-_]num[-_]seqs"
+    r"|tensor[-_]parallel[-_]size|dtype|trust[-_]remote[-_]code)\b"
+)
+NO_ROOM = re.compile(
+    r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.* memory \(([\d.]+) GiB\)"
+    r"(?:.*maximum model length is (\d+))?"
+)
+
+
+def in_our_words(error: ValueError, device: DeviceType) -> UserError | None:
+    """Return what vLLM refuses as one line that names the recipe's keys; None where it names none
+    of the arguments that come from a recipe.
+    """
+    text = " ".join(str(error).partition("See https")[0].split())
+    if found := NO_ROOM.search(text):
+        tokens, needed, there, fitting = found.groups()
+        enough = float(needed) + 0.01  # they are rounded
+        more = f"raise it to {enough:.2f}" if device == "cpu" else "raise it"
+        fewer = f" to {fitting}" if fitting else ""
+        return UserError(
+            f"{our_key('kv_cache_memory_bytes', device)}: the KV cache has {there} GiB, and one "
+            f"sequence of {tokens} tokens needs {needed} GiB: {more}, or lower "
+            f"generation.max_model_tokens{fewer}"
+        )
+    named = ARGUMENT.search(text)
+    if named is None:
+        return None
+    said = ARGUMENT.sub(lambda match: our_key(match[1], device), text)
+    return UserError(f"{our_key(named[1], device)}: vLLM cannot start: {said[:400]}")
+
+
 def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
-    """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes)."""
+    """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes).
+
+    Raises UserError where vLLM refuses what the recipe asks for.
+    """
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the recipe
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
     # It counts YaRN's positions unscaled, and limits ALiBi: learners/positions.py knows better.
@@ -83,6 +138,13 @@ def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) ->
     import actors.weights.receiver  # noqa: F401  registers our transfer backend
 
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
-    engine = LLMEngine.from_engine_args(EngineArgs(**arguments, weight_transfer_config=transfer))
+    try:
+        engine = LLMEngine.from_engine_args(
+            EngineArgs(**arguments, weight_transfer_config=transfer)
+        )
+    except ValueError as error:
+        if told := in_our_words(error, device):
+            raise told from error
+        raise
     engine.set_weight_version("0")
     return engine

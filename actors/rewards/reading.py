@@ -52,8 +52,8 @@ class Reader:
         return prompt, encode_response(self.tokenizer, sample.response, self.encoder)
 
     def read(self, sample: Sample) -> tuple[tuple[list[int], list[int]], str]:
-        """Return the ids of prompt and response, and what keeps the model from reading them; nothing
-        when it can.
+        """Return the ids of prompt and response, and what keeps the model from reading them, or
+        nothing.
         """
         try:
             prompt, response = self.ids(sample)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -13,12 +12,13 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from actors.run.lock import RunLock, only_locked
+from actors.run.lock import Displaced, RunLock
 from actors.run.progress import show_progress
+from actors.run.trial import no_new_folder, unwritable, wandb_problem
 from actors.settings import RunSettings
 from learners.errors import UserError
 
@@ -34,12 +34,20 @@ class RunFolder:
     trace events), `tensorboard/`, `model_files/`, `checkpoints/step-*/`, `model/`.
     """
 
-    def __init__(self, settings: RunSettings, config_yaml: str, first_step: int) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        config_yaml: str,
+        first_step: int,
+        lock: RunLock | None = None,
+    ) -> None:
         """Open an existing folder, to log from `first_step` on."""
         self.settings = settings
         self.path = Path(settings.folder).resolve()  # workers may run in another directory
-        self.lock: RunLock | None = None  # whose folder it is; None: nobody else's
+        self.lock = lock
         self.things: dict[str, Any] = {}  # what the checkpoints are made of
+        self.begun = first_step > 0  # a step is finished: what the folder holds is worth keeping
+        self.made: list[Path] = []  # it and the folders above it that were made for it
         self._keep_config(config_yaml, first_step - 1)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
@@ -53,25 +61,27 @@ class RunFolder:
     @staticmethod
     def check(settings: RunSettings, resume: bool) -> None:
         """Raise UserError if `open` could not succeed, before anything has been started for it."""
-        if settings.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError(
-                "run.wandb_project: wandb is not installed: pip install wandb, or remove the key"
-            )
+        if settings.wandb_project and (wrong := wandb_problem()):
+            raise UserError(f"run.wandb_project: {wrong}")
         path = Path(settings.folder)
         if resume and not finished_checkpoints(path):
             raise UserError(f"run.folder: {path} has no finished checkpoint to resume from")
-        if not resume and path.exists() and not only_locked(path):
-            raise UserError(
-                f"run.folder: {path} exists: choose another folder, or --resume to go on with "
-                "that run"
-            )
+        if wrong := unwritable(path) if resume else no_new_folder(path):
+            raise UserError(f"run.folder: {path} {wrong}")
 
     @classmethod
-    def open(cls, settings: RunSettings, config_yaml: str, resume: bool = False) -> Self:
-        """Make the folder, or with `resume` open it as it was at its newest checkpoint.
+    def open(
+        cls,
+        settings: RunSettings,
+        config_yaml: str,
+        resume: bool = False,
+        lock: RunLock | None = None,
+    ) -> Self:
+        """Make the folder, or with `resume` open it as it was at its newest checkpoint. `lock` is
+        the run's own, None where nobody else can want the folder.
 
-        Raises UserError, leaving everything as it was, if it exists already or, with `resume`, has
-        no checkpoint.
+        Raises UserError, leaving everything as it was, if it cannot be made or opened with all that
+        the settings want, if it exists already or, with `resume`, has no checkpoint.
         """
         cls.check(settings, resume)
         path = Path(settings.folder)
@@ -80,12 +90,32 @@ class RunFolder:
             state = json.loads((checkpoint / "run_folder.json").read_text())
             for name, size in state["bytes"].items():
                 os.truncate(path / name, size)
-            return cls(settings, config_yaml, first_step=step + 1)
+            return cls(settings, config_yaml, step + 1, lock)
+        path = path.absolute()
+        made = [path, *(above for above in path.parents if not above.exists())]
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)  # the lock is there already
+            folder = cls(settings, config_yaml, 0, lock)
+            folder.made = made
+            return folder
         except OSError as error:
-            raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from None
-        return cls(settings, config_yaml, first_step=0)
+            remove(made)
+            raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from error
+        except Exception:
+            remove(made)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close; a run that ended before it had finished its first step leaves nothing, unless the
+        folder is another's by now.
+        """
+        if kind is None or self.begun or kind is Displaced:
+            self.close()
+        else:
+            self.discard()
 
     def still_ours(self) -> None:
         """Raise Displaced when another run has taken the folder over: write nothing then."""
@@ -100,6 +130,7 @@ class RunFolder:
         line = {"step": step, "phase": phase, "time": round(time.time(), 3), **metrics}
         self._metrics.write(_json(line) + "\n")
         self._metrics.flush()
+        self.begun |= phase == "train"
         self._latest |= metrics
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -116,6 +147,11 @@ class RunFolder:
         if self._alarmed.get(name, -2) < step - 1:
             print(f"alarm: step {step}: {name}: {message}", file=sys.stderr, flush=True)
         self._alarmed[name] = step
+
+    def keep_notices(self, notices: Sequence[str]) -> None:
+        """Keep what was said about files and texts when the run was started."""
+        text = "".join(f"{line}\n" for line in notices)
+        (self.path / "notices.txt").write_text(text, "utf-8", "backslashreplace")
 
     def save_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the first `samples_per_step` rows of every `samples_every_steps`-th step, nothing of
@@ -188,9 +224,10 @@ class RunFolder:
         self.close()
 
     def discard(self) -> None:
-        """Remove the folder of a run that never began."""
-        self.close()
-        shutil.rmtree(self.path)
+        """Remove the folder of a run that never began, and those above that were made for it."""
+        with suppress(OSError):  # a full disk may refuse the last words
+            self.close()
+        remove(self.made)
 
     def close(self) -> None:
         """Close all writers; a second call does nothing."""
@@ -223,13 +260,20 @@ class RunFolder:
         kept = self.path / "wandb_id"  # the same run again after a resume
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex)
-        return wandb.init(
-            project=project,
-            name=self.path.name,
-            dir=str(self.path),
-            id=kept.read_text(),
-            resume="allow",
-        )
+        try:
+            return wandb.init(
+                project=project,
+                name=self.path.name,
+                dir=str(self.path),
+                id=kept.read_text(),
+                resume="allow",
+            )
+        except Exception as error:  # of the network, of the account, of wandb
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"run.wandb_project: Weights & Biases does not take the run: {reason}; "
+                "WANDB_MODE=offline keeps it here"
+            ) from error
 
 
 class Timeline:
@@ -277,6 +321,15 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def remove(folders: Sequence[Path]) -> None:
+    """Remove the first folder with all it holds, and the others as far as nothing else is there."""
+    for folder in folders[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for folder in folders[1:]:
+            folder.rmdir()
 
 
 def finished_checkpoints(run: Path) -> list[tuple[int, Path]]:

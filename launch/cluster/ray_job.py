@@ -32,6 +32,7 @@ from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
 from launch.recipe.read import RecipeError, located, read_recipe
 from learners.errors import Problem, UserError
+from learners.settings import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "submitted"  # where a job finds its recipe
@@ -161,11 +162,12 @@ def shadowing_problems(files: Iterable[str], installed: Mapping[str, str]) -> It
 
 
 def home_problems(document: Document) -> Iterator[Problem]:
-    """Yield paths with `~`, which is expanded where the recipe is read: a job reads it as another
-    user on another machine.
+    """Yield paths with `~` or variables, which are expanded where the recipe is read: a job reads
+    it as another user on another machine.
     """
     for key, value in flat(document.values).items():
-        if isinstance(value, str) and value.startswith("~"):
+        path = key.endswith((".path", ".folder"))
+        if isinstance(value, str) and (value.startswith("~") or (path and VARIABLE.search(value))):
             yield Problem(
                 (key,), f"{value} is another folder where the job runs; give an absolute path"
             )

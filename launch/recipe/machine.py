@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.run.folder import finished_checkpoints
-from actors.run.lock import only_locked
 from actors.run.resume import Resume, differing, wish
+from actors.run.trial import no_new_folder
 from actors.settings import (
     Recipe,
     RLRecipe,
@@ -105,7 +104,7 @@ def file_problems(recipe: Recipe, resume: Resume | bool | None = None) -> Iterat
         keys = ("cluster.nodes", "cluster.gpus_per_node", "cluster.device", "cluster.placement")
         yield Problem(keys, f"{lacking}, or join a cluster that has them with cluster.address")
     folder = recipe.run.folder
-    if wrong := _no_run_to_resume(folder) if resume else _no_new_run(folder):
+    if wrong := _no_run_to_resume(folder) if resume else no_new_folder(Path(folder)):
         yield Problem(("run.folder",), f"{folder} {wrong}")
     elif how := wish(resume):
         yield from _changed(recipe, how.accept)
@@ -138,23 +137,6 @@ def _no_run_to_resume(folder: str) -> str:
             "holds no checkpoint to resume from (run.checkpoint_every_steps)",
         ),
     )
-
-
-def _no_new_run(folder: str) -> str:
-    """Return why no run can begin in the folder; nothing when one can. Leaves nothing behind."""
-    path = Path(os.path.abspath(folder))
-    if os.path.exists(path) and not only_locked(path):
-        return "exists; choose another folder, or --resume to go on with that run"
-    above = next(parent for parent in path.parents if os.path.exists(parent))
-    if not above.is_dir():
-        return f"cannot be made: {above} is a file"
-    # permissions alone do not tell: the disk may be read-only, the user root, or the name too long
-    try:
-        with tempfile.TemporaryDirectory(dir=above) as trial:
-            Path(trial, path.relative_to(above)).mkdir(parents=True)
-    except (OSError, ValueError) as error:
-        return f"cannot be made: {above}: {getattr(error, 'strerror', None) or error}"
-    return ""
 
 
 def _changed(recipe: Recipe, accept: Collection[str]) -> Iterator[Problem]:

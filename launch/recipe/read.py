@@ -241,7 +241,7 @@ def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
         return f"must be {limits['expected']}, not {got}"
     wanted = next((what for prefix, what in TYPES.items() if kind.startswith(prefix)), None)
     if wanted is None:
-        return str(error["msg"])
+        return str(error["msg"]).removeprefix("Value error, ")
     hint = _left_empty(key, keys) if got == "nothing" and wanted == SECTION else ""
     return f"must be {wanted}, not {got}{hint}"
 

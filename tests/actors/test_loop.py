@@ -15,19 +15,19 @@ from actors import driver, supervised
 from actors.loop import Loop
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder
-from actors.run.stop import Interrupted, catch_stop_signal, stop_requested
+from actors.run.stop import Interrupted, catch_stop_signals, stop_requested
 from launch.demo.demo import RECIPES
 from launch.recipe.read import load_recipe
 
 
 def test_the_signal_is_taken_note_of_until_the_run_ends() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with catch_stop_signal():
+    with catch_stop_signals():
         assert not stop_requested()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop_requested()
     assert signal.getsignal(signal.SIGUSR1) is before
-    with catch_stop_signal():
+    with catch_stop_signals():
         assert not stop_requested()
 
 
@@ -90,7 +90,7 @@ def test_reinforcement_leaves_after_its_step(
     monkeypatch.setattr(driver, "check_engine_agrees", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
     folder = RunFolder.open(recipe.run, recipe.to_yaml())
-    with catch_stop_signal(), pytest.raises(Interrupted):
+    with catch_stop_signals(), pytest.raises(Interrupted):
         run(recipe, folder, driver.Driver, data, workers)
     assert steps_and_checkpoints(folder.path) == ([1, 2], ["step-000002"])
     lines = (folder.path / "metrics.jsonl").read_text().splitlines()
@@ -118,6 +118,6 @@ def test_supervised_training_leaves_after_its_step(
     group: Any = SimpleNamespace(nodes=[], call=lambda *_, **__: [])
     monkeypatch.setattr(supervised.Supervised, "step", signalled_in_step(3))
     folder = RunFolder.open(recipe.run, recipe.to_yaml())
-    with catch_stop_signal(), pytest.raises(Interrupted):
+    with catch_stop_signals(), pytest.raises(Interrupted):
         run(recipe, folder, supervised.Supervised, data, group)
     assert steps_and_checkpoints(folder.path) == ([1, 2, 3], ["step-000003"])

@@ -41,7 +41,7 @@ def test_a_new_folder_holds_the_config_and_is_never_overwritten(tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="cannot be made: .*file is a file"):
         RunFolder.open(settings(tmp_path / "file"), "")
 
 

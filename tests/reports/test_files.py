@@ -582,6 +582,8 @@ def test_what_was_noticed_is_said_before_anything_starts(
 ) -> None:
     """huggingface/datasets#5021 wants "a warning for unused files"."""
     from actors import loop
+    from launch.demo.demo import RECIPES
+    from launch.recipe.read import load_recipe
 
     class Started(Exception):
         pass
@@ -590,8 +592,8 @@ def test_what_was_noticed_is_said_before_anything_starts(
         raise Started
 
     said = "set: read a.jsonl; not read: b.jsonl"
-    recipe: Any = SimpleNamespace(
-        run=SimpleNamespace(folder=str(here / "run"), wandb_project=None), cluster=None
+    recipe = load_recipe(
+        RECIPES / "demo_sft.yaml", [f"run.folder={here / 'run'}", "run.tensorboard=false"]
     )
     monkeypatch.setattr(loop, "Placement", start)
     monkeypatch.setattr(loop, "roles_of", lambda recipe: {})

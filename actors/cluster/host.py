@@ -1,0 +1,79 @@
+"""Ray actors that run before any of our packages is imported in their process.
+
+Ray puts the folder that the run was started in before all others, where an `actors.py` of the
+user's, or a `random.py`, would be taken for ours or Python's own. So these classes travel as code
+and not by name, and set that right before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+import learners.imports
+from learners.imports import settle_imports
+
+ray.cloudpickle.register_pickle_by_value(importlib.import_module(__name__))
+ray.cloudpickle.register_pickle_by_value(learners.imports)
+
+
+class Host:
+    """The Ray actor around a plain object. Built first, filled by `start`, so that rank 0 can name
+    the rendezvous.
+    """
+
+    def __init__(self, target: str, root: str, here: str) -> None:
+        """Settle where modules come from: `root` is the folder of the driver's own packages, `here`
+        the one it was started in.
+
+        A job's checkout is unpacked on every node, where the process then runs. A node without
+        `root` has an installation of its own.
+        """
+        if ray.get_runtime_context().runtime_env.get("working_dir"):
+            root = os.getcwd() if root == here else root
+            here = os.getcwd()
+        if not os.path.isdir(os.path.join(root, "actors")):
+            import actors
+
+            root = os.path.dirname(actors.__path__[0])
+        settle_imports(root, here)
+        from learners.launchers import clear_foreign_launchers
+
+        clear_foreign_launchers()
+        self.target = target
+        self.worker: Any = None
+
+    def node(self) -> tuple[str, str]:
+        """Return Ray's id of this node, and its host name."""
+        return ray.get_runtime_context().get_node_id(), socket.gethostname()
+
+    def free_address(self) -> tuple[str, int]:
+        """Return this node's address and a port that was free a moment ago, for the rendezvous of
+        a process group.
+        """
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        module, name = self.target.split(":")
+        self.worker = getattr(importlib.import_module(module), name)(**arguments)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.worker, method)(*args, **kwargs)
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        yield from getattr(self.worker, method)(*args)
+
+
+class GpuReservation:
+    """Holds all GPUs of a bundle for the processes that share them."""
+
+    def gpus(self) -> list[str]:
+        """Return the GPUs' ids on their node."""
+        return [str(i) for i in ray.get_gpu_ids()]
