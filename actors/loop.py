@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -19,6 +18,7 @@ from actors.run.alarms import AlarmLog
 from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
 from actors.run.lock import RunLock
 from actors.run.outcome import accounted_for
+from actors.run.progress import say
 from actors.run.resume import Resume, wish
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import interrupted, stepping, stop_requested
@@ -116,7 +116,7 @@ def conduct(
         things = Things(path, how)
         data = read(recipe)
         for line in data.notices:
-            print(f"notice: {line}", file=sys.stderr, flush=True)
+            say(f"notice: {line}")
         things.add(found_by(recipe, data.tokenizer, data.sets))
         check_steps(recipe, data.total_steps(recipe), things.step)
 

@@ -16,6 +16,7 @@ from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_step
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    generation_config,
     kernel_problems,
     length_problems,
     load_config,
@@ -53,6 +54,7 @@ class RunData:
             if name is not None:
                 load_function(name)
         tokenizer = load_tokenizer(recipe.actor.model)
+        generation_config(recipe.actor.model, tokenizer)  # the end writes it
 
         def read(key: str, data: PromptData | None) -> Rows[Prompt]:
             rows = load_prompts(data, tokenizer) if data else Rows()

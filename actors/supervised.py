@@ -26,6 +26,7 @@ from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
 from learners.checkpoints import (
     check_exportable_reward_model,
+    generation_config,
     is_encoder,
     kernel_problems,
     length_problems,
@@ -70,6 +71,7 @@ class SupervisedData:
         model = recipe.learner.model
         tokenizer = load_tokenizer(model)
         if isinstance(recipe, SFTRecipe):
+            generation_config(model, tokenizer)  # the end writes it
             held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else Rows()
             rows = load_sft(recipe.data, tokenizer)
             data = cls(tokenizer, examples_batch, rows, held_out, Rows())

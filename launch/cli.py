@@ -27,7 +27,7 @@ from launch.recipe.machine import accepted, code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
-from learners.errors import UserError
+from learners.errors import UserError, in_a_line
 
 BAD_INPUT = 2
 FAILED = 1
@@ -312,7 +312,7 @@ def first_line(error: Exception, folder: Path | str) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or folder}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return in_a_line(error)
 
 
 def fail(line: str) -> None:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from learners.calibration import calibration_problem
-from learners.errors import UserError, first_wrong
+from learners.errors import UserError, first_wrong, in_a_line
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings
@@ -150,8 +151,10 @@ def _read_generation_config(path: str) -> dict[str, Any] | None:
             file = cached_file(path, "generation_config.json")
         except OSError:
             return None
-        with open(str(file), encoding="utf-8") as text:
-            return dict(json.load(text))
+        try:
+            return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"generation_config.json is no JSON object: {error}") from error
 
 
 def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[int]]) -> list[str]:
@@ -371,7 +374,7 @@ def _one_line(path: str) -> Iterator[None]:
             raise UserError(
                 f"{path}: {OWN_CODE}; set the model's trust_remote_code: true to run it"
             ) from error
-        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path}: {in_a_line(error)}") from error
     except Exception as error:
         what = " ".join([type(error).__name__, *str(error).split()])
         raise UserError(f"{path}: cannot be loaded: {what[:200]}") from error

@@ -14,7 +14,7 @@ from ray._private import services, utils
 from ray.exceptions import RayError
 
 from actors.run.stop import hold_signals, need
-from learners.errors import UserError
+from learners.errors import UserError, in_a_line
 
 REACH_S = 5.0  # for a connection to a cluster
 HTTP2_SETTINGS = b"\x04"  # the type of a frame, after three bytes of length
@@ -39,9 +39,8 @@ def connect(address: str | None, cpus: int) -> None:
         with signals_of_our_own():
             ray.init(address, **quiet)
     except (OSError, ValueError, RayError) as error:  # ConnectionError is an OSError
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cluster.address: no Ray cluster can be joined at {address}: {reason}"
+            f"cluster.address: no Ray cluster can be joined at {address}: {in_a_line(error)}"
         ) from error
 
 

@@ -54,7 +54,7 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or hasattr(error, "ray_terminate_msg")
 
 
-def in_words(error: BaseException) -> str:
+def kind_and_words(error: BaseException) -> str:
     """Return an error as one line, not too long."""
     name = type(error).__name__
     try:

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from actors.functions import load_function
-from actors.rewards.contained import contained, in_words, is_interrupt
+from actors.rewards.contained import contained, is_interrupt, kind_and_words
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample
 
@@ -53,7 +53,7 @@ class FunctionReward:
             if is_interrupt(error):
                 raise
             if len(samples) == 1:
-                return [Score(error=in_words(error))]
+                return [Score(error=kind_and_words(error))]
         return self._one_by_one(samples)
 
     def _call(self, samples: Sequence[Sample]) -> Any:
@@ -71,7 +71,7 @@ class FunctionReward:
             return Score(None if value is None else float(value))
         except Exception as error:  # what is no number may raise anything
             shown = reprlib.repr(value)
-            return Score(error=f"{self.name} gave {shown}, not a number: {in_words(error)}")
+            return Score(error=f"{self.name} gave {shown}, not a number: {kind_and_words(error)}")
 
     def _one_by_one(self, samples: Sequence[Sample]) -> list[Score]:
         """Ask for every response alone; after `patience_s` of failures only, for no further one."""

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from actors.run.lock import Displaced, RunLock
-from actors.run.progress import show_progress
+from actors.run.progress import say, show_progress
 from actors.run.trial import no_new_folder, unwritable, wandb_problem
 from actors.settings import RunSettings
-from learners.errors import UserError
+from learners.errors import UserError, in_a_line
 
 MODEL_FILES = "model_files"  # of a checkpoint: what makes a model of its weights
 
@@ -145,7 +144,7 @@ class RunFolder:
         self._alarms.write(_json({"step": step, "name": name, "message": message}) + "\n")
         self._alarms.flush()
         if self._alarmed.get(name, -2) < step - 1:
-            print(f"alarm: step {step}: {name}: {message}", file=sys.stderr, flush=True)
+            say(f"alarm: step {step}: {name}: {message}")
         self._alarmed[name] = step
 
     def keep_notices(self, notices: Sequence[str]) -> None:
@@ -269,9 +268,8 @@ class RunFolder:
                 resume="allow",
             )
         except Exception as error:  # of the network, of the account, of wandb
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"run.wandb_project: Weights & Biases does not take the run: {reason}; "
+                f"run.wandb_project: Weights & Biases does not take the run: {in_a_line(error)}; "
                 "WANDB_MODE=offline keeps it here"
             ) from error
 

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped]
 
+from actors.run.progress import say
 from learners.errors import UserError
 
 FILE = "run.lock"
@@ -221,10 +221,6 @@ def only_locked(folder: Path) -> bool:
     beginning.
     """
     return folder.is_dir() and [path.name for path in folder.iterdir()] == [FILE]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

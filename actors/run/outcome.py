@@ -15,7 +15,7 @@ from pathlib import Path
 from actors.cluster.groups import WorkerError
 from actors.run.folder import finished_checkpoints
 from actors.run.stop import Left, catch_stop_signals, leaving, stop_requested
-from learners.errors import UserError
+from learners.errors import UserError, in_a_line
 
 # What libraries say in place of the system's words.
 IN_OTHER_WORDS = re.compile(
@@ -61,7 +61,7 @@ def accounted_for(folder: str) -> Iterator[None]:
         except Exception as error:
             if isinstance(error, WorkerError) and (by := stop_requested()):
                 # everything that belongs to the run got the signal, not its driver alone
-                how = str(error).splitlines()[0]
+                how = in_a_line(error)
                 raise Left(
                     by, f"it ended the run's processes ({how}); {what_is_left(path)}"
                 ) from error

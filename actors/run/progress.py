@@ -14,6 +14,11 @@ from actors.run.metrics import headlines
 LINE_EVERY_S = 15.0
 
 
+def say(line: str) -> None:
+    """Print a line for whoever started the run, beside its results."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def show_progress(
     steps: range, total: int, description: str, latest: Mapping[str, float]
 ) -> Iterator[int]:
@@ -47,7 +52,7 @@ def _lines(
         yield step
         if time.monotonic() - printed >= LINE_EVERY_S or step == steps[-1]:
             printed = time.monotonic()
-            print(f"{description} {step}/{total}  {_figures(latest)}", file=sys.stderr, flush=True)
+            say(f"{description} {step}/{total}  {_figures(latest)}")
 
 
 def _figures(latest: Mapping[str, float]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from actors.roles import Role, roles_of
 from actors.run.folder import finished_checkpoints
+from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.errors import UserError
@@ -229,7 +230,3 @@ def _digest(*parts: str | bytes) -> str:
     for part in parts:
         whole.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass"))
     return whole.hexdigest()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

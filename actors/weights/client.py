@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.cluster.groups import WorkerError, gather
 from actors.weights.proof import Receipt, SyncError
+from learners.errors import in_a_line
 from learners.settings import DeviceType
 
 OBJECT_STORE = "ray_object_store"  # our backend: weights travel through Ray's shared memory
@@ -83,4 +84,4 @@ class EngineClient:
         try:
             return gather(pending, self.names, f"sync: {method}", self.deadline_s, self.began)
         except WorkerError as error:  # its first line: the others are the engine's traceback
-            raise SyncError(str(error).splitlines()[0]) from error
+            raise SyncError(in_a_line(error)) from error

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.run.progress import say
 from actors.run.resume import Resume, wish
 from actors.settings import Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
 from launch.recipe.read import RecipeError, located, read_recipe
-from learners.errors import Problem, UserError
+from learners.errors import Problem, UserError, in_a_line
 from learners.settings import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,10 +250,10 @@ def connect(address: str) -> Any:
         return client
     except AuthenticationError as error:
         remedy = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-        raise UserError(f"--address: {address}: {first_line(error)}; {remedy}") from None
+        raise UserError(f"--address: {address}: {in_a_line(error).rstrip('.')}; {remedy}") from None
     except Exception as error:  # whatever is there, it is not Ray's job server
         raise UserError(
-            f"--address: no Ray job server answers at {address}: {first_line(error)}"
+            f"--address: no Ray job server answers at {address}: {in_a_line(error)}"
         ) from None
 
 
@@ -273,7 +274,7 @@ def run_job(client: Any, job: str, command: str, package: Path) -> int:
             stop(client, job)
             return INTERRUPTED
         except (OSError, RuntimeError) as error:
-            say(f"error: {job}: {first_line(error)}")
+            say(f"error: {job}: {in_a_line(error)}")
             return FAILED
     code = exit_code(str(info.status), info.driver_exit_code)
     ended = str(info.status).lower()
@@ -360,7 +361,7 @@ class Log:
             print(self.client.get_job_logs(self.job)[self.printed :], end="", flush=True)
         except (OSError, RuntimeError) as error:
             say(
-                f"{self.job}: its last lines could not be read ({first_line(error)}); ray job "
+                f"{self.job}: its last lines could not be read ({in_a_line(error)}); ray job "
                 f"logs {self.job}"
             )
 
@@ -396,12 +397,3 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def say(line: str) -> None:
-    """Print a line about the job to stderr; its own words go to stdout."""
-    print(line, file=sys.stderr, flush=True)

@@ -690,3 +690,16 @@ def test_a_run_that_used_to_leave_nothing(
     assert rescued.keys() == files(run / "model").keys()
     assert rescued["model.safetensors"] != files(run / "model")["model.safetensors"]
     assert capsys.readouterr().out.count("the model of ") == 2
+
+
+def test_a_generation_config_that_is_no_json_is_refused_with_the_data(tmp_path: Path) -> None:
+    """No public report known to us: an edited file lacks a word, and the end writes it."""
+    task.make_tokenizer(tmp_path / "base")
+    Qwen3Config(**QWEN, max_position_embeddings=24).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": }')
+    task.write_rows(tmp_path / "rows.jsonl", [ROW])
+    paths = [f"{key}.path={tmp_path / 'rows.jsonl'}" for key in ("data", "held_out")]
+    where = [f"learner.model.path={tmp_path / 'base'}", f"run.folder={tmp_path / 'run'}"]
+    recipe: Any = load_recipe(RECIPES / "demo_sft.yaml", [*where, *paths])
+    with pytest.raises(UserError, match="base: generation_config.json is no JSON object"):
+        supervised.SupervisedData.load(recipe)
