@@ -326,9 +326,9 @@ def wandb_problem() -> str:
     if any(os.environ.get(name) for name in WANDB_VARIABLES):
         return ""
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    settings = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    places = ("wandb", os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     said = {os.environ.get("NETRC") or "~/.netrc": re.escape(server), "~/_netrc": re.escape(server)}
-    said |= dict.fromkeys(("wandb/settings", f"{settings}/settings"), "mode|api_key")
+    said |= {os.path.join(place, "settings"): "mode|api_key" for place in places}
     for file, word in said.items():
         with suppress(OSError):
             if re.search(word, Path(file).expanduser().read_text(errors="replace")):
