@@ -5,6 +5,7 @@ kept in every checkpoint, and the whole of it at the end.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from actors.run.folder import MODEL_FILES, complete_or_absent
 from actors.settings import Recipe
 from learners.checkpoints import generation_config
 from learners.errors import UserError, in_a_line
+
+LATE_S = 30.0  # a shared file system may show a new file to other machines so late
 
 
 class Export:
@@ -56,6 +59,7 @@ class Export:
         """Write all but the weights: config, generation config and tokenizer."""
         group = self.groups[self.name]
         group.call("export_config", str(folder), phase="export", deadline_s=self.deadline_s)
+        self._written(folder, "config.json")
         self._write_beside_config(folder)
 
     def write_model(self, folder: Path) -> None:
@@ -63,7 +67,20 @@ class Export:
         group = self.groups[self.name]
         with complete_or_absent(folder) as draft:
             group.call("export", str(draft), phase="export", deadline_s=self.deadline_s)
+            self._written(draft, "*.safetensors")
             self._write_beside_config(draft)
+
+    def _written(self, folder: Path, name: str) -> None:
+        """Raise UserError unless the driver, too, sees what the learner has written."""
+        until = time.monotonic() + LATE_S
+        while not any(folder.glob(name)):
+            if time.monotonic() > until:
+                worker = self.groups[self.name].names()[0]
+                raise UserError(
+                    f"run.folder: {folder} is another folder for {worker}: it must lie on a file "
+                    "system that all nodes share"
+                )
+            time.sleep(0.1)
 
     def _write_beside_config(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -10,14 +10,14 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
 from actors.export import Export
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
 from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
 from actors.run.lock import RunLock
-from actors.run.outcome import accounted_for
+from actors.run.outcome import EndError, accounted_for, disk_trouble, leave_at_the_end
 from actors.run.progress import say
 from actors.run.resume import Resume, wish
 from actors.run.room import bytes_needed, no_room
@@ -112,13 +112,9 @@ def conduct(
     RunFolder.check(recipe.run, bool(how))
     lock = RunLock(path, take_over=how is not None and how.take_over)
     with accounted_for(recipe.run.folder), lock, ExitStack() as stack:
-        RunFolder.check(recipe.run, bool(how))  # from here on no other run changes it
         things = Things(path, how)
         data = read(recipe)
-        for line in data.notices:
-            say(f"notice: {line}")
-        things.add(found_by(recipe, data.tokenizer, data.sets))
-        check_steps(recipe, data.total_steps(recipe), things.step)
+        look_at(data, things, recipe)
 
         def opened() -> RunFolder:
             text = config_yaml or recipe.to_yaml()
@@ -141,6 +137,16 @@ def conduct(
         summary = Loop(recipe, made, folder, alarms, clock).run(bool(how))
         folder.finish(summary)
     return summary
+
+
+def look_at(data: Data, things: Things, recipe: Recipe) -> None:
+    """Say what there is to say about the data. Raises UserError where a resumed run's are others,
+    or leave fewer steps than it has done.
+    """
+    for line in data.notices:
+        say(f"notice: {line}")
+    things.add(found_by(recipe, data.tokenizer, data.sets))
+    check_steps(recipe, data.total_steps(recipe), things.step)
 
 
 def check_steps(recipe: Recipe, total: int, done: int) -> None:
@@ -209,7 +215,9 @@ class Loop:
             )
 
     def end(self, step: int) -> dict[str, Any]:
-        """Export the model before anything that may fail; return the end of the summary."""
+        """Export the model before anything that may fail; return the end of the summary. Raises
+        EndError that says what is left where something fails, and Left after a signal.
+        """
         model = self.folder.path / "model"
         incomplete = ""
         try:
@@ -218,21 +226,28 @@ class Loop:
             incomplete = in_a_line(error)
         self.export(model, step)
         if incomplete:
-            raise WorkerError(f"{incomplete}: the model was exported uncalibrated, to {model}")
+            raise EndError(f"{incomplete}: the model was exported uncalibrated, to {model}")
+        leave_at_the_end(f"the model is complete, in {model}; its last evaluation is missing")
         try:
             return self.training.end()
         except Exception as error:
-            raise WorkerError(f"{in_a_line(error)}: the model is complete, in {model}") from error
+            reason = self.reason(error)
+            raise EndError(f"{reason}: the model is complete, in {model}") from error
 
     def export(self, model: Path, step: int) -> None:
-        """Write the model or, when that fails, a checkpoint of it. Raises WorkerError that says
-        where the weights are.
+        """Write the model or, when that fails, a checkpoint of it. Raises EndError that says where
+        the weights are.
         """
         try:
             self.training.export.write_model(model)
         except Exception as error:
             kept = self.keep_weights(step)
-            raise WorkerError(f"the model was not exported: {in_a_line(error)}; {kept}") from error
+            reason = self.reason(error)
+            raise EndError(f"the model was not exported: {reason}; {kept}") from error
+
+    def reason(self, error: Exception) -> str:
+        """Return why something failed, with the remedy where the disk is at fault."""
+        return disk_trouble(error, self.folder.path) or in_a_line(error)
 
     def keep_weights(self, step: int) -> str:
         """Save the last step as a checkpoint unless it is one; return in words where its weights
@@ -245,7 +260,7 @@ class Loop:
                 with self.folder.checkpoint(step) as path:
                     self.save(path, step)
             except Exception as error:
-                failed = f"a checkpoint could not be saved either ({in_a_line(error)}); "
+                failed = f"a checkpoint could not be saved either ({self.reason(error)}); "
         if not (saved := finished_checkpoints(run)):
             return f"{failed}there is no earlier one: the weights are lost"
         newest, path = saved[-1]

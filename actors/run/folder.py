@@ -100,7 +100,7 @@ class RunFolder:
         except OSError as error:
             remove(made)
             raise UserError(f"run.folder: {path} cannot be made: {error.strerror}") from error
-        except Exception:
+        except BaseException:  # a signal too: nothing may block the next try
             remove(made)
             raise
 

@@ -8,9 +8,12 @@ import errno
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ray.exceptions import RayError
 
 from actors.cluster.groups import WorkerError
 from actors.run.folder import finished_checkpoints
@@ -41,6 +44,10 @@ class StorageError(RuntimeError):
     """A file could not be written; the message says which, why, and what to do."""
 
 
+class EndError(WorkerError):
+    """Something failed after the last step; the message says what, and what is left."""
+
+
 @contextmanager
 def accounted_for(folder: str) -> Iterator[None]:
     """Answer signals, and give what ends the run in `folder` its line.
@@ -56,7 +63,7 @@ def accounted_for(folder: str) -> Iterator[None]:
             if by := leaving():
                 raise Left(by, what_is_left(path)) from None
             raise
-        except UserError:
+        except (UserError, EndError):
             raise
         except Exception as error:
             if isinstance(error, WorkerError) and (by := stop_requested()):
@@ -70,6 +77,13 @@ def accounted_for(folder: str) -> Iterator[None]:
             raise
 
 
+def leave_at_the_end(left: str) -> None:
+    """Raise Left when a signal has come during the last step or since. SIGUSR1 leaves time."""
+    by = stop_requested()
+    if by and by != signal.SIGUSR1:
+        raise Left(by, left)
+
+
 def what_is_left(folder: Path) -> str:
     """Say what a run that ends now leaves behind."""
     if not folder.is_dir():
@@ -80,25 +94,32 @@ def what_is_left(folder: Path) -> str:
 
 def disk_trouble(error: BaseException, folder: Path) -> str:
     """Return who met it, path, reason and remedy if the error is of a file in the folder that could
-    not be written, also in a worker; else nothing.
+    not be written, or of any other that a full or broken disk refused, also in a worker; else
+    nothing.
     """
     who = f"{str(error).split(' failed: ')[0]}: " if isinstance(error, WorkerError) else ""
-    for one in causes(error):
+    chain = list(causes(error))
+    for one in chain:
         if isinstance(one, OSError) and one.errno in REMEDIES:
             file = Path(os.fsdecode(one.filename or folder))
-            unnamed = one.filename is None and one.errno not in CLOSED  # by a write, not an open
-            if unnamed or (one.filename and file.is_relative_to(folder.absolute())):
-                return f"{who}{file}: {one.strerror}: {remedy(one.errno, folder)}"
-        elif found := IN_OTHER_WORDS.search(str(one)):
+            ours = one.filename is not None and file.is_relative_to(folder.absolute())
+            if ours or one.errno not in CLOSED:
+                return f"{who}{file}: {one.strerror}: {remedy(one.errno, file)}"
+    # What passes on another's words (ours, Ray's) is not searched: a file of any folder may stand
+    # in them.
+    first_hand = [e for e in chain if not isinstance(e, (OSError, WorkerError, RayError))]
+    for one in first_hand:
+        if found := IN_OTHER_WORDS.search(str(one)):
             said = found[1] or "a file could not be written to its end"
             return f"{who}{folder}: {said}: {remedy(errno.ENOSPC, folder)}"
     return ""
 
 
-def remedy(number: int, folder: Path) -> str:
-    """Say what helps against an error number of the system's, with what is free in the folder."""
+def remedy(number: int, file: Path) -> str:
+    """Say what helps against an error number of the system's, with what is free where it arose."""
     with suppress(OSError):
-        free = shutil.disk_usage(folder).free / 2**20
+        there = next(path for path in (file, *file.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free / 2**20
         return REMEDIES[number].format(free=f"{free:,.0f} MiB are free")
     return REMEDIES[number].format(free="how much is free cannot be told")
 

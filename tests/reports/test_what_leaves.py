@@ -4,10 +4,13 @@ something other than it said.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +38,9 @@ from actors.export import Export
 from actors.loop import Loop
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder, complete_or_absent, finished_checkpoints
+from actors.run.outcome import accounted_for
 from actors.run.room import bytes_needed, no_room
+from actors.run.stop import Left
 from actors.settings import RunSettings
 from launch import cli
 from launch.demo.demo import RECIPES
@@ -231,6 +236,9 @@ class Here:
     def call(self, method: str, *args: Any, phase: str, deadline_s: float) -> list[Any]:
         return [getattr(self.worker, method)(*args)]
 
+    def names(self) -> list[str]:
+        return ["sft[0]"]
+
 
 def export_of(folder: Path, tokenizer: Any) -> Export:
     settings = made("qwen3", folder)
@@ -379,12 +387,13 @@ def test_a_disk_without_room_is_told_and_one_that_cannot_be_known_is_not(tmp_pat
 
 
 class Trained:
-    """Stands for a training of three steps; `broken` names what fails of its end."""
+    """Stands for a training of three steps; `broken` names what fails of its end, with `error`."""
 
     total_steps = 3
 
-    def __init__(self, broken: set[str], needed: int = 0) -> None:
+    def __init__(self, broken: set[str], needed: int = 0, error: Exception | None = None) -> None:
         self.broken = broken
+        self.error = error
         self.done: list[str] = []
         self.groups: dict[str, Any] = {}
         self.export: Any = SimpleNamespace(
@@ -397,7 +406,7 @@ class Trained:
     def do(self, what: str) -> None:
         self.done.append(what)
         if what in self.broken:
-            raise ValueError(f"{what} broke\nat length")
+            raise self.error or ValueError(f"{what} broke\nat length")
 
     def begin(self, first: int) -> dict[str, Any]:
         return {}
@@ -430,10 +439,8 @@ def run_to_the_end(tmp_path: Path, training: Trained, **settings: Any) -> dict[s
     overrides = [f"run.folder={tmp_path / 'run'}", "run.tensorboard=false", "run.progress=false"]
     overrides += [f"run.{name}={value}" for name, value in settings.items()]
     recipe = load_recipe(RECIPES / "demo_sft.yaml", overrides)
-    folder = RunFolder.open(recipe.run, "")
-    summary = Loop(recipe, training, folder, AlarmLog(folder, 3), clock=0.0).run(resume=False)
-    folder.close()
-    return summary
+    with accounted_for(recipe.run.folder), RunFolder.open(recipe.run, "") as folder:
+        return Loop(recipe, training, folder, AlarmLog(folder, 3), clock=0.0).run(resume=False)
 
 
 def test_the_model_is_written_before_what_may_fail(tmp_path: Path) -> None:
@@ -481,7 +488,52 @@ def test_a_run_without_room_does_not_begin_and_leaves_no_folder(tmp_path: Path) 
     """mlfoundations/open_lm#154: better than to find out while the first checkpoint is written."""
     with pytest.raises(UserError, match=r"^run\.folder: .* lower run\.keep_checkpoints$"):
         run_to_the_end(tmp_path, training := Trained(set(), needed=2**60))
-    assert not training.done
+    assert not training.done and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "left"),
+    [
+        ("evaluate", "the model is complete, in "),
+        ("export", "the weights of step 3 are safe: quatuor export "),
+    ],
+)
+def test_a_full_disk_at_the_end_says_what_is_left(tmp_path: Path, broken: str, left: str) -> None:
+    """bghira/SimpleTuner#2353: the disk is full at the last save. The line keeps where the weights
+    are beside the remedy.
+    """
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "model.tmp"))
+    with pytest.raises(WorkerError, match=f"No space left .* free some space there.*{left}") as end:
+        run_to_the_end(tmp_path, Trained({broken}, error=full))
+    assert "no checkpoint was saved" not in str(end.value)
+
+
+def test_a_signal_after_the_last_step_leaves_with_the_model(tmp_path: Path) -> None:
+    """No public report known to us: SIGTERM in the last step, and SIGKILL in a long evaluation."""
+    training = Trained(set())
+    training.complete_model = lambda: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore
+    with pytest.raises(Left, match=r"SIGTERM; the model is complete, in .*/model") as end:
+        run_to_the_end(tmp_path, training)
+    assert end.value.code == 128 + signal.SIGTERM and training.done == ["export"]
+
+
+def test_a_run_folder_that_workers_do_not_share_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No public report known to us: on each node the run folder is a local one, and `model/` would
+    appear without weights.
+    """
+    monkeypatch.setattr("actors.export.LATE_S", 0.0)
+    task.make_tokenizer(tmp_path / "tokens")
+    export = export_of(tmp_path / "base", AutoTokenizer.from_pretrained(tmp_path / "tokens"))
+    elsewhere: Any = SimpleNamespace(export_config=lambda to: None, export=lambda to: None)
+    group: Any = Here(elsewhere)
+    export.groups = {"sft": group}
+    with pytest.raises(UserError, match=r"^run\.folder: .* another folder for sft\[0\]"):
+        export.rehearse(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^run\.folder: "):
+        export.write_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_model_appears_complete_or_not_at_all(tmp_path: Path) -> None:

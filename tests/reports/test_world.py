@@ -291,10 +291,21 @@ def test_torch_and_safetensors_in_other_words(tmp_path: Path, small_files: None)
 
 
 def test_an_error_of_another_file_is_not_taken_for_ours(tmp_path: Path) -> None:
+    from actors.cluster.groups import WorkerError
     from actors.run.outcome import disk_trouble
 
     assert disk_trouble(FileNotFoundError(errno.ENOENT, "No such file", "/data/x"), tmp_path) == ""
     assert disk_trouble(ValueError("unexpected position of a token"), tmp_path) == ""
+    # in a worker, of a file that is not the run's: that file is named, and nothing of the run's
+    shared = OSError(errno.ENOSPC, "No space left on device", "/dev/shm/nccl-abc")
+    told = WorkerError(f"learn: actor[0] on node gpu failed: {shared!r}\nTraceback: {shared}")
+    told.__cause__ = shared
+    line = disk_trouble(told, tmp_path)
+    assert line.startswith("learn: actor[0] on node gpu: /dev/shm/nccl-abc: No space left")
+    assert str(tmp_path) not in line
+    # what only stands in a worker's traceback is nothing that is known
+    told = WorkerError("learn: x failed: OSError('Read-only file system')")
+    assert disk_trouble(told, tmp_path) == ""
 
 
 def test_a_traceback_that_cannot_be_written_is_no_second_failure(
