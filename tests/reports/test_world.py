@@ -290,6 +290,20 @@ def test_torch_and_safetensors_in_other_words(tmp_path: Path, small_files: None)
         assert told.endswith("no checkpoint was saved")
 
 
+def test_a_signal_while_the_folder_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No public report known to us: a run ended while TensorBoard is imported blocks the next."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "_open_tensorboard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder.open(RunSettings(folder=str(tmp_path / "deep" / "run")), "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_of_another_file_is_not_taken_for_ours(tmp_path: Path) -> None:
     from actors.cluster.groups import WorkerError
     from actors.run.outcome import disk_trouble
