@@ -601,7 +601,7 @@ def test_what_was_noticed_is_said_before_anything_starts(
     with pytest.raises(Started):
         loop.conduct(
             recipe,
-            False,
+            None,
             "",
             read=lambda recipe: SimpleNamespace(
                 notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1

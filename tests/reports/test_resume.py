@@ -27,12 +27,13 @@ import pytest
 import yaml
 
 from actors import driver, supervised
-from actors.loop import check_steps
+from actors.cluster.groups import WorkerError
 from actors.run import lock as locks
 from actors.run.folder import RunFolder, finished_checkpoints
 from actors.run.lock import Displaced, Holder, RunLock
-from actors.run.resume import Resume
-from actors.run.things import Things, found_by, weights_of
+from actors.run.outcome import accounted_for
+from actors.run.resume import Resume, fewer_steps
+from actors.run.things import Things, found_by, python_files, weights_of
 from actors.run_data import RunData
 from actors.settings import RLRecipe, RunSettings
 from actors.supervised import SupervisedData
@@ -324,6 +325,125 @@ def test_a_checkpoint_without_digests_says_so(
     assert "step-000060: saved by a version that kept no digests" in line
 
 
+def test_a_data_set_that_is_newly_given_can_be_accepted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., list[str]]
+) -> None:
+    """deepfakes/faceswap-playground#247: can validation data be added to a run that is resumed?"""
+    before = yaml.safe_load(Path("sft.yaml").read_text())
+    Path("sft.yaml").write_text(yaml.safe_dump(before | {"held_out": None}))
+    shutil.rmtree("runs/sft")
+    leave_run("sft")
+    Path("sft.yaml").write_text(yaml.safe_dump(before))
+    (line,) = told("sft")
+    assert "held_out.path: is 'held_out.jsonl', the run to resume has nothing" in line
+    accept = ("held_out.path",)
+    assert resumed("sft", monkeypatch, "--accept", *accept) == (0, [Resume(accept)])
+    things = things_of("sft", Resume(accept))
+    things.check_accepted(loaded=False)
+    things.check_accepted()
+    assert things.differ == {"held_out.path"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "key"),
+    [
+        # deepfakes/faceswap-playground#247, the other way round
+        ("sft", "held_out=null", "held_out.path"),
+        # NVIDIA-NeMo/RL#3722: another Reference than the run began with
+        ("grpo", "reference.model={path: base}", "reference.model.path"),
+    ],
+)
+def test_a_section_that_is_given_or_taken_is_one_change(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Callable[..., list[str]],
+    kind: str,
+    override: str,
+    key: str,
+) -> None:
+    (line,) = told(kind, override)
+    assert f" {key}: is " in line
+    assert resumed(kind, monkeypatch, override, "--accept", key)[0] == 0
+    things_of(kind, Resume((key,)), override).check_accepted()
+
+
+def test_another_path_is_accepted_in_a_run_of_a_version_without_digests(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorAuto/OpenTau#502: nothing in the checkpoint says what it was made of."""
+    (finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json").unlink()
+    write("other.jsonl", ROWS[:10])
+    accept = ("data.path",)
+    assert resumed("sft", monkeypatch, "data.path=other.jsonl", "--accept", *accept)[0] == 0
+    things = things_of("sft", Resume(accept), "data.path=other.jsonl")
+    things.check_accepted(loaded=False)
+    things.check_accepted()
+
+
+def test_what_is_accepted_in_vain_is_refused_before_models_load(place: Path) -> None:
+    """All but the weights of models that are not trained is known then. No public report known to
+    us.
+    """
+    things = things_of("grpo", Resume(("rewards.0.model.path",)))
+    things.check_accepted(loaded=False)
+    with pytest.raises(UserError, match="rewards.0.model.path: nothing differs"):
+        things.check_accepted()
+    with pytest.raises(UserError, match="prompts.path: nothing differs"):
+        things_of("grpo", Resume(("prompts.path",))).check_accepted(loaded=False)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.max_tokens=2047", "data.limit=10", "data.response_column=answer"]
+)
+def test_an_accepted_word_hides_no_changed_rows(place: Path, override: str) -> None:
+    """career-ops-hq/career-ops#2138: rows that count the same are not the same."""
+    key = override.partition("=")[0]
+    things_of("sft", Resume((key,)), override).check_accepted()
+    reorder()
+    with pytest.raises(UserError, match="rows.jsonl: rows: 10 .* now, 10 .* --accept data.path"):
+        things_of("sft", Resume((key,)), override)
+    things_of("sft", Resume((key, "data.path")), override).check_accepted()
+
+
+def test_words_of_the_evaluation_may_change_its_rows(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """allenai/RL4LMs#48: a resumed run is evaluated on other data, which is said."""
+    things_of("grpo", Resume(), "evaluation.prompts.limit=1").check_accepted()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("notice: evaluation.prompts.path: held_out.jsonl: rows: 1 (")
+    assert line.endswith("; its keys have changed, so the rows may have")
+
+
+def test_code_of_a_hub_model_is_read_in_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docling-project/docling#4224: code of a hub's model that changes under its name."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "models--own--code"
+    found = []
+    for commit, code in (("1" * 40, "a = 1\n"), ("2" * 40, "a = 2\n")):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "modeling_own.py").write_text(code)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(commit)
+        found.append(python_files("own/code"))
+    assert found[0] != found[1] and all(words.startswith("1 files (") for words in found)
+    assert found[1] == python_files(str(model / "snapshots" / ("2" * 40)))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_table_that_cannot_be_read_is_one_line(place: Path, content: str) -> None:
+    """No public report known to us."""
+    file = finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"run.folder: {file} cannot be read: it is no JSON object"):
+        things_of("sft", Resume())
+
+
 # --- words ----------------------------------------------------------------------------------------
 
 
@@ -395,9 +515,9 @@ def test_a_submitted_job_is_told_how_to_resume() -> None:
     ("kind", "override", "said"),
     [
         # Lightning-AI/pytorch-lightning#2344, #1922: max_steps below the checkpoint's is not heeded
-        ("grpo", "step.steps=10", "step.steps: is 10, and the checkpoint .* has done 60"),
+        ("grpo", "step.steps=10", "step.steps: makes a run of 10 steps, .* has done 60"),
         # AI-Hypercomputer/maxtext#4046: a checkpoint beyond the steps fails clearly and early
-        ("sft", "train.steps=59", "train.steps: is 59, and the checkpoint .* has done 60"),
+        ("sft", "train.steps=59", "train.steps: makes a run of 59 steps, .* has done 60"),
         # no public report known to us
         ("sft", "train.epochs=5", "train.epochs: makes a run of 50 steps, .* has done 60"),
     ],
@@ -423,7 +543,7 @@ def test_as_many_steps_as_were_done_do_the_end_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resumed("grpo", monkeypatch, "step.steps=60")[0] == 0
-    check_steps(read_recipe("sft.yaml")[0], STEP, STEP)
+    assert not list(fewer_steps(read_recipe("sft.yaml")[0], STEP, STEP))
 
 
 # --- the lock -------------------------------------------------------------------------------------
@@ -634,6 +754,35 @@ def test_a_displaced_run_is_one_line_and_exit_code_1(
     ]
 
 
+def test_a_run_that_fails_when_it_is_displaced_keeps_no_traceback_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other run removes its drafts, which fails it before it looks whose folder it is.
+
+    dejuknow/md-redline#67: a holder that stalled comes back and removes another's lock.
+    """
+    other = RunLock(Path("runs/sft"), take_over=True)
+
+    def run() -> None:
+        with accounted_for("runs/sft"), RunLock(Path("runs/sft")):
+            other.__enter__()
+            Path("runs/sft/checkpoints/step-000061.1.tmp/a").write_text("")
+
+    assert resumed("sft", monkeypatch, during=run)[0] == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "runs/sft was taken over by the run of process" in said[-1]
+    assert "Traceback" not in "".join(said) and not Path("runs/sft/error.log").exists()
+    other.__exit__()
+    assert not Path("runs/sft", locks.FILE).exists()
+
+
+def test_a_failure_in_a_folder_that_is_gone_stays_what_it_was(tmp_path: Path) -> None:
+    """No public report known to us."""
+    with pytest.raises(WorkerError), RunLock(tmp_path / "run") as lock:
+        shutil.rmtree(lock.folder)
+        raise WorkerError("critic failed")
+
+
 def test_a_displaced_run_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False)
     with RunLock(tmp_path / "run") as lock:
@@ -683,7 +832,7 @@ def test_weights_of_a_frozen_model_are_compared_once_it_has_loaded(
     leave_run("grpo")
     before = files("runs")
     with pytest.raises(UserError) as refused:
-        driver.run(recipe, resume=True)  # type: ignore[arg-type]
+        driver.run(recipe, Resume())  # type: ignore[arg-type]
     (line,) = refused.value.problems
     assert re.search(r"weights of the reward judge: [0-9a-f]{32} now, 0a1b at step 60", line)
     assert files("runs") == before

@@ -35,6 +35,7 @@ from actors.export import Export
 from actors.loop import Loop
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder, complete_or_absent, finished_checkpoints
+from actors.run.resume import Resume
 from actors.run.room import bytes_needed, no_room
 from actors.settings import RunSettings
 from launch import cli
@@ -667,7 +668,7 @@ def test_a_run_that_used_to_leave_nothing(
         recipe: Any = load_recipe(
             RECIPES / "demo_sft.yaml", [*overrides, f"train.steps={steps}"], "sft"
         )
-        supervised.run(recipe, resume=resume)
+        supervised.run(recipe, resume=Resume() if resume else None)
 
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
