@@ -206,6 +206,10 @@ def other_calibration() -> None:
     change_json("judge/config.json", score_mean=0.75)
 
 
+def other_lines() -> None:
+    change_json("judge/config.json", note="two\nlines")
+
+
 CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
     # NVIDIA-NeMo/RL#2519: another data set under a resumed loader is skipped into, silently
     ("sft", reorder, "data.path", f"rows.jsonl: rows: 10 .* now, 10 .* at step {STEP}"),
@@ -219,6 +223,8 @@ CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
     ("sft", other_template, "learner.model.path", "chat template: 25 characters .* now, 0 ch"),
     # NVIDIA-NeMo/RL#3722: a resumed run with another frozen model than it began with
     ("grpo", other_calibration, "rewards.0.model.path", "config.json: score_mean is 0.75 now"),
+    # no public report known to us
+    ("grpo", other_lines, "rewards.0.model.path", r'note is "two\\nlines" now, null at step 60'),
 ]
 
 
@@ -226,6 +232,7 @@ CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
 def test_what_a_path_names_has_changed(
     place: Path, kind: str, change: Callable[[], None], key: str, said: str
 ) -> None:
+    """The reports stand beside the cases."""
     change()
     with pytest.raises(UserError, match=said) as refused:
         things_of(kind, Resume())
@@ -234,7 +241,10 @@ def test_what_a_path_names_has_changed(
 
 
 def test_what_is_as_it_was_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also copied elsewhere and back, rewritten with the same content, and saved anew."""
+    """Also copied elsewhere and back, rewritten with the same content, and saved anew.
+
+    No public report known to us.
+    """
     os.utime("rows.jsonl")
     change_json("base/config.json", transformers_version="9.9")
     for kind in ("sft", "grpo"):
@@ -285,6 +295,7 @@ def test_what_is_accepted_is_said_and_kept(place: Path, capsys: pytest.CaptureFi
 
 
 def test_many_differences_are_three_lines(place: Path) -> None:
+    """No public report known to us."""
     reorder()
     shorten_held_out()
     other_template()
@@ -312,6 +323,7 @@ def test_a_reward_function_that_was_edited_is_a_warning(
 
 
 def test_another_path_under_a_key_that_may_change_is_not_compared(place: Path) -> None:
+    """No public report known to us."""
     write("other.jsonl", ROWS[:3])
     things_of("grpo", Resume(), "evaluation.prompts.path=other.jsonl")
 
@@ -319,6 +331,7 @@ def test_another_path_under_a_key_that_may_change_is_not_compared(place: Path) -
 def test_a_checkpoint_without_digests_says_so(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """TensorAuto/OpenTau#502: nothing in the checkpoint says what it was made of."""
     (finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json").unlink()
     things_of("sft", Resume())
     (line,) = capsys.readouterr().err.splitlines()
@@ -361,6 +374,7 @@ def test_a_section_that_is_given_or_taken_is_one_change(
     override: str,
     key: str,
 ) -> None:
+    """The reports stand beside the cases."""
     (line,) = told(kind, override)
     assert f" {key}: is " in line
     assert resumed(kind, monkeypatch, override, "--accept", key)[0] == 0
@@ -482,6 +496,7 @@ def test_words_that_changed_can_be_accepted(
 
 
 def test_a_key_under_which_nothing_differs(place: Path, told: Callable[..., list[str]]) -> None:
+    """No public report known to us."""
     for key in ("learner.optimizer.learning_rat", "train.batch_size", "data"):
         (line,) = told("sft", "--accept", key)
         assert line.startswith(f"error: --accept {key}: nothing to accept there")
@@ -489,6 +504,7 @@ def test_a_key_under_which_nothing_differs(place: Path, told: Callable[..., list
 
 
 def test_many_changed_words_are_three_lines(place: Path, told: Callable[..., list[str]]) -> None:
+    """No public report known to us."""
     keys = ["run.seed", "train.batch_size", "learner.optimizer.eps", "learner.micro_batch_tokens"]
     *_, last = told("sft", *(f"{key}=7" for key in keys))
     assert sum(key in last for key in keys) == 2 and "--accept each" in last
@@ -499,11 +515,13 @@ def test_many_changed_words_are_three_lines(place: Path, told: Callable[..., lis
 def test_options_of_a_resume_belong_to_a_resume(
     capsys: pytest.CaptureFixture[str], command: list[str], option: list[str]
 ) -> None:
+    """No public report known to us."""
     assert cli.main([*command, "sft.yaml", *option]) == 2
     assert capsys.readouterr().err == f"error: {option[0]}: only together with --resume\n"
 
 
 def test_a_submitted_job_is_told_how_to_resume() -> None:
+    """No public report known to us."""
     words = shlex.split(entrypoint("sft", "a.yaml", [], Resume(("data.path",), take_over=True)))
     assert words[4:8] == ["--resume", "--accept", "data.path", "--take-over"]
 
@@ -532,6 +550,7 @@ def test_a_resume_with_fewer_steps_than_were_done(
 def test_accepted_rows_that_make_fewer_steps(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """AI-Hypercomputer/maxtext#4046, where the data decide how many steps there are."""
     shorten()
     assert cli.main(["sft", "sft.yaml", "--resume", "--accept", "data.path"]) == 2
     accepted, refused = capsys.readouterr().err.splitlines()
@@ -542,6 +561,7 @@ def test_accepted_rows_that_make_fewer_steps(
 def test_as_many_steps_as_were_done_do_the_end_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """PrimeIntellect-ai/prime-rl#3352: a run resumed at its last step waits for ever."""
     assert resumed("grpo", monkeypatch, "step.steps=60")[0] == 0
     assert not list(fewer_steps(read_recipe("sft.yaml")[0], STEP, STEP))
 
@@ -653,7 +673,10 @@ def test_a_second_resume_is_refused_and_changes_nothing(
 def test_a_second_new_run_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two new runs in one folder: the first has it before it loads anything."""
+    """Two new runs in one folder: the first has it before it loads anything.
+
+    No public report known to us.
+    """
     with RunLock(Path("runs/new")):
         assert cli.main(["sft", "sft.yaml", "run.folder=runs/new"]) == 2
         assert "runs/new belongs to a run that is going on" in capsys.readouterr().err
@@ -678,6 +701,7 @@ def test_a_process_id_that_was_given_out_again(holder: Any) -> None:
 
 
 def test_a_new_run_that_was_killed_while_it_began_blocks_no_other(tmp_path: Path) -> None:
+    """No public report known to us."""
     left_by(tmp_path / "run")
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False)
     RunFolder.check(settings, resume=False)
@@ -708,6 +732,7 @@ OTHERS = [
 def test_on_another_machine_signs_of_life_decide(
     tmp_path: Path, quick: None, machine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The reports stand beside the machines."""
     left_by(tmp_path / "run", machine=machine)
     assert 0.06 < taken(tmp_path / "run") < 1
     assert "none came: going on" in capsys.readouterr().err
@@ -740,7 +765,10 @@ def test_a_run_that_is_taken_over_stops_and_writes_nothing_more(
 def test_a_displaced_run_is_one_line_and_exit_code_1(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its traceback would go into the folder, which is no longer its own."""
+    """Its traceback would go into the folder, which is no longer its own.
+
+    No public report known to us.
+    """
     before = files("runs")
 
     def displaced() -> None:
@@ -784,6 +812,7 @@ def test_a_failure_in_a_folder_that_is_gone_stays_what_it_was(tmp_path: Path) ->
 
 
 def test_a_displaced_run_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
+    """No public report known to us."""
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False)
     with RunLock(tmp_path / "run") as lock:
         folder = RunFolder.open(settings, "")
