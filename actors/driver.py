@@ -37,7 +37,7 @@ from learners.rows import Prompt
 
 
 def run(
-    recipe: RLRecipe, resume: Resume | bool = False, config_yaml: str | None = None
+    recipe: RLRecipe, resume: Resume | None = None, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
     return conduct(

@@ -19,11 +19,11 @@ from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_d
 from actors.run.lock import RunLock
 from actors.run.outcome import EndError, accounted_for, disk_trouble, leave_at_the_end
 from actors.run.progress import say
-from actors.run.resume import Resume, wish
+from actors.run.resume import Resume, fewer_steps
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import interrupted, stepping, stop_requested
 from actors.run.things import Things, found_by, weights_of
-from actors.settings import Recipe, RLRecipe
+from actors.settings import Recipe
 from learners.errors import UserError, in_a_line
 
 R = TypeVar("R", bound=Recipe)
@@ -92,7 +92,7 @@ def nothing_frozen(workers: Any) -> dict[str, list[str]]:
 
 def conduct(
     recipe: R,
-    resume: Resume | bool,
+    resume: Resume | None,
     config_yaml: str | None,
     *,
     read: Callable[[R], D],
@@ -107,22 +107,21 @@ def conduct(
     all of them. `config_yaml` is the recipe's own text, kept with the run for its comments.
     """
     clock = time.perf_counter()
-    how = wish(resume)
     path = Path(recipe.run.folder)
-    RunFolder.check(recipe.run, bool(how))
-    lock = RunLock(path, take_over=how is not None and how.take_over)
+    RunFolder.check(recipe.run, bool(resume))
+    lock = RunLock(path, take_over=resume is not None and resume.take_over)
     with accounted_for(recipe.run.folder), lock, ExitStack() as stack:
-        things = Things(path, how)
+        things = Things(path, resume)
         data = read(recipe)
         look_at(data, things, recipe)
 
         def opened() -> RunFolder:
             text = config_yaml or recipe.to_yaml()
-            return stack.enter_context(RunFolder.open(recipe.run, text, bool(how), lock))
+            return stack.enter_context(RunFolder.open(recipe.run, text, bool(resume), lock))
 
         # what a new run needs is tried before anything starts; the folder of one to resume stays
         # as it is until everything has
-        early = None if how else opened()
+        early = None if resume else opened()
         placement = stack.enter_context(Placement(recipe.cluster, roles_of(recipe)))
         workers = start(recipe, data, placement)
         things.add(weights_of(recipe, fingerprints(workers)))
@@ -134,7 +133,7 @@ def conduct(
         made = training(recipe, data, workers, folder, alarms)
         nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
         (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
-        summary = Loop(recipe, made, folder, alarms, clock).run(bool(how))
+        summary = Loop(recipe, made, folder, alarms, clock).run(bool(resume))
         folder.finish(summary)
     return summary
 
@@ -146,21 +145,9 @@ def look_at(data: Data, things: Things, recipe: Recipe) -> None:
     for line in data.notices:
         say(f"notice: {line}")
     things.add(found_by(recipe, data.tokenizer, data.sets))
-    check_steps(recipe, data.total_steps(recipe), things.step)
-
-
-def check_steps(recipe: Recipe, total: int, done: int) -> None:
-    """Raise UserError when the run would have fewer steps than its checkpoint has done."""
-    if total >= done:
-        return
-    if isinstance(recipe, RLRecipe):
-        key = "step.steps"
-    else:
-        key = "train.steps" if recipe.train.steps else "train.epochs"
-    raise UserError(
-        f"{key}: makes a run of {total} steps, and the checkpoint to resume from has done {done}; "
-        f"give as many as make {done} or more"
-    )
+    things.check_accepted(loaded=False)
+    for problem in fewer_steps(recipe, data.total_steps(recipe), things.step):
+        raise UserError(str(problem))
 
 
 class Loop:

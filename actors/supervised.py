@@ -42,7 +42,7 @@ from learners.tokenise import tokenizer_digest
 
 
 def run(
-    recipe: SFTRecipe | RMRecipe, resume: Resume | bool = False, config_yaml: str | None = None
+    recipe: SFTRecipe | RMRecipe, resume: Resume | None = None, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
     return conduct(

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from learners.errors import DataError
@@ -316,3 +316,12 @@ def _row(file: str, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f'{file}:{number}: not a row of columns, such as {{"prompt": "..."}}')
     return row
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

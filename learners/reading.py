@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from learners.errors import DataError
+from learners.errors import DataError, in_a_line
 from learners.files import (
     DataFiles,
     files_below,
@@ -305,8 +305,6 @@ def _first_line(error: Exception) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return f"no space left in {tempfile.gettempdir()}; set TMPDIR to a folder with more"
-    said = str(cause).strip() or type(cause).__name__
+    words = str(cause).split()
     # what does not fit, and to what, stands on the lines after the first
-    return (
-        " ".join(said.split())[:300] if said.startswith("Couldn't cast") else said.splitlines()[0]
-    )
+    return " ".join(words)[:300] if words[:2] == ["Couldn't", "cast"] else in_a_line(cause)

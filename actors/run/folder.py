@@ -22,6 +22,7 @@ from actors.settings import RunSettings
 from learners.errors import UserError, in_a_line
 
 MODEL_FILES = "model_files"  # of a checkpoint: what makes a model of its weights
+THINGS_FILE = "things.json"  # in a checkpoint: what it is made of (actors/run/things.py)
 
 
 class RunFolder:
@@ -182,7 +183,7 @@ class RunFolder:
                 os.fsync(log.fileno())
             sizes = {Path(log.name).name: os.fstat(log.fileno()).st_size for log in logs}
             (draft / "run_folder.json").write_text(json.dumps({"bytes": sizes}))
-            (draft / "things.json").write_text(_json(self.things, indent=1) + "\n")
+            (draft / THINGS_FILE).write_text(_json(self.things, indent=1) + "\n")
             to_disk(draft)
             self.still_ours()
             draft.rename(final)

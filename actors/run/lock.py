@@ -134,11 +134,19 @@ class RunLock:
         self._beating.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Leave the folder. Raises Displaced in place of an error when another run has it: that
+        run may have caused the error, and nothing of ours belongs there any more.
+        """
         self._ended.set()
         self._beating.join()
-        with suppress(OSError, Displaced), self._ours():
-            self.path.unlink()
+        try:
+            with suppress(OSError), self._ours():
+                self.path.unlink()
+        except Displaced:
+            # a folder that somebody removed is another matter
+            if kind is not None and issubclass(kind, Exception) and self.path.parent.is_dir():
+                raise
         self._unmake()
 
     def _unmake(self) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from actors.settings import Recipe, RLRecipe
+from learners.errors import Problem
+
 MOST_LINES = 3  # of what differs
 
 
@@ -24,9 +27,18 @@ class Resume:
         return ["--resume", *accepted, *(["--take-over"] if self.take_over else [])]
 
 
-def wish(resume: Resume | bool | None) -> Resume | None:
-    """Return the wish that `True` stands for: a resume that accepts no difference."""
-    return Resume() if resume is True else resume or None
+def fewer_steps(recipe: Recipe, total: int, done: int) -> Iterator[Problem]:
+    """Yield a problem when the run would have fewer steps than its checkpoint has `done`."""
+    if isinstance(recipe, RLRecipe):
+        key = "step.steps"
+    else:
+        key = "train.steps" if recipe.train.steps else "train.epochs"
+    if total < done:
+        yield Problem(
+            (key,),
+            f"makes a run of {total} steps, and the checkpoint to resume from has done {done}; "
+            f"give as many as make {done} or more",
+        )
 
 
 def differing(messages: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ words beside them for a person.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from actors.roles import Role, roles_of
-from actors.run.folder import finished_checkpoints
+from actors.run.folder import THINGS_FILE, finished_checkpoints
 from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.errors import UserError
+from learners.files import read_json
 
 Found = Mapping[str, Mapping[str, Any]]
 """Parts by the recipe's key: words with a digest, or a section of plain values."""
 
-FILE = "things.json"  # in a checkpoint
-NAMED = "named"  # the part that says which words of the recipe the others belong to
+NAMED = "named"  # the part that says what of the recipe's words the others were found under
+READ = "read"  # the part that says by which other words rows were read
 CODE = "code"  # the part that may differ: most changes of a source file change no number
 LONGEST = 60  # of a value in a message, characters
 
@@ -45,21 +47,20 @@ class Things:
         self.step = 0
         if resume:
             self.step, checkpoint = finished_checkpoints(folder)[-1]
-            self.before = _read(checkpoint / FILE)
+            self.before = _read(checkpoint / THINGS_FILE)
 
     def add(self, found: Found) -> None:
         """Enter what was found into the table. Raises UserError for what differs from the
         checkpoint's and is not accepted; says what is.
 
-        What other words of the recipe name is not compared: those words are, with the recipe.
+        What another path names is not compared: the path is, with the recipe. Rows that other
+        words read are, but for the evaluation's, whose words may change.
         """
         refused: dict[str, str] = {}
         for key, parts in found.items():
             self.table.setdefault(key, {}).update(parts)
             before = self.before.get(key)
-            if before is None:
-                continue
-            if before.get(NAMED) != parts[NAMED]:
+            if before is None or _named_otherwise(parts, before):  # new here, or under this path
                 self.differ.add(key)
             elif differences := list(_differences(parts, before, self.step)):
                 self.differ.add(key)
@@ -69,7 +70,10 @@ class Things:
             raise UserError([f"{key}: {message}" for key, message in differing(refused)])
 
     def _judge(self, key: str, difference: str, refused: dict[str, str]) -> None:
-        if CODE in self.table[key]:
+        read_otherwise = self.table[key].get(READ) != self.before[key].get(READ)
+        if key.startswith("evaluation.") and read_otherwise:
+            say(f"notice: {key}: {difference}; its keys have changed, so the rows may have")
+        elif CODE in self.table[key]:
             say(f"warning: {key}: {difference}; from here on the new one counts")
         elif key in self.accept:
             say(f"accepted: {key}: {difference}")
@@ -79,9 +83,14 @@ class Things:
                 f"--accept {key}"
             )
 
-    def check_accepted(self) -> None:
-        """Raise UserError if something was to be accepted under whose key nothing differs."""
-        if unneeded := [key for key in self.accept if key in self.table and key not in self.differ]:
+    def check_accepted(self, loaded: bool = True) -> None:
+        """Raise UserError if something was to be accepted under whose key nothing differs. Until
+        the models have `loaded`, their weights still may.
+        """
+        if not self.before:
+            return
+        compared = [key for key in self.table if loaded or not key.endswith("model.path")]
+        if unneeded := [key for key in self.accept if key in compared and key not in self.differ]:
             there = ", ".join(sorted(self.differ)) or "nothing does"
             raise UserError(
                 f"--accept {unneeded[0]}: nothing differs there from the checkpoint of step "
@@ -96,17 +105,21 @@ def _read(file: Path) -> Found:
             "what they were cannot be compared"
         )
         return {}
-    try:
-        table: Found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"run.folder: {file} cannot be read: {error}") from None
+    if (table := read_json(file)) is None:
+        raise UserError(f"run.folder: {file} cannot be read: it is no JSON object")
     return table
+
+
+def _named_otherwise(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Tell whether other things are named than before, as far as they were written down."""
+    named = before.get(NAMED, {})
+    return any(named.get(name) != value for name, value in now[NAMED].items())
 
 
 def _differences(now: Mapping[str, Any], before: Mapping[str, Any], step: int) -> Iterator[str]:
     """Yield what differs among the parts that both have, each with both values."""
     for part in now:
-        if part not in before or now[part] == before[part]:
+        if part in (NAMED, READ) or part not in before or now[part] == before[part]:
             continue
         if isinstance(now[part], dict) and isinstance(before[part], dict):
             for name in dict.fromkeys([*now[part], *before[part]]):
@@ -118,7 +131,8 @@ def _differences(now: Mapping[str, Any], before: Mapping[str, Any], step: int) -
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and value.isprintable()
+    text = value if plain else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
@@ -133,8 +147,9 @@ def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) 
     """
     found: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
-        settings = reduce(getattr, key.split("."), recipe)
-        found[f"{key}.path"] = {NAMED: settings.model_dump(mode="json"), "rows": _rows(rows)}
+        read = reduce(getattr, key.split("."), recipe).model_dump(mode="json")
+        named = {name: read.pop(name) for name in ("path", "split")}
+        found[f"{key}.path"] = {NAMED: named, READ: read, "rows": _rows(rows)}
     for role in roles_of(recipe).values():
         if role.model is not None:
             parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
@@ -174,8 +189,7 @@ def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     assert model is not None
     yield "config.json", _plain(load_config(model).to_diff_dict())
     if model.trust_remote_code:
-        files = sorted(Path(model.path).glob("*.py"))
-        yield "Python files", f"{len(files)} files ({_digest(*(f.read_bytes() for f in files))})"
+        yield "Python files", python_files(model.path)
     learner = role.kind == "learner" and role.head != "value"
     if learner:
         template = json.dumps(tokenizer.chat_template or "", ensure_ascii=False)
@@ -184,6 +198,19 @@ def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     if learner or role.head == "score":
         own = tokenizer if learner else load_tokenizer(model)
         yield "tokenizer", f"{len(own)} tokens ({tokenizer_digest(own)})"
+
+
+def python_files(path: str) -> str:
+    """Return how many Python files come with a model, and a digest of them. Those of a model on the
+    hub are brought into its cache.
+    """
+    folder = path
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(path, allow_patterns="*.py")
+    files = sorted(Path(folder).glob("*.py"))
+    return f"{len(files)} files ({_digest(*(file.read_bytes() for file in files))})"
 
 
 def _code(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:

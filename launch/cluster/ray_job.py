@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.run.progress import say
-from actors.run.resume import Resume, wish
+from actors.run.resume import Resume
 from actors.settings import Recipe
 from launch.recipe.document import Document
 from launch.recipe.machine import flat, is_local
@@ -209,14 +209,11 @@ def pack(root: Path, files: Iterable[str], recipe: Path, package: Path) -> None:
         archive.write(recipe, f"{FOLDER}/{recipe.name}")
 
 
-def entrypoint(
-    kind: str, recipe: str, overrides: Sequence[str], resume: Resume | bool | None
-) -> str:
+def entrypoint(kind: str, recipe: str, overrides: Sequence[str], resume: Resume | None) -> str:
     """Return what the cluster's shell runs, in the unpacked checkout, with the Python that is on
     its PATH.
     """
-    how = wish(resume)
-    options = how.options if how else []
+    options = resume.options if resume else []
     command = ["python", "-m", "launch", kind, *options, f"{FOLDER}/{recipe}"]
     return shlex.join([*command, *overrides, "cluster.address=auto"])
 

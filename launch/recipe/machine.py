@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.run.folder import finished_checkpoints
-from actors.run.resume import Resume, differing, wish
+from actors.run.resume import Resume, differing, fewer_steps
 from actors.run.trial import no_new_folder
 from actors.settings import (
     Recipe,
@@ -32,7 +32,7 @@ from launch.recipe.document import Document, in_words
 from launch.recipe.schema import OLD_KEYS
 from learners.calibration import calibration_problem
 from learners.errors import Problem, UserError, first_wrong
-from learners.files import DataFiles, find_files, json_lines
+from learners.files import DataFiles, find_files, json_lines, read_json
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PairData, PromptData, SFTData
@@ -94,7 +94,7 @@ ENCODERS = frozenset(
 )
 
 
-def file_problems(recipe: Recipe, resume: Resume | bool | None = None) -> Iterator[Problem]:
+def file_problems(recipe: Recipe, resume: Resume | None = None) -> Iterator[Problem]:
     """Yield what is wrong with GPUs, the run folder, models' JSON files and data columns, as far as
     they are on this machine.
 
@@ -106,9 +106,11 @@ def file_problems(recipe: Recipe, resume: Resume | bool | None = None) -> Iterat
     folder = recipe.run.folder
     if wrong := _no_run_to_resume(folder) if resume else no_new_folder(Path(folder)):
         yield Problem(("run.folder",), f"{folder} {wrong}")
-    elif how := wish(resume):
-        yield from _changed(recipe, how.accept)
-        yield from _fewer_steps(recipe)
+    elif resume:
+        yield from _changed(recipe, resume.accept)
+        steps = recipe.step.steps if isinstance(recipe, RLRecipe) else recipe.train.steps
+        done, _ = finished_checkpoints(Path(folder))[-1]
+        yield from fewer_steps(recipe, done if steps is None else steps, done)
     for key, model in models_of(recipe).items():
         if is_local(model.path):
             yield from _model_folder(key, model, recipe)
@@ -174,10 +176,15 @@ def changes(recipe: Recipe) -> dict[str, str]:
     document.rename(OLD_KEYS)
     old = flat(_with_defaults(document.values, type(recipe)))
     new = flat(recipe.model_dump(mode="json"))
+    # a section that one of them has and the other has not is one change, of its path
+    alone = [key for key in old.keys() ^ new.keys() if f"{key}.path" in old.keys() | new.keys()]
+    told = tuple(f"{key}." for key in alone)
     return {
         key: f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}"
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key)
+        and not key.startswith(MAY_CHANGE)
+        and (key.endswith(".path") or not key.startswith(told))
     }
 
 
@@ -199,22 +206,6 @@ def accepted(recipe: Recipe, accept: Collection[str]) -> Iterator[str]:
                 f"--accept {key}: nothing to accept there; what could be is what has changed "
                 f"under {there}"
             )
-
-
-def _fewer_steps(recipe: Recipe) -> Iterator[Problem]:
-    """Yield a problem when the recipe says fewer steps than the newest checkpoint has done."""
-    if isinstance(recipe, RLRecipe):
-        key = "step.steps"
-        steps: int | None = recipe.step.steps
-    else:
-        key = "train.steps"
-        steps = recipe.train.steps
-    done, _ = finished_checkpoints(Path(recipe.run.folder))[-1]
-    if steps is not None and steps < done:
-        yield Problem(
-            (key,),
-            f"is {steps}, and the checkpoint to resume from has done {done}: give {done} or more",
-        )
 
 
 def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:
@@ -344,15 +335,6 @@ def _pad(folder: Path, config: dict[str, Any]) -> str:
         pad = config.get("pad_token_id")
         eos = config.get("eos_token_id")
     return pad_problem(pad, eos if isinstance(eos, list) else [eos])
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None when there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:

@@ -74,7 +74,7 @@ def read_recipe(
     kind: str | None = None,
     *,
     files: bool = False,
-    resume: Resume | bool | None = None,
+    resume: Resume | None = None,
 ) -> tuple[Recipe, Document]:
     """Load a recipe like load_recipe; also return where every value was written.
 

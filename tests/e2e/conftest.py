@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from actors import driver, supervised
+from actors.run.resume import Resume
 from launch.demo.demo import RECIPES
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
@@ -79,7 +80,7 @@ class Workshop:
         ]
         recipe = load_recipe(RECIPES / f"demo_{kind}.yaml", [*fixed, *overrides], kind)
         module = supervised if kind in ("sft", "rm") else driver
-        return Run(folder, module.run(recipe, resume=resume))
+        return Run(folder, module.run(recipe, resume=Resume() if resume else None))
 
     def logged(self) -> set[str]:
         """Names of the metrics of all runs so far, also of those that were stopped."""

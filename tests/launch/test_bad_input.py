@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.run.resume import Resume
 from launch import cli
 from learners.settings import ModelSettings
 
@@ -131,7 +132,7 @@ def test_a_resume_may_go_on_for_longer(place: Path) -> None:
 
     write_run(place / "runs/new", place / "grpo.yaml")
     read_recipe(
-        "grpo.yaml", ["step.steps=500", "alarms.clip_fraction=0.9"], files=True, resume=True
+        "grpo.yaml", ["step.steps=500", "alarms.clip_fraction=0.9"], files=True, resume=Resume()
     )
 
 

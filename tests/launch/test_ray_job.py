@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.run.resume import Resume
 from launch import cli
 from launch.cluster import ray_job
 from launch.recipe.read import load_recipe
@@ -198,10 +199,10 @@ def test_the_package_holds_the_checkout_and_a_recipe_from_anywhere(tmp_path: Pat
 
 def test_the_entrypoint_survives_the_shell() -> None:
     overrides = ["run.folder=/a b/$HOME", "evaluation.prompts=null", "rewards.0.name='x'"]
-    words = shlex.split(ray_job.entrypoint("ppo", "my ppo.yaml", overrides, resume=True))
+    words = shlex.split(ray_job.entrypoint("ppo", "my ppo.yaml", overrides, Resume()))
     command = ["python", "-m", "launch", "ppo", "--resume", "submitted/my ppo.yaml"]
     assert words == [*command, *overrides, "cluster.address=auto"]
-    assert "--resume" not in ray_job.entrypoint("ppo", "x.yaml", [], resume=False)
+    assert "--resume" not in ray_job.entrypoint("ppo", "x.yaml", [], None)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from actors.run.resume import Resume
 from actors.settings import RLRecipe
 from launch.recipe.combinations import Recipe
 from launch.recipe.document import Document
@@ -65,7 +66,7 @@ NASTY = [
 def problems(path: str, *overrides: str, files: bool = True, resume: bool = False) -> list[str]:
     """The problems of a recipe, functions included."""
     try:
-        recipe, _ = read_recipe(path, overrides, files=files, resume=resume)
+        recipe, _ = read_recipe(path, overrides, files=files, resume=Resume() if resume else None)
     except RecipeError as error:
         return error.problems
     return [f"{p.keys[0]}: {p.message}" for p in function_problems(recipe)]

@@ -565,7 +565,10 @@ def test_control_tokens_in_either_answer_of_a_pair_are_noticed(
 
 
 def test_a_tokenizer_that_knows_every_byte_is_not_suspected() -> None:
-    """GPT-2's unknown token is its EOS: nothing may be noticed where nothing is lost."""
+    """GPT-2's unknown token is its EOS: nothing may be noticed where nothing is lost.
+
+    No public report known to us.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>"])}
     core = Tokenizer(models.BPE(vocabulary, []))
@@ -601,7 +604,7 @@ def test_what_was_noticed_is_said_before_anything_starts(
     with pytest.raises(Started):
         loop.conduct(
             recipe,
-            False,
+            None,
             "",
             read=lambda recipe: SimpleNamespace(
                 notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1

@@ -100,6 +100,7 @@ POSITIONS = [
 def test_positions_by_config_json_and_by_transformers(
     kind: str, fields: dict[str, Any], expected: int | None
 ) -> None:
+    """The reports stand beside the configs."""
     from transformers import AutoConfig
 
     assert positions_of({"model_type": kind, **fields}) == expected
@@ -109,7 +110,10 @@ def test_positions_by_config_json_and_by_transformers(
 
 
 def test_positions_of_what_is_written_otherwise() -> None:
-    """Text models inside others; a pad token that is nowhere written; what is no number."""
+    """Text models inside others; a pad token that is nowhere written; what is no number.
+
+    No public report known to us.
+    """
     text = {"model_type": "gemma3_text", **stated(1024)}
     assert positions_of({"model_type": "gemma3", "text_config": text}) == 1024
     assert positions_of({"model_type": "roberta", **stated(514)}) == 512
@@ -312,6 +316,7 @@ def test_prompts_of_the_evaluation_too(run_place: Path) -> None:
 
 
 def test_without_max_model_tokens_the_data_decide(run_place: Path) -> None:
+    """No public report known to us."""
     recipe = load_recipe("grpo.yaml", [])
     assert isinstance(recipe, RLRecipe)
     assert RunData.load(recipe).facts(recipe)["max_model_tokens"] == 9 + 16
@@ -387,7 +392,10 @@ KERNELS = [
 def test_sdpa_is_refused_where_it_computes_another_model(
     config: dict[str, Any], differs: bool
 ) -> None:
-    """Compare the log-probs of both kernels, and what is said of them."""
+    """Compare the log-probs of both kernels, and what is said of them.
+
+    The reports stand beside the configs.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -464,7 +472,10 @@ def test_check_refuses_a_dropped_cap_and_names_the_key(place: Path, kind: str) -
 
 
 def test_a_dropped_cap_is_refused_at_load_too(run_place: Path) -> None:
-    """As with a hub's model, whose config.json no recipe check has read."""
+    """As with a hub's model, whose config.json no recipe check has read.
+
+    huggingface/transformers #32390.
+    """
     model = write_config(run_place / "decoder", GEMMA2)
     with pytest.raises(UserError, match="sdpa drops the cap"):
         load_causal_lm(model)

@@ -27,12 +27,13 @@ import pytest
 import yaml
 
 from actors import driver, supervised
-from actors.loop import check_steps
+from actors.cluster.groups import WorkerError
 from actors.run import lock as locks
 from actors.run.folder import RunFolder, finished_checkpoints
 from actors.run.lock import Displaced, Holder, RunLock
-from actors.run.resume import Resume
-from actors.run.things import Things, found_by, weights_of
+from actors.run.outcome import accounted_for
+from actors.run.resume import Resume, fewer_steps
+from actors.run.things import Things, found_by, python_files, weights_of
 from actors.run_data import RunData
 from actors.settings import RLRecipe, RunSettings
 from actors.supervised import SupervisedData
@@ -205,6 +206,10 @@ def other_calibration() -> None:
     change_json("judge/config.json", score_mean=0.75)
 
 
+def other_lines() -> None:
+    change_json("judge/config.json", note="two\nlines")
+
+
 CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
     # NVIDIA-NeMo/RL#2519: another data set under a resumed loader is skipped into, silently
     ("sft", reorder, "data.path", f"rows.jsonl: rows: 10 .* now, 10 .* at step {STEP}"),
@@ -218,6 +223,8 @@ CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
     ("sft", other_template, "learner.model.path", "chat template: 25 characters .* now, 0 ch"),
     # NVIDIA-NeMo/RL#3722: a resumed run with another frozen model than it began with
     ("grpo", other_calibration, "rewards.0.model.path", "config.json: score_mean is 0.75 now"),
+    # no public report known to us
+    ("grpo", other_lines, "rewards.0.model.path", r'note is "two\\nlines" now, null at step 60'),
 ]
 
 
@@ -225,6 +232,7 @@ CHANGES: list[tuple[str, Callable[[], None], str, str]] = [
 def test_what_a_path_names_has_changed(
     place: Path, kind: str, change: Callable[[], None], key: str, said: str
 ) -> None:
+    """The reports stand beside the cases."""
     change()
     with pytest.raises(UserError, match=said) as refused:
         things_of(kind, Resume())
@@ -233,7 +241,10 @@ def test_what_a_path_names_has_changed(
 
 
 def test_what_is_as_it_was_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also copied elsewhere and back, rewritten with the same content, and saved anew."""
+    """Also copied elsewhere and back, rewritten with the same content, and saved anew.
+
+    No public report known to us.
+    """
     os.utime("rows.jsonl")
     change_json("base/config.json", transformers_version="9.9")
     for kind in ("sft", "grpo"):
@@ -284,6 +295,7 @@ def test_what_is_accepted_is_said_and_kept(place: Path, capsys: pytest.CaptureFi
 
 
 def test_many_differences_are_three_lines(place: Path) -> None:
+    """No public report known to us."""
     reorder()
     shorten_held_out()
     other_template()
@@ -311,6 +323,7 @@ def test_a_reward_function_that_was_edited_is_a_warning(
 
 
 def test_another_path_under_a_key_that_may_change_is_not_compared(place: Path) -> None:
+    """No public report known to us."""
     write("other.jsonl", ROWS[:3])
     things_of("grpo", Resume(), "evaluation.prompts.path=other.jsonl")
 
@@ -318,10 +331,131 @@ def test_another_path_under_a_key_that_may_change_is_not_compared(place: Path) -
 def test_a_checkpoint_without_digests_says_so(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """TensorAuto/OpenTau#502: nothing in the checkpoint says what it was made of."""
     (finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json").unlink()
     things_of("sft", Resume())
     (line,) = capsys.readouterr().err.splitlines()
     assert "step-000060: saved by a version that kept no digests" in line
+
+
+def test_a_data_set_that_is_newly_given_can_be_accepted(
+    place: Path, monkeypatch: pytest.MonkeyPatch, told: Callable[..., list[str]]
+) -> None:
+    """deepfakes/faceswap-playground#247: can validation data be added to a run that is resumed?"""
+    before = yaml.safe_load(Path("sft.yaml").read_text())
+    Path("sft.yaml").write_text(yaml.safe_dump(before | {"held_out": None}))
+    shutil.rmtree("runs/sft")
+    leave_run("sft")
+    Path("sft.yaml").write_text(yaml.safe_dump(before))
+    (line,) = told("sft")
+    assert "held_out.path: is 'held_out.jsonl', the run to resume has nothing" in line
+    accept = ("held_out.path",)
+    assert resumed("sft", monkeypatch, "--accept", *accept) == (0, [Resume(accept)])
+    things = things_of("sft", Resume(accept))
+    things.check_accepted(loaded=False)
+    things.check_accepted()
+    assert things.differ == {"held_out.path"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "key"),
+    [
+        # deepfakes/faceswap-playground#247, the other way round
+        ("sft", "held_out=null", "held_out.path"),
+        # NVIDIA-NeMo/RL#3722: another Reference than the run began with
+        ("grpo", "reference.model={path: base}", "reference.model.path"),
+    ],
+)
+def test_a_section_that_is_given_or_taken_is_one_change(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: Callable[..., list[str]],
+    kind: str,
+    override: str,
+    key: str,
+) -> None:
+    """The reports stand beside the cases."""
+    (line,) = told(kind, override)
+    assert f" {key}: is " in line
+    assert resumed(kind, monkeypatch, override, "--accept", key)[0] == 0
+    things_of(kind, Resume((key,)), override).check_accepted()
+
+
+def test_another_path_is_accepted_in_a_run_of_a_version_without_digests(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorAuto/OpenTau#502: nothing in the checkpoint says what it was made of."""
+    (finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json").unlink()
+    write("other.jsonl", ROWS[:10])
+    accept = ("data.path",)
+    assert resumed("sft", monkeypatch, "data.path=other.jsonl", "--accept", *accept)[0] == 0
+    things = things_of("sft", Resume(accept), "data.path=other.jsonl")
+    things.check_accepted(loaded=False)
+    things.check_accepted()
+
+
+def test_what_is_accepted_in_vain_is_refused_before_models_load(place: Path) -> None:
+    """All but the weights of models that are not trained is known then. No public report known to
+    us.
+    """
+    things = things_of("grpo", Resume(("rewards.0.model.path",)))
+    things.check_accepted(loaded=False)
+    with pytest.raises(UserError, match="rewards.0.model.path: nothing differs"):
+        things.check_accepted()
+    with pytest.raises(UserError, match="prompts.path: nothing differs"):
+        things_of("grpo", Resume(("prompts.path",))).check_accepted(loaded=False)
+
+
+@pytest.mark.parametrize(
+    "override", ["data.max_tokens=2047", "data.limit=10", "data.response_column=answer"]
+)
+def test_an_accepted_word_hides_no_changed_rows(place: Path, override: str) -> None:
+    """career-ops-hq/career-ops#2138: rows that count the same are not the same."""
+    key = override.partition("=")[0]
+    things_of("sft", Resume((key,)), override).check_accepted()
+    reorder()
+    with pytest.raises(UserError, match="rows.jsonl: rows: 10 .* now, 10 .* --accept data.path"):
+        things_of("sft", Resume((key,)), override)
+    things_of("sft", Resume((key, "data.path")), override).check_accepted()
+
+
+def test_words_of_the_evaluation_may_change_its_rows(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """allenai/RL4LMs#48: a resumed run is evaluated on other data, which is said."""
+    things_of("grpo", Resume(), "evaluation.prompts.limit=1").check_accepted()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("notice: evaluation.prompts.path: held_out.jsonl: rows: 1 (")
+    assert line.endswith("; its keys have changed, so the rows may have")
+
+
+def test_code_of_a_hub_model_is_read_in_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docling-project/docling#4224: code of a hub's model that changes under its name."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "models--own--code"
+    found = []
+    for commit, code in (("1" * 40, "a = 1\n"), ("2" * 40, "a = 2\n")):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "modeling_own.py").write_text(code)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / "main").write_text(commit)
+        found.append(python_files("own/code"))
+    assert found[0] != found[1] and all(words.startswith("1 files (") for words in found)
+    assert found[1] == python_files(str(model / "snapshots" / ("2" * 40)))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_table_that_cannot_be_read_is_one_line(place: Path, content: str) -> None:
+    """No public report known to us."""
+    file = finished_checkpoints(Path("runs/sft"))[-1][1] / "things.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"run.folder: {file} cannot be read: it is no JSON object"):
+        things_of("sft", Resume())
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -362,6 +496,7 @@ def test_words_that_changed_can_be_accepted(
 
 
 def test_a_key_under_which_nothing_differs(place: Path, told: Callable[..., list[str]]) -> None:
+    """No public report known to us."""
     for key in ("learner.optimizer.learning_rat", "train.batch_size", "data"):
         (line,) = told("sft", "--accept", key)
         assert line.startswith(f"error: --accept {key}: nothing to accept there")
@@ -369,6 +504,7 @@ def test_a_key_under_which_nothing_differs(place: Path, told: Callable[..., list
 
 
 def test_many_changed_words_are_three_lines(place: Path, told: Callable[..., list[str]]) -> None:
+    """No public report known to us."""
     keys = ["run.seed", "train.batch_size", "learner.optimizer.eps", "learner.micro_batch_tokens"]
     *_, last = told("sft", *(f"{key}=7" for key in keys))
     assert sum(key in last for key in keys) == 2 and "--accept each" in last
@@ -379,11 +515,13 @@ def test_many_changed_words_are_three_lines(place: Path, told: Callable[..., lis
 def test_options_of_a_resume_belong_to_a_resume(
     capsys: pytest.CaptureFixture[str], command: list[str], option: list[str]
 ) -> None:
+    """No public report known to us."""
     assert cli.main([*command, "sft.yaml", *option]) == 2
     assert capsys.readouterr().err == f"error: {option[0]}: only together with --resume\n"
 
 
 def test_a_submitted_job_is_told_how_to_resume() -> None:
+    """No public report known to us."""
     words = shlex.split(entrypoint("sft", "a.yaml", [], Resume(("data.path",), take_over=True)))
     assert words[4:8] == ["--resume", "--accept", "data.path", "--take-over"]
 
@@ -395,9 +533,9 @@ def test_a_submitted_job_is_told_how_to_resume() -> None:
     ("kind", "override", "said"),
     [
         # Lightning-AI/pytorch-lightning#2344, #1922: max_steps below the checkpoint's is not heeded
-        ("grpo", "step.steps=10", "step.steps: is 10, and the checkpoint .* has done 60"),
+        ("grpo", "step.steps=10", "step.steps: makes a run of 10 steps, .* has done 60"),
         # AI-Hypercomputer/maxtext#4046: a checkpoint beyond the steps fails clearly and early
-        ("sft", "train.steps=59", "train.steps: is 59, and the checkpoint .* has done 60"),
+        ("sft", "train.steps=59", "train.steps: makes a run of 59 steps, .* has done 60"),
         # no public report known to us
         ("sft", "train.epochs=5", "train.epochs: makes a run of 50 steps, .* has done 60"),
     ],
@@ -412,6 +550,7 @@ def test_a_resume_with_fewer_steps_than_were_done(
 def test_accepted_rows_that_make_fewer_steps(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """AI-Hypercomputer/maxtext#4046, where the data decide how many steps there are."""
     shorten()
     assert cli.main(["sft", "sft.yaml", "--resume", "--accept", "data.path"]) == 2
     accepted, refused = capsys.readouterr().err.splitlines()
@@ -422,8 +561,9 @@ def test_accepted_rows_that_make_fewer_steps(
 def test_as_many_steps_as_were_done_do_the_end_again(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """PrimeIntellect-ai/prime-rl#3352: a run resumed at its last step waits for ever."""
     assert resumed("grpo", monkeypatch, "step.steps=60")[0] == 0
-    check_steps(read_recipe("sft.yaml")[0], STEP, STEP)
+    assert not list(fewer_steps(read_recipe("sft.yaml")[0], STEP, STEP))
 
 
 # --- the lock -------------------------------------------------------------------------------------
@@ -533,7 +673,10 @@ def test_a_second_resume_is_refused_and_changes_nothing(
 def test_a_second_new_run_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two new runs in one folder: the first has it before it loads anything."""
+    """Two new runs in one folder: the first has it before it loads anything.
+
+    No public report known to us.
+    """
     with RunLock(Path("runs/new")):
         assert cli.main(["sft", "sft.yaml", "run.folder=runs/new"]) == 2
         assert "runs/new belongs to a run that is going on" in capsys.readouterr().err
@@ -558,6 +701,7 @@ def test_a_process_id_that_was_given_out_again(holder: Any) -> None:
 
 
 def test_a_new_run_that_was_killed_while_it_began_blocks_no_other(tmp_path: Path) -> None:
+    """No public report known to us."""
     left_by(tmp_path / "run")
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False)
     RunFolder.check(settings, resume=False)
@@ -588,6 +732,7 @@ OTHERS = [
 def test_on_another_machine_signs_of_life_decide(
     tmp_path: Path, quick: None, machine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The reports stand beside the machines."""
     left_by(tmp_path / "run", machine=machine)
     assert 0.06 < taken(tmp_path / "run") < 1
     assert "none came: going on" in capsys.readouterr().err
@@ -620,7 +765,10 @@ def test_a_run_that_is_taken_over_stops_and_writes_nothing_more(
 def test_a_displaced_run_is_one_line_and_exit_code_1(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its traceback would go into the folder, which is no longer its own."""
+    """Its traceback would go into the folder, which is no longer its own.
+
+    No public report known to us.
+    """
     before = files("runs")
 
     def displaced() -> None:
@@ -634,7 +782,37 @@ def test_a_displaced_run_is_one_line_and_exit_code_1(
     ]
 
 
+def test_a_run_that_fails_when_it_is_displaced_keeps_no_traceback_there(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other run removes its drafts, which fails it before it looks whose folder it is.
+
+    dejuknow/md-redline#67: a holder that stalled comes back and removes another's lock.
+    """
+    other = RunLock(Path("runs/sft"), take_over=True)
+
+    def run() -> None:
+        with accounted_for("runs/sft"), RunLock(Path("runs/sft")):
+            other.__enter__()
+            Path("runs/sft/checkpoints/step-000061.1.tmp/a").write_text("")
+
+    assert resumed("sft", monkeypatch, during=run)[0] == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "runs/sft was taken over by the run of process" in said[-1]
+    assert "Traceback" not in "".join(said) and not Path("runs/sft/error.log").exists()
+    other.__exit__()
+    assert not Path("runs/sft", locks.FILE).exists()
+
+
+def test_a_failure_in_a_folder_that_is_gone_stays_what_it_was(tmp_path: Path) -> None:
+    """No public report known to us."""
+    with pytest.raises(WorkerError), RunLock(tmp_path / "run") as lock:
+        shutil.rmtree(lock.folder)
+        raise WorkerError("critic failed")
+
+
 def test_a_displaced_run_leaves_the_folder_to_the_other(tmp_path: Path) -> None:
+    """No public report known to us."""
     settings = RunSettings(folder=str(tmp_path / "run"), tensorboard=False)
     with RunLock(tmp_path / "run") as lock:
         folder = RunFolder.open(settings, "")
@@ -683,7 +861,7 @@ def test_weights_of_a_frozen_model_are_compared_once_it_has_loaded(
     leave_run("grpo")
     before = files("runs")
     with pytest.raises(UserError) as refused:
-        driver.run(recipe, resume=True)  # type: ignore[arg-type]
+        driver.run(recipe, Resume())  # type: ignore[arg-type]
     (line,) = refused.value.problems
     assert re.search(r"weights of the reward judge: [0-9a-f]{32} now, 0a1b at step 60", line)
     assert files("runs") == before

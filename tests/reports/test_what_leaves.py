@@ -39,6 +39,7 @@ from actors.loop import Loop
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder, complete_or_absent, finished_checkpoints
 from actors.run.outcome import accounted_for
+from actors.run.resume import Resume
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import Left
 from actors.settings import RunSettings
@@ -719,7 +720,7 @@ def test_a_run_that_used_to_leave_nothing(
         recipe: Any = load_recipe(
             RECIPES / "demo_sft.yaml", [*overrides, f"train.steps={steps}"], "sft"
         )
-        supervised.run(recipe, resume=resume)
+        supervised.run(recipe, resume=Resume() if resume else None)
 
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
