@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from actors.rewards import function as rewards_of_functions
+from actors.rewards import function
 from actors.rewards.function import FunctionReward
 from actors.rewards.model import RewardWorker
 from actors.rewards.reading import Reader
 from actors.rewards.score import Rewards, Score
+from actors.roles import roles_of
 from actors.rollouts.requests import Sample
 from actors.run.metrics import BY_NAME
 from actors.run_data import RunData
@@ -137,7 +139,7 @@ def test_a_dead_server_does_not_eat_the_step() -> None:
     calls.clear()
     scores = asked(slow_and_dead, *"0123456789" * 10, patience_s=0.03)
     assert calls[0] == 100 and 2 <= len(calls) - 1 <= 5
-    given_up = [s for s in scores if "not asked again: the first" in str(s.error)]
+    given_up = [s for s in scores if "(not asked again: " in str(s.error)]
     assert len(given_up) == 100 - (len(calls) - 1)
     assert all(str(s.error).startswith("ConnectionError: no route to host") for s in scores)
 
@@ -150,9 +152,77 @@ def one_hard_prompt(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def test_a_prompt_that_is_too_hard_is_not_a_dead_server() -> None:
-    """Its responses come one after the other."""
+    """TideDra/lmm-r1#30 again: the responses to one prompt come one after the other."""
     scores = asked(one_hard_prompt, *["hard"] * 4, *"ab" * 6, patience_s=0.015)
     assert [s.value for s in scores] == [None] * 4 + [1.0] * 12
+
+
+SLOW = {"wait": 0.0}
+
+
+def in_parallel(prompts: list[str], responses: list[str]) -> list[float]:
+    """All at once: a call takes as long as the slowest of them."""
+    calls.append(len(responses))
+    time.sleep(SLOW["wait"] if "bad" in responses else 0.004)
+    if "bad" in responses:
+        raise TimeoutError("a judge did not answer")
+    return [float(response) for response in responses]
+
+
+def test_one_failure_leaves_the_others_of_a_parallel_function_together() -> None:
+    """huggingface/trl#6680: functions are given a whole batch in one call, and make use of it. Each
+    of 256 was then asked alone.
+    """
+    calls.clear()
+    SLOW["wait"] = 0.004
+    texts = [*map(str, range(255)), "bad"]
+    texts[0], texts[-1] = texts[-1], texts[0]  # the first to be asked alone
+    began = time.monotonic()
+    scores = asked(in_parallel, *texts, deadline_s=1800)
+    assert time.monotonic() - began < 0.5
+    assert [s.value for s in scores[1:]] == [float(text) for text in texts[1:]]
+    assert scores[0] == Score(error="TimeoutError: a judge did not answer") and len(calls) < 10
+
+    calls.clear()
+    texts[0], texts[100] = texts[100], texts[0]
+    scores = asked(in_parallel, *texts, deadline_s=1800)
+    assert [i for i, s in enumerate(scores) if s.error] == [100] and len(calls) < 25
+
+
+def test_slow_failures_are_looked_for_one_by_one_where_that_is_quicker() -> None:
+    """A variant: halves would wait for the same one again and again."""
+    calls.clear()
+    SLOW["wait"] = 0.1
+    scores = asked(in_parallel, *map(str, range(9)), "bad", "10", "11", deadline_s=1800)
+    assert [s.value for s in scores] == [*map(float, range(9)), None, 10.0, 11.0]
+    assert calls == [12, 1, 11, *[1] * 11]
+
+
+def test_failures_end_well_before_the_call_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TideDra/lmm-r1#30 again, with successes in between: 64 waits of 30 s were half an hour."""
+    clock = itertools.count(0.0, 15.0)  # every look at it, two for a call, takes 15 s
+    monkeypatch.setattr(function, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    texts = [str(i) if i % 5 else "bad" for i in range(256)]
+    SLOW["wait"] = 0.0
+    scores = asked(in_parallel, *texts, deadline_s=1800)
+    assert next(clock) < 1000
+    assert all(s.error is None or s.error.startswith("TimeoutError: a judge") for s in scores)
+    assert any(s.value is not None for s in scores)
+    assert "(not asked again: " in str(scores[-1].error) and " of 256 were done" in str(scores[-1])
+
+
+def test_functions_know_how_long_they_are_waited_for(tmp_path: Path) -> None:
+    """No public report known to us: a recipe with a shorter deadline of its own."""
+    file = tmp_path / "grpo.yaml"
+    file.write_text(yaml.safe_dump(recipes()["grpo"]))
+    asked_for = [
+        "evaluation.prompts.path=p.jsonl",
+        "cluster.call_deadline_s=90",
+        "evaluation.function=a:b",
+    ]
+    roles = roles_of(load_recipe(file, asked_for))
+    waits = [roles[name].arguments["deadline_s"] for name in ("reward exact", "evaluator")]
+    assert waits == [90, 90]
 
 
 def alarms(prompts: list[str], responses: list[str]) -> list[float]:
@@ -299,11 +369,6 @@ def test_a_function_that_somebody_would_have_to_await_is_refused_before_start() 
     """No public report known to us; other trainers take such functions."""
     with pytest.raises(UserError, match="not_awaited: is async, nobody would wait for it"):
         asked(not_awaited, "a")
-
-
-def test_the_patience_is_a_minute() -> None:
-    """It must stay well below the deadline of a call, half an hour by default."""
-    assert rewards_of_functions.PATIENCE_S == 60.0
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -740,13 +805,12 @@ def test_a_calibration_that_cannot_be_meant_is_refused(
 
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "reward_model", REWARD_MODEL | written)
-    for kind in ("ppo",):
-        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(recipes()[kind]))
-        with pytest.raises(RecipeError) as refusal:
-            read_recipe(tmp_path / f"{kind}.yaml", files=True)
-        lines = [one for one in refusal.value.problems if said in one]
-        assert len(lines) == 2  # the reward model's, and the Critic's that starts from it
-        assert all("./reward_model: config.json: score_" in one for one in lines)
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(recipes()["ppo"]))
+    with pytest.raises(RecipeError) as refusal:
+        read_recipe(tmp_path / "ppo.yaml", files=True)
+    lines = [one for one in refusal.value.problems if said in one]
+    assert len(lines) == 2  # the reward model's, and the Critic's that starts from it
+    assert all("./reward_model: config.json: score_" in one for one in lines)
 
 
 @pytest.mark.parametrize(
