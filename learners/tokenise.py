@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from learners.errors import DataError
+from learners.errors import DataError, in_a_line
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -91,8 +91,9 @@ def _unknown_parts(tokenizer: Any, text: str, most: int = 5) -> list[str]:
 
 def _said(error: Exception) -> str:
     """Return one line of an error, with its kind where that says something."""
-    line = (str(error).strip() or "no reason given").splitlines()[0]
-    return line if type(error) is Exception else f"{type(error).__name__}: {line}"
+    line = in_a_line(error)
+    kind = type(error).__name__
+    return line if type(error) is Exception or line == kind else f"{kind}: {line}"
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
