@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from actors.rewards import function
+from actors.rewards import function, reading
 from actors.rewards.function import FunctionReward
 from actors.rewards.model import RewardWorker
 from actors.rewards.reading import Reader
@@ -683,8 +684,7 @@ def words_and_letters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     """An Actor whose tokens are words, and a reward model of 32 positions whose tokens are
     letters.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("readers")
     letters = save_reward_model(folder / "letters", positions=32, scale=1.0)
@@ -788,6 +788,73 @@ def test_a_reward_model_is_not_measured_in_the_actors_tokens(
     assert len(data.prompts[1].ids) == 10
 
 
+def test_short_prompts_are_not_tokenised_for_every_reward_model(
+    words_and_letters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No public report known to us: minutes before the start where there are many."""
+    words, letters = words_and_letters
+    tokenised: list[str] = []
+    encode = reading.encode_prompt
+
+    def counted(tokenizer: Any, text: str) -> list[int]:
+        tokenised.append(text)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(reading, "encode_prompt", counted)
+    long = "7 " * 15  # with BOS and EOS as many as there are positions
+    run_data(tmp_path, words, letters, long, "generation.max_new_tokens=24")
+    assert tokenised == [long]
+
+
+@pytest.mark.parametrize("rule", ["none", "NFKC", "replace", "prepend", "bert"])
+def test_what_is_not_looked_at_can_be_read(words_and_letters: tuple[Path, Path], rule: str) -> None:
+    """A variant: rules that make texts longer, and letters of many bytes."""
+    rules = {
+        "NFKC": normalizers.NFKC(),
+        "replace": normalizers.Replace("a", "bbbb"),
+        "prepend": normalizers.Prepend("_"),
+        "bert": normalizers.BertNormalizer(),
+    }
+    core = Tokenizer(models.BPE(byte_letters(), []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if rule in rules:
+        core.normalizer = rules[rule]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    reader = Reader(tokenizer, encoder=False, same_ids=False, positions=24, vocabulary=300)
+    texts = [
+        piece * times for piece in ("a", "\ufdfa", "長", "é ", "x\n") for times in range(1, 24)
+    ]
+    doubtful = reader.doubtful(texts)
+    wrong = [i for i, text in enumerate(texts) if reader.read(sample("", prompt=text))[1]]
+    assert wrong and set(wrong) <= set(doubtful) and len(doubtful) < len(texts)
+
+
+def byte_letters() -> dict[str, int]:
+    """A vocabulary of all bytes, as byte-level tokenizers write them, and an end."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
+    return {letter: i for i, letter in enumerate(letters)}
+
+
+def test_letters_that_a_reward_model_does_not_know_are_refused_with_their_row(
+    words_and_letters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """huggingface/tokenizers#168 and #351: an exception where a vocabulary has no UNK."""
+    _, letters = words_and_letters
+    with pytest.raises(UserError) as error:
+        run_data(tmp_path, letters, letters_only(tmp_path / "own", letters), "2+2=")
+    (line,) = error.value.problems
+    assert "cannot read row 2 of prompts.path and an empty answer: the tokenizer cannot" in line
+
+
+def letters_only(folder: Path, model: Path) -> Path:
+    """A copy of a reward model, whose tokenizer knows one word and nothing else."""
+    shutil.copytree(model, folder)
+    core = Tokenizer(WordLevel({"7": 0, "</s>": 1}))
+    core.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
 def test_a_reward_model_that_has_no_end_of_a_response_is_refused_before_start(
     words_and_letters: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -854,7 +921,7 @@ def test_other_calibrations_are_read(written: dict[str, Any]) -> None:
 
 
 def test_a_response_that_a_reward_models_tokenizer_cannot_encode_has_no_score() -> None:
-    """huggingface/tokenizers raises for a word that is not in a vocabulary without UNK."""
+    """huggingface/tokenizers#351: an exception for a word where a vocabulary has no UNK."""
     words = Tokenizer(WordLevel({"2+2=": 0, "4": 1, "</s>": 2}))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
