@@ -354,7 +354,7 @@ def test_large_files_are_converted_once(
 def test_other_splits_of_the_same_files_are_others(
     texts: Callable[..., list[str]], conversions: list[str]
 ) -> None:
-    """A variant: the same files in the same order, one of which has another name now."""
+    """No public report known to us: the same files in the same order, one with another name now."""
     for name, text in {"train-1": "a", "train-2": "b", "test-3": "c"}.items():
         write(f"set/{name}.jsonl", text)
     assert texts("set", split="train+test[:1]") == ["a", "b", "c"]
@@ -372,7 +372,7 @@ def test_other_splits_of_the_same_files_are_others(
 def test_large_folders_and_dates_are_converted_once(
     texts: Callable[..., list[str]], conversions: list[str], name: str, content: bytes
 ) -> None:
-    """Variants: a folder with a card, and files that are read in two forms."""
+    """huggingface/datasets#2956, variants: a folder with a card, and files read in two forms."""
     write("set/p.jsonl", "2020-01-01")
     write(name, raw=content)
     first = texts("set")

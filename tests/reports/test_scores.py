@@ -191,7 +191,7 @@ def test_one_failure_leaves_the_others_of_a_parallel_function_together() -> None
 
 
 def test_slow_failures_are_looked_for_one_by_one_where_that_is_quicker() -> None:
-    """A variant: halves would wait for the same one again and again."""
+    """No public report known to us: halves would wait for the same one again and again."""
     calls.clear()
     SLOW["wait"] = 0.1
     scores = asked(in_parallel, *map(str, range(9)), "bad", "10", "11", deadline_s=1800)
@@ -408,6 +408,7 @@ def test_a_source_has_a_name(tmp_path: Path, name: str, said: str) -> None:
     "name", ["Mean", "mean2", "org/model", "Länge, 長さ", "a b", "exact.match"]
 )
 def test_other_names_are_fine(tmp_path: Path, name: str) -> None:
+    """huggingface/trl#5233, the other side: these are nobody else's."""
     file = tmp_path / "grpo.yaml"
     file.write_text(yaml.safe_dump(recipes()["grpo"]))
     recipe = load_recipe(file, [f"rewards.0.name={json.dumps(name)}"])
@@ -568,7 +569,7 @@ def test_equal_answers_have_equal_scores(quiet: RewardWorker, loud: RewardWorker
 
 
 def test_answers_that_differ_for_the_model_by_rounding_only_are_equal(loud: RewardWorker) -> None:
-    """A variant: other ids, which the model reads as the same text."""
+    """NVIDIA-NeMo/RL#4161, a variant: other ids, which the model reads as the same text."""
     samples = groups_of_equal_answers()
     scores = loud.scores(samples)
     spread = max(
@@ -587,6 +588,7 @@ def test_answers_that_differ_for_the_model_by_rounding_only_are_equal(loud: Rewa
 
 
 def test_a_real_difference_keeps_its_digits(quiet: RewardWorker, loud: RewardWorker) -> None:
+    """NVIDIA-NeMo/RL#4161, the other side."""
     samples = groups_of_equal_answers()
     for i in range(0, len(samples), 8):  # one response of each group is another one
         samples[i + 3] = Sample(
@@ -601,7 +603,9 @@ def test_a_real_difference_keeps_its_digits(quiet: RewardWorker, loud: RewardWor
 
 
 def test_a_functions_small_differences_are_real(loud: RewardWorker) -> None:
-    """Alone, and beside a model that has nothing to say about the group."""
+    """NVIDIA-NeMo/RL#4161, the other side: alone, and beside a model that has nothing to say about
+    the group.
+    """
     samples = groups_of_equal_answers(count=2)
     small = [1e-9 * i for i in range(16)]
     alone = totals(samples, 8, Answered(Fixed(small)))
@@ -614,7 +618,7 @@ def test_a_functions_small_differences_are_real(loud: RewardWorker) -> None:
 def test_scores_that_no_algorithm_compares_are_what_they_were(
     quiet: RewardWorker, loud: RewardWorker
 ) -> None:
-    """PPO: no forward pass more, no digit moved."""
+    """No public report known to us. PPO: no forward pass more, no digit moved."""
     samples = groups_of_equal_answers(count=2)
     scores = quiet.scores(samples)
     assert [s.value for s in scores] == [s.value for s in loud.scores(samples)]
@@ -652,7 +656,7 @@ def test_noise_costs_few_forward_passes(
 
 
 def test_a_step_without_copies_knows_its_noise_too(loud: RewardWorker) -> None:
-    """A variant of allenai/reward-bench#137: only what is tried alone tells it."""
+    """allenai/reward-bench#137, a variant: only what is tried alone tells it."""
     unlike = groups_of_equal_answers(count=48, size=1)
     alone = [loud._raw([(s.prompt_ids, s.response_ids)], 1).item() for s in unlike]
     scores = loud.scores(unlike)
@@ -661,7 +665,7 @@ def test_a_step_without_copies_knows_its_noise_too(loud: RewardWorker) -> None:
 
 
 def test_an_infinite_score_equals_nothing_else() -> None:
-    """A variant: it must not make a noise without bound of the others."""
+    """No public report known to us: it must not make a noise without bound of the others."""
     odd = [Score(1.0, noise=0.1), Score(float("inf"), noise=float("inf")), Score(9.0, noise=0.1)]
     known = Answered(Fixed([]))
     known.workers[0].known = [*odd, Score(error="x")]
@@ -782,7 +786,9 @@ def test_a_prompt_that_fills_a_reward_model_is_refused_with_its_row(
 def test_a_reward_model_is_not_measured_in_the_actors_tokens(
     words_and_letters: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A variant, and it was refused: ten words and 24 more are above 32, the letters are not."""
+    """huggingface/trl#1867, the other side, and it was refused: ten words and 24 more are above 32,
+    the letters are not.
+    """
     words, letters = words_and_letters
     data = run_data(tmp_path, words, letters, "7" + " 7" * 9, "generation.max_new_tokens=24")
     assert len(data.prompts[1].ids) == 10
@@ -808,7 +814,7 @@ def test_short_prompts_are_not_tokenised_for_every_reward_model(
 
 @pytest.mark.parametrize("rule", ["none", "NFKC", "replace", "prepend", "bert"])
 def test_what_is_not_looked_at_can_be_read(words_and_letters: tuple[Path, Path], rule: str) -> None:
-    """A variant: rules that make texts longer, and letters of many bytes."""
+    """No public report known to us: rules that make texts longer, and letters of many bytes."""
     rules = {
         "NFKC": normalizers.NFKC(),
         "replace": normalizers.Replace("a", "bbbb"),
@@ -914,6 +920,7 @@ def test_a_calibration_that_cannot_be_meant_is_refused(
     [{}, {"score_mean": -3}, {"score_std": 2}, {"score_mean": 1000.0, "score_std": 0.01}],
 )
 def test_other_calibrations_are_read(written: dict[str, Any]) -> None:
+    """OpenRLHF/OpenRLHF#1343, the other side."""
     from transformers import Qwen3Config
 
     mean, std = read_calibration(Qwen3Config(**written))
