@@ -124,7 +124,10 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
             processes=1,
             threads=1,
             gpus=0,
-            arguments={"function": recipe.evaluation.function},
+            arguments={
+                "function": recipe.evaluation.function,
+                "deadline_s": recipe.cluster.call_deadline_s,
+            },
         )
 
 
@@ -215,7 +218,9 @@ def _reward(section: str, reward: RewardSettings, recipe: RLRecipe) -> Role:
     }
     if reward.model is None:
         target = "actors.rewards.function:FunctionReward"
-        return Role(**shared, target=target, gpus=0, arguments={"function": reward.function})
+        deadline_s = recipe.cluster.call_deadline_s
+        arguments = {"function": reward.function, "deadline_s": deadline_s}
+        return Role(**shared, target=target, gpus=0, arguments=arguments)
     return Role(
         **shared,
         target="actors.rewards.model:RewardWorker",

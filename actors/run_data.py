@@ -134,7 +134,8 @@ class RunData:
                 return too_long
             if not reader.same_ids:
                 end_of_response(reader.tokenizer, reader.encoder)
-            for prompt in self.prompts:
+            for i in reader.doubtful([prompt.text for prompt in self.prompts]):
+                prompt = self.prompts[i]
                 sample = Sample(prompt.ids, shortest, prompt.text, "", "stop", prompt.columns)
                 _, wrong = reader.read(sample)
                 if wrong:

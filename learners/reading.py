@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,8 @@ from learners.files import (
 )
 from learners.settings import DataSettings
 
-# Rows of files up to this many bytes are held in memory, of larger ones in a file without a name.
+# Rows of files up to this many bytes are read anew and held in memory; those of larger ones stay
+# where `datasets` keeps its own, by what the files hold.
 IN_MEMORY = 1 << 28
 
 
@@ -155,16 +158,22 @@ def _from_files(data: DataSettings, files: DataFiles) -> Any:
     names = {file: f"{i}.{files.format}" for i, file in enumerate(files.all)}
     # rows that look like an agent's log are rows here
     options = {"parse_agent_traces": False} if files.format == "json" else {}
-    with _links(data, {name: file for file, name in names.items()}) as folder:
+    shape = {split: len(of_split) for split, of_split in files.splits.items()}
+    with _links(data, {name: file for file, name in names.items()}, shape) as (folder, kept):
         # the folder for temporary files may itself look like a pattern
         splits = {
             split: [glob.escape(os.path.join(folder, names[file])) for file in of_split]
             for split, of_split in files.splits.items()
         }
-        in_memory = _small(files.all)
         try:
             _, rows = _load(
-                files.format, data.split, in_memory, cache_dir=folder, data_files=splits, **options
+                files.format,
+                data.split,
+                _small(files.all),
+                kept,
+                cache_dir=folder,
+                data_files=splits,
+                **options,
             )
         except Exception:
             if files.format == "json":
@@ -178,10 +187,9 @@ def _from_folder(data: DataSettings) -> tuple[Any, str]:
     """Read a folder that describes itself; return its rows, and which files they are from."""
     below = files_below(data.path)
     files = {os.path.join("data", file): os.path.join(data.path, file) for file in below}
-    with _links(data, files) as folder:
+    with _links(data, files) as (folder, kept):
         copy = os.path.join(folder, "data")
-        in_memory = _small(files.values())
-        builder, rows = _load(copy, data.split, in_memory, cache_dir=folder)
+        builder, rows = _load(copy, data.split, _small(files.values()), kept, cache_dir=folder)
         wanted = rows.info.splits if data.split == "all" else split_names(data.split)
         found = [file for split in wanted for file in builder.config.data_files[split]]
         read_files = [os.path.relpath(file, copy) for file in found]
@@ -200,13 +208,18 @@ def _from_hub(data: DataSettings) -> Any:
         ) from error
 
 
-def _load(source: str, split: str, in_memory: bool, **where: Any) -> tuple[Any, Any]:
-    """Return what read a split, and its rows."""
+def _load(
+    source: str, split: str, in_memory: bool, kept: str = "", features: Any = None, **where: Any
+) -> tuple[Any, Any]:
+    """Return what read a split, and its rows. What is in the folder `kept` already is taken from
+    there; empty: nothing is.
+    """
     import datasets  # takes a second, and processes that only tokenise do without
 
     datasets.disable_progress_bars()
-    builder = datasets.load_dataset_builder(source, **where)
-    builder.download_and_prepare()
+    builder = datasets.load_dataset_builder(source, features=features, **where)
+    form = "read" if features is None else "texts"
+    builder.download_and_prepare(os.path.join(kept, form) if kept else None)
     rows = builder.as_dataset(split=split, in_memory=in_memory)
     # Text that looks like a date in every row is read from JSON as one; as free-form JSON it stays
     # text.
@@ -216,19 +229,23 @@ def _load(source: str, split: str, in_memory: bool, **where: Any) -> tuple[Any, 
             full=True
         )  # bytes that are no text are found otherwise when they are used
         return builder, rows
-    features = datasets.Features(rows.features | {name: datasets.Json() for name in dates})
-    return _load(source, split, in_memory, features=features, **where)
+    texts = datasets.Features(rows.features | {name: datasets.Json() for name in dates})
+    return _load(source, split, in_memory, kept, texts, **where)
 
 
 @contextmanager
-def _links(data: DataSettings, links: Mapping[str, str]) -> Iterator[str]:
+def _links(
+    data: DataSettings, links: Mapping[str, str], shape: Mapping[str, int] | None = None
+) -> Iterator[tuple[str, str]]:
     """Make a temporary folder of links, by their names, to files, whose own names `datasets` would
     take for patterns and addresses. There it may write what it likes, and it finds nothing that an
-    earlier run wrote.
+    earlier run wrote. Yield it, and the folder in which rows are kept, or "". `shape`: which of the
+    files are of which split.
 
     Raises DataError for whatever goes wrong meanwhile, also when a file changes.
     """
     before = _stamps(links.values())
+    kept = ""
     with _temporary_folder(data) as folder, _nobody_told():
         for name, file in links.items():
             link = os.path.join(folder, name)
@@ -236,20 +253,46 @@ def _links(data: DataSettings, links: Mapping[str, str]) -> Iterator[str]:
             os.symlink(os.path.abspath(file), link)
         problem: Exception | None = None
         try:
-            yield folder
+            kept = _kept(links, shape)
+            yield folder, kept
         except Exception as error:  # datasets raises its own, Arrow's and built-in ones
             problem = error
-    if _stamps(links.values()) != before:
+    changed = _stamps(links.values()) != before
+    if kept and (changed or problem):  # perhaps not what its name says, or damaged
+        shutil.rmtree(kept, ignore_errors=True)
+    if changed:
         raise DataError(
             f"{data.path}: changed while it was read; start again when nobody writes to it"
         ) from problem
     if isinstance(problem, DataError):
         raise problem
     if problem is not None:
-        said = _first_line(problem)
+        said = _first_line(problem, kept)
         for name, file in links.items():
             said = said.replace(os.path.join(folder, name), file)
         raise DataError(f"{data.path}: cannot be read (split {data.split}): {said}") from problem
+
+
+def _kept(files: Mapping[str, str], shape: Mapping[str, int] | None) -> str:
+    """Return the folder in which the rows of large files stay for the next run, named after sizes
+    and digests of the files; "" for small ones, and where nothing can be written.
+    """
+    if _small(files.values()):
+        return ""
+    from datasets import __version__, config
+
+    above = os.path.join(config.HF_DATASETS_CACHE, "quatuor")
+    try:
+        os.makedirs(above, exist_ok=True)
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError:
+        return ""
+    key = hashlib.blake2b(json.dumps([__version__, shape]).encode(), digest_size=16)
+    for name, file in files.items():
+        with open(file, "rb") as opened:
+            digest = hashlib.file_digest(opened, "blake2b").hexdigest()
+        key.update(json.dumps([name, os.path.getsize(file), digest]).encode())
+    return os.path.join(above, key.hexdigest())
 
 
 @contextmanager
@@ -301,10 +344,12 @@ def _small(files: Iterable[str]) -> bool:
     return sum(os.path.getsize(file) for file in files) <= IN_MEMORY
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception, kept: str = "") -> str:
     cause = error.__cause__ or error
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return f"no space left in {tempfile.gettempdir()}; set TMPDIR to a folder with more"
-    words = str(cause).split()
+        full = os.path.dirname(kept) or tempfile.gettempdir()
+        variable = "HF_DATASETS_CACHE" if kept else "TMPDIR"
+        return f"no space left in {full}; set {variable} to a folder with more"
     # what does not fit, and to what, stands on the lines after the first
-    return " ".join(words)[:300] if words[:2] == ["Couldn't", "cast"] else in_a_line(cause)
+    whole = " ".join(str(cause).split())[:300]
+    return whole if whole.startswith("Couldn't cast") else in_a_line(cause)

@@ -6,6 +6,7 @@ import inspect
 import math
 import reprlib
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
@@ -17,6 +18,7 @@ from actors.rewards.score import Score
 from actors.rollouts.requests import Sample
 
 PATIENCE_S = 60.0  # spent in calls for single responses, none of which has succeeded
+SHARE = 0.5  # of the deadline, after which no further call begins
 
 
 class FunctionReward:
@@ -26,14 +28,17 @@ class FunctionReward:
     `columns` are the data's answer columns and `finish_reasons`; the function gets those its
     signature accepts. None marks a response that could not be scored; a number that is not finite
     raises an alarm. Whatever else goes wrong costs the responses at fault: when the function
-    raises, or gives another number of scores, it is called again for one response at a time. So
-    that a server that is away does not take a step's whole time, this ends after `patience_s`
-    without any success.
+    raises, or gives another number of scores, it is called again for parts of them. So that a
+    server that is away does not take a step's whole time, this ends after `patience_s` without any
+    success, and in any case well before `deadline_s`, after which nobody waits for the scores.
     """
 
-    def __init__(self, function: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, function: str, deadline_s: float = math.inf, patience_s: float = PATIENCE_S
+    ) -> None:
         self.name = function
         self.function = load_function(function)
+        self.deadline_s = deadline_s
         self.patience_s = patience_s
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -45,6 +50,16 @@ class FunctionReward:
         """
         if not samples:
             return []
+        began = time.monotonic()
+        scores = self._asked(samples)
+        if isinstance(scores, list):
+            return scores
+        if len(samples) == 1:
+            return [scores]
+        return self._again(samples, scores, began)
+
+    def _asked(self, samples: Sequence[Sample]) -> list[Score] | Score:
+        """Return one score per sample of a single call; one error where the call failed."""
         try:
             with contained():
                 given = one_each(self._call(samples), len(samples))
@@ -52,9 +67,7 @@ class FunctionReward:
         except BaseException as error:  # sys.exit() in user code is a failure like any other
             if is_interrupt(error):
                 raise
-            if len(samples) == 1:
-                return [Score(error=kind_and_words(error))]
-        return self._one_by_one(samples)
+            return Score(error=kind_and_words(error))
 
     def _call(self, samples: Sequence[Sample]) -> Any:
         names = {name for c in samples for name in c.columns}
@@ -73,22 +86,48 @@ class FunctionReward:
             shown = reprlib.repr(value)
             return Score(error=f"{self.name} gave {shown}, not a number: {kind_and_words(error)}")
 
-    def _one_by_one(self, samples: Sequence[Sample]) -> list[Score]:
-        """Ask for every response alone; after `patience_s` of failures only, for no further one."""
-        began = time.monotonic()
+    def _again(self, samples: Sequence[Sample], failed: Score, began: float) -> list[Score]:
+        """Ask for the responses of a call that failed: for one at a time until one succeeds, so the
+        server is there, and then for parts of all others, smaller ones where one fails.
+        """
         scores: dict[int, Score] = {}
-        succeeded = False
+        alone_s: float | None = None  # what the first success took
+        latest = began + SHARE * self.deadline_s
+        patient = time.monotonic() + self.patience_s
         # neighbours answer the same prompt, and a prompt that is too hard is not a server away
         stride = math.isqrt(len(samples))
-        for i in [i for first in range(stride) for i in range(first, len(samples), stride)]:
-            (scores[i],) = self.scores([samples[i]])
-            succeeded = succeeded or scores[i].error is None
-            spent = time.monotonic() - began
-            if not succeeded and spent > self.patience_s:
-                failed = f"the first {len(scores)} asked alone failed for {spent:.0f} s"
-                rest = Score(error=f"{scores[i].error} (not asked again: {failed})")
-                return [scores.get(j, rest) for j in range(len(samples))]
-        return [scores[j] for j in range(len(samples))]
+        spread = [i for first in range(stride) for i in range(first, len(samples), stride)]
+        parts = deque([i] for i in spread)
+        while parts:
+            start = time.monotonic()
+            if start > latest or (alone_s is None and scores and start > patient):
+                break
+            part = parts.popleft()
+            asked = self._asked([samples[i] for i in part])
+            took_s = time.monotonic() - start
+            if isinstance(asked, list):
+                scores.update(zip(part, asked, strict=True))
+                if alone_s is None:
+                    alone_s = took_s
+                    parts = deque([sorted(i for (i,) in parts)] if parts else [])
+                continue
+            failed = asked
+            if len(part) == 1:
+                scores[part[0]] = failed
+            else:
+                parts.extendleft(reversed(_smaller(part, alone_s or 0.0, took_s)))
+        done = f"{len(scores)} of {len(samples)} were done after {time.monotonic() - began:.0f} s"
+        rest = Score(error=f"{failed.error} (not asked again: {done})")
+        return [scores.get(i, rest) for i in range(len(samples))]
+
+
+def _smaller(part: list[int], alone_s: float, failed_s: float) -> list[list[int]]:
+    """Return the halves of a part, or its single members if these are done sooner than one at fault
+    is found by halves.
+    """
+    alone = len(part) * alone_s <= math.log2(len(part)) * failed_s
+    size = 1 if alone else math.ceil(len(part) / 2)
+    return [part[i : i + size] for i in range(0, len(part), size)]
 
 
 def one_each(given: Any, count: int) -> list[Any]:

@@ -17,12 +17,12 @@ from learners.experience import Experience, map_rows
 from learners.forward import sequence_scores
 from learners.settings import ModelSettings
 
-# Sequences scored twice for the noise: some in the first step, of the others one in so many.
-FIRST_TRIED = 16
+# Sequences scored twice for the noise: one in so many, and some.
 ONE_IN = 64
+FEWEST = 4
 # The noise of a group is taken as so many times the largest difference seen: it has more pairs of
 # scores than were tried.
-MARGIN = 2.0
+MARGIN = 3.0
 
 
 class RewardWorker(FrozenModel):
@@ -44,8 +44,6 @@ class RewardWorker(FrozenModel):
         self.reader = Reader.of(model, load_tokenizer(actor_model))
         self.calibration = read_calibration(self.model.config)
         self.measures_noise = measures_noise
-        self.largest_difference = 0.0  # of two raw scores of one sequence, so far
-        self.tried = 0
 
     def scores(self, samples: Sequence[Sample]) -> list[Score]:
         """Return one calibrated score per sample; an error for what the model cannot read."""
@@ -64,18 +62,17 @@ class RewardWorker(FrozenModel):
         return map_rows(batch, token_budget, lambda b: sequence_scores(self.model, b), self.device)
 
     def _noise(self, ids: Sequence[tuple[list[int], list[int]]], raw: Tensor) -> Tensor:
-        """Return the noise [B] of calibrated scores, from the largest difference that one sequence
-        has shown: to its copies in this step, or to itself alone.
+        """Return the noise [B] of calibrated scores, from the largest difference that one of these
+        sequences shows: to its copies among them, or to itself alone. What came before has no say,
+        so that a run that is resumed goes on with the same noise.
         """
-        wanted = max(1, FIRST_TRIED - self.tried, math.ceil(len(ids) / ONE_IN))
-        tried = range(0, len(ids), max(1, len(ids) // wanted))[:wanted]
+        wanted = max(FEWEST, math.ceil(len(ids) / ONE_IN))
+        tried = range(0, len(ids), math.ceil(len(ids) / wanted) or 1)
         alone = self._raw([ids[i] for i in tried], token_budget=1)
-        self.tried += len(tried)
         first: dict[tuple[int, ...], int] = {}
         copies = [first.setdefault((*p, *r), i) for i, (p, r) in enumerate(ids)]
         differences = torch.cat([raw - raw[copies], raw[list(tried)] - alone]).abs()
-        seen = differences[differences.isfinite()].tolist()
-        self.largest_difference = max([self.largest_difference, *seen])
+        largest = max(differences[differences.isfinite()].tolist(), default=0.0)
         # no score is more exact than its own last digit
         last_digit = raw.abs() * torch.finfo(self.model.dtype).eps
-        return MARGIN * last_digit.clamp(min=self.largest_difference) / self.calibration.std
+        return MARGIN * last_digit.clamp(min=largest) / self.calibration.std

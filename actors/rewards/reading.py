@@ -61,6 +61,28 @@ class Reader:
             return ([], []), error.problems[0]
         return (prompt, response), self.problem([*prompt, *response])
 
+    def doubtful(self, texts: Sequence[str]) -> list[int]:
+        """Return which prompts must be looked at to know that the model can read them, in a
+        fraction of the time that tokenising all would take. A word that cannot be encoded although
+        its letters can is none of them.
+        """
+        every = list(range(len(texts)))
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        too_many = self.vocabulary is not None and len(self.tokenizer) > self.vocabulary
+        if self.same_ids or core is None or too_many:
+            return every
+        try:
+            encode_response(self.tokenizer, "".join(sorted(set().union(*texts))), self.encoder)
+        except DataError:  # some letter is unknown, or all are to a tokenizer of words
+            return every
+        if self.positions is None:
+            return []
+        # no token is less than a byte of the text as its rules rewrite it; a mark before the first
+        # word and the end of the answer come on top
+        rewritten = core.normalizer.normalize_str if core.normalizer else str
+        room = self.positions - self.tokenizer.num_special_tokens_to_add() - 2
+        return [i for i in every if len(rewritten(texts[i]).encode()) > room]
+
     def problem(self, ids: Sequence[int]) -> str:
         """Return what keeps the model from reading a sequence; nothing when it can."""
         if not ids:

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    CanineConfig,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     GPT2Config,
@@ -33,6 +34,7 @@ from learners.checkpoints import (
     load_reward_model,
     load_tokenizer,
     read_calibration,
+    vocabulary_problems,
     write_calibration,
 )
 from learners.errors import UserError
@@ -503,3 +505,14 @@ def test_pad_equal_to_eos_cannot_be_exported():
         )
     with pytest.raises(UserError, match="no PAD token"):
         check_exportable_reward_model(decoder, tokenizer(eos_token="<eos>"))
+
+
+def test_a_config_that_counts_no_ids_has_no_problem_with_them(tmp_path):
+    """Canine hashes letters; InternLM/Intern-S1#12 fell over another config without the key."""
+    CanineConfig().save_pretrained(tmp_path / "canine")
+    qwen3().config.save_pretrained(tmp_path / "qwen3")
+    ids = [[], [3, VOCABULARY]]
+    assert vocabulary_problems("m", ModelSettings(path=str(tmp_path / "canine")), ids) == []
+    (problem,) = vocabulary_problems("m", ModelSettings(path=str(tmp_path / "qwen3")), ids)
+    assert problem.endswith(f"knows {VOCABULARY} ids, the data hold ids up to {VOCABULARY}")
+    assert not vocabulary_problems("m", ModelSettings(path=str(tmp_path / "qwen3")), [[39]])

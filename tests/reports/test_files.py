@@ -313,16 +313,98 @@ def test_another_process_reads_it_again_too_and_needs_no_home(here: Path) -> Non
     assert not [name for name in os.listdir(here / "tmp") if name.startswith("quatuor")]
 
 
-def test_large_files_are_read_from_a_file_without_a_name(
-    texts: Callable[..., list[str]], here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No public report known to us: what is too large for memory must not stay on disk either."""
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders into which files were converted, all of which are now large."""
+    from datasets import DatasetBuilder
+
     from learners import reading
 
+    done: list[str] = []
+    convert = DatasetBuilder._download_and_prepare
+
+    def counted(builder: Any, *args: Any, **how: Any) -> Any:
+        done.append(builder._output_dir)
+        return convert(builder, *args, **how)
+
     monkeypatch.setattr(reading, "IN_MEMORY", 1)
+    monkeypatch.setattr(DatasetBuilder, "_download_and_prepare", counted)
+    return done
+
+
+def test_large_files_are_converted_once(
+    texts: Callable[..., list[str]], conversions: list[str], here: Path
+) -> None:
+    """huggingface/datasets#2956 and #444 again: kept by what is there, not by path and time."""
+    before = os.stat(write("p.jsonl", "old"))
+    assert texts("p.jsonl") == texts("p.jsonl") == ["old"]
+    os.utime("p.jsonl")
+    os.rename("p.jsonl", "q.jsonl")
+    assert texts("q.jsonl") == ["old"] and len(conversions) == 1
+    assert conversions[0].startswith(str(here.parent / "cache" / "quatuor"))
+
+    write("p.jsonl", "new")
+    os.utime("p.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert texts("p.jsonl") == ["new"] and texts("q.jsonl") == ["old"]
+    assert len(conversions) == 2
+    assert texts("p.jsonl", split="test") == ["new"]
+    assert texts("p.jsonl", split="test[:1]") == ["new"] and len(conversions) == 3
+
+
+def test_other_splits_of_the_same_files_are_others(
+    texts: Callable[..., list[str]], conversions: list[str]
+) -> None:
+    """No public report known to us: the same files in the same order, one with another name now."""
+    for name, text in {"train-1": "a", "train-2": "b", "test-3": "c"}.items():
+        write(f"set/{name}.jsonl", text)
+    assert texts("set", split="train+test[:1]") == ["a", "b", "c"]
+    os.rename("set/train-2.jsonl", "set/test-2.jsonl")
+    assert texts("set", split="train+test[:1]") == ["a", "b"] and len(conversions) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("set/README.md", b"---\nconfigs:\n- config_name: default\n  data_files: p.jsonl\n---\n"),
+        ("set/q.jsonl", b'{"prompt": "2020-01-01"}\n{"prompt": "2020-01-02"}\n'),
+    ],
+)
+def test_large_folders_and_dates_are_converted_once(
+    texts: Callable[..., list[str]], conversions: list[str], name: str, content: bytes
+) -> None:
+    """huggingface/datasets#2956, variants: a folder with a card, and files read in two forms."""
+    write("set/p.jsonl", "2020-01-01")
+    write(name, raw=content)
+    first = texts("set")
+    assert len(conversions) == 2 and set(first) <= {"2020-01-01", "2020-01-02"}
+    assert texts("set") == first and len(conversions) == 2
+
+
+def test_rows_that_were_kept_and_are_damaged_are_not_kept(
+    texts: Callable[..., list[str]], refusal: Callable[..., str], conversions: list[str]
+) -> None:
+    """No public report known to us: one try with an error, not an error for ever."""
+    write("p.jsonl", "a")
+    assert texts("p.jsonl") == ["a"]
+    (rows,) = Path(conversions[0].removesuffix(".incomplete")).glob("*.arrow")
+    rows.write_bytes(rows.read_bytes()[:20])
+    assert "p.jsonl: cannot be read" in refusal("p.jsonl")
+    assert texts("p.jsonl") == ["a"]
+
+
+def test_large_files_are_read_where_no_cache_can_be_written(
+    texts: Callable[..., list[str]],
+    here: Path,
+    conversions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """tenstorrent/tt-metal#42890: HF_DATASETS_CACHE on a file system that is only read."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.setattr(tempfile, "tempdir", str(here))
     assert texts(write("p.jsonl", "a", "b")) == ["a", "b"]
-    assert os.listdir(here) == ["p.jsonl"]
+    assert os.listdir(here) == ["p.jsonl"] and len(conversions) == 1
 
 
 @pytest.mark.parametrize("change", ["grows", "vanishes"])
@@ -360,6 +442,10 @@ def test_a_full_disk_names_the_way_out(
     write("p.jsonl", "a")
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     assert "no space left in" in refusal("p.jsonl") and "set TMPDIR" in refusal("p.jsonl")
+    monkeypatch.setattr("learners.reading.IN_MEMORY", 1)
+    assert f"no space left in {datasets.config.HF_DATASETS_CACHE}/quatuor; set HF_DATA" in refusal(
+        "p.jsonl"
+    )
 
 
 # --- files that are not what they say -------------------------------------------------------------
