@@ -434,6 +434,7 @@ def test_a_traceback_that_cannot_be_written_is_no_second_failure(
 # --- engines --------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines  # vLLM is imported
 def test_vllms_words_become_the_recipes() -> None:
     """OpenRLHF/OpenRLHF #336, vllm-project/vllm #2418, hiyouga/LlamaFactory #6472."""
     from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory as check
@@ -607,6 +608,7 @@ def wait_for(step: int, run: subprocess.Popen[str], file: Path) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.timeout(180)
 def test_a_run_among_traps_is_stopped_and_resumed(traps: Path) -> None:
     """All at once: modules with others' names beside the recipe, mpirun's variables (DeepSpeed
     #461), SIGTERM to the whole process group in a step (NeMo Automodel #405), and SIGHUP before the
