@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.run.folder import MODEL_FILES, complete_or_absent, finished_checkpoints
 from actors.run.room import no_room
 from learners.errors import UserError, first_wrong, in_a_line
+from learners.launchers import clear_foreign_launchers
 
 EXPORTED = ("actor", "learner")  # folders of the trained roles whose model leaves a run
 
@@ -24,6 +25,7 @@ def export_model(source: Path, folder: Path) -> None:
     if wrong := _taken(folder):
         raise UserError(f"{folder}: {wrong}")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    clear_foreign_launchers()  # before DeepSpeed is imported, which believes them
     from learners.export import export_saved
     from learners.weights import read_saved
 

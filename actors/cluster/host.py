@@ -42,6 +42,9 @@ class Host:
 
             root = os.path.dirname(actors.__path__[0])
         settle_imports(root, here)
+        from learners import naming
+
+        naming.started_in = here  # Ray's processes may have another current folder
         from learners.launchers import clear_foreign_launchers
 
         clear_foreign_launchers()

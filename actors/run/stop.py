@@ -73,9 +73,10 @@ class _Answer:
         if self.leaving or (again and not lost and time.monotonic() - self.at < ECHO_S):
             return
         if not lost and (came == signal.SIGUSR1 or (self.stepping and not again)):
-            self.requested = came
-            self.at = time.monotonic()
-            threading.Thread(target=self._watch, daemon=True).start()
+            if not again:  # the script of a batch job repeats SIGUSR1 every second
+                self.requested = came
+                self.at = time.monotonic()
+                threading.Thread(target=self._watch, daemon=True).start()
             return
         self.leaving = self.requested if lost else came
         if not self.held:

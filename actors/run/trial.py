@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -77,17 +76,29 @@ def wandb_problem() -> str:
     """
     if importlib.util.find_spec("wandb") is None:
         return "wandb is not installed: pip install wandb, or remove the key"
-    if any(os.environ.get(name) for name in WANDB_VARIABLES):
+    known = any(os.environ.get(name) for name in WANDB_VARIABLES)
+    if known or os.environ.get("WANDB_ANONYMOUS") in ("allow", "must"):
         return ""
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    settings = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
-    said = {os.environ.get("NETRC") or "~/.netrc": re.escape(server), "~/_netrc": re.escape(server)}
-    said |= {os.path.join(folder, "settings"): "mode|api_key" for folder in ("wandb", settings)}
-    for file, word in said.items():
-        with suppress(OSError):
-            if re.search(word, Path(file).expanduser().read_text(errors="replace")):
-                return ""
+    # what `wandb init` wrote here goes before what `wandb login` wrote for the user
+    folders = ("wandb", os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
+    settings = "\n".join(_text_of(os.path.join(folder, "settings")) for folder in folders)
+    if re.search(r"mode|api_key|anonymous\s*[=:]\s*(allow|must)", settings):
+        return ""
+    login = re.search(r"^\s*base_url\s*[=:]\s*(\S+)", settings, re.MULTILINE)
+    url = os.environ.get("WANDB_BASE_URL") or (login[1] if login else "https://api.wandb.ai")
+    server = urlsplit(url).hostname or url
+    keys = "\n".join(map(_text_of, (os.environ.get("NETRC") or "~/.netrc", "~/_netrc")))
+    if re.search(re.escape(server), keys, re.IGNORECASE):
+        return ""
     return (
-        "no key for Weights & Biases is here: wandb login, or set WANDB_API_KEY, or "
+        f"no key for Weights & Biases at {server} is here: wandb login, or set WANDB_API_KEY, or "
         "WANDB_MODE=offline"
     )
+
+
+def _text_of(file: str) -> str:
+    """Return the text of a file; nothing where it cannot be read."""
+    try:
+        return Path(file).expanduser().read_text(errors="replace")
+    except (OSError, RuntimeError):  # there may be no home either
+        return ""

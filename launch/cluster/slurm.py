@@ -8,6 +8,7 @@ NODES SECONDS` waits for the cluster.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -73,7 +74,9 @@ def write_job(
         f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
         for name, value in options.items()
     ]
-    lines += ["", *variables(recipe, path, [*overrides, f"cluster.nodes={nodes}"], folder), ""]
+    # the script looks for checkpoints in this folder: the driver must not expand it anew elsewhere
+    fixed = [f"run.folder={json.dumps(str(folder), ensure_ascii=False)}", f"cluster.nodes={nodes}"]
+    lines += ["", *variables(recipe, path, [*overrides, *fixed], folder), ""]
     # without the directive for shellcheck
     text = "\n".join([*lines, BODY.read_text().partition("\n")[2]])
     try:

@@ -8,7 +8,9 @@
 set -euo pipefail
 
 start_seconds=600 # how long the nodes have to join
-stop_seconds=20   # how long a process has to end before it is killed
+# Slurm kills everything 30 s (KillWait) after its SIGTERM, if no site has changed that: all this fits in.
+step_seconds=15 # how long the driver has after SIGTERM to finish its step and save a checkpoint
+stop_seconds=6  # how long it has after a second SIGTERM, and what else runs after its only one, before SIGKILL
 
 port=$((20000 + SLURM_JOB_ID % 5000 * 2)) # even, one per job and below the ports the system hands out; +1 is Ray's too
 temp=/tmp/quatuor-$SLURM_JOB_ID           # short, because Ray keeps sockets there, whose paths are limited to 107 bytes
@@ -22,7 +24,8 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 declare -A steps=() # node -> process id of the srun that holds its Ray
 awaited= # process id of what the script waits for
 driver=
-leaving=
+leaving= # SIGUSR1 has come
+stopped= # SIGTERM has come
 
 say() {
     echo "$(date +%T) slurm job $name: $*"
@@ -79,11 +82,11 @@ wait_for_nodes() { # COUNT
     await $! || die "the Ray cluster did not come up"
 }
 
-end() { # process ids: ask them to end, wait, then kill what is left
+ends() { # SECONDS, process ids: ask them to end, and wait so long; false when one is left
     local waited pid
-    kill -TERM "$@" 2>/dev/null || return 0
-    for ((waited = 0; waited < stop_seconds; waited++)); do
-        for pid in "$@"; do
+    kill -TERM "${@:2}" 2>/dev/null || return 0
+    for ((waited = 0; waited < $1; waited++)); do
+        for pid in "${@:2}"; do
             if alive "$pid"; then
                 sleep 1
                 continue 2
@@ -91,7 +94,16 @@ end() { # process ids: ask them to end, wait, then kill what is left
         done
         return 0
     done
-    kill -KILL "$@" 2>/dev/null || true
+    return 1
+}
+
+end() { # process ids: ask them to end, wait, then kill what is left
+    ends "$stop_seconds" "$@" || kill -KILL "$@" 2>/dev/null || true
+}
+
+# Whether Slurm still lets the job run: one that it is ending would come back, cancelled or not.
+running() {
+    [[ $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) == *JobState=RUNNING* ]]
 }
 
 # However the script ends: first what it waits for, most often the driver, then every node's Ray. Slurm ends whatever
@@ -100,13 +112,19 @@ finish() {
     local code=$?
     trap '' USR1 TERM INT
     trap - EXIT
-    if [ -n "$awaited" ]; then end "$awaited"; fi
+    if [ -n "$awaited" ]; then ends "$step_seconds" "$awaited" || end "$awaited"; fi
+    if [ -n "$stopped" ] && [ -n "$driver" ]; then
+        code=0
+        wait "$driver" || code=$? # its own: it may have saved a checkpoint
+    fi
     end "${steps[@]}"
     if [ "$code" = 0 ] || [ "$code" = 75 ]; then
         timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap rm -rf "$temp" </dev/null || true
         for node in "${!steps[@]}"; do rm -f "$folder.ray-$name-$node.log"; done
     fi
-    if [ "$code" = 75 ]; then
+    if [ "$code" = 75 ] && [ -z "$leaving" ] && ! running; then
+        say "left with a checkpoint; Slurm ends the job: submit this script once more to go on"
+    elif [ "$code" = 75 ]; then
         say "left with a checkpoint; queueing the job again"
         scontrol requeue "$SLURM_JOB_ID" || say "it could not be queued again: submit this script once more to go on" >&2
     fi
@@ -114,7 +132,7 @@ finish() {
 }
 
 trap finish EXIT
-trap 'exit 143' TERM INT
+trap 'stopped=yes; exit 143' TERM INT
 trap 'leaving=yes; say "SIGUSR1: the run will finish its step, save a checkpoint and end"' USR1
 
 say "$SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"

@@ -175,3 +175,15 @@ def test_out_of_time_it_is_queued_again_and_completes(jobs: Jobs) -> None:
     assert "left with a checkpoint" in log and "--resume" in log
     assert (jobs.folder / "long" / "model" / "config.json").exists()
     nothing_left(number)
+
+
+def test_after_sigterm_there_is_time_for_the_step_and_the_job_is_queued_again(jobs: Jobs) -> None:
+    number = jobs.submit(jobs.sft("told", 5000), "10")
+    wait_until(lambda: len(jobs.steps("told")) > 2, 120, "no step was made")
+    jobs.slurm.run("scancel", "--batch", "--signal=TERM", number)
+    wait_until(lambda: jobs.slurm.job(number)["Restarts"] == "1", 60, "was not queued again")
+    reached = jobs.steps("told")[-1]
+    saved = [p.name for p in (jobs.folder / "told" / "checkpoints").iterdir()]
+    assert saved == [f"step-{reached:06d}"], jobs.log("told", number)
+    assert "left with a checkpoint; queueing" in jobs.log("told", number)
+    nothing_left(number)

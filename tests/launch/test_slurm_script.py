@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,8 @@ from learners.errors import UserError
 STAND_INS = {
     # Runs its command here. Options come first.
     "srun": 'while [[ $1 == --* ]]; do shift; done; export SLURM_CPUS_ON_NODE=3; exec "$@"',
-    "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "scontrol $*" '
-    '>>"$HERE/calls"; fi',
+    "scontrol": 'case "$1 $2" in "show job") echo "   JobState=${STATE:-RUNNING} Reason=None";; '
+    'show*) printf "n1\\nn2\\n";; *) echo "scontrol $*" >>"$HERE/calls";; esac',
     "sleep": "exec /bin/sleep 0.05",
     # the head's address; or silence: all nodes are there
     "python": "if [ $1 = -c ]; then echo 10.0.0.1; fi",
@@ -36,12 +37,17 @@ STAND_INS = {
     'exec /bin/sleep "${RAY_SECONDS:-100}"',
     "quatuor": 'echo "quatuor $*" >>"$HERE/calls"; exec "$PYTHON" -c "$DRIVER"',
 }
-STAYS = """
+BEGINS = """
 import os, pathlib, signal, sys, time
+terms = []
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: terms.append(1))
 pathlib.Path(os.environ["HERE"], "stays").touch()
-time.sleep(60)
 """
+STAYS = BEGINS.replace("signal.signal(signal.SIGTERM", "(lambda *_: None)(None") + "time.sleep(60)"
+SAVES = BEGINS + "while not terms: time.sleep(0.01)\ntime.sleep(0.2)\nexit(75)"
+LEAVES = BEGINS + "while len(terms) < 2: time.sleep(0.01)\nprint('stopped by SIGTERM')\nexit(143)"
+HANGS = BEGINS + "while True: time.sleep(60)"
 PYTHON = sys.executable
 
 
@@ -139,7 +145,8 @@ def test_a_run_that_succeeds(job: Job) -> None:
     ), tokens
     recipe = RECIPES / "demo_sft.yaml"
     assert job.calls("quatuor") == [
-        f"sft {recipe} two words=1 cluster.nodes=2 cluster.address=10.0.0.1:24006"
+        f'sft {recipe} two words=1 run.folder="{job.folder}" cluster.nodes=2 '
+        "cluster.address=10.0.0.1:24006"
     ]
     assert not left_of(job) and not list(job.here.glob("run.ray-*"))
 
@@ -193,19 +200,70 @@ def test_nodes_that_do_not_come_are_the_end(job: Job) -> None:
     assert not job.calls("quatuor") and not left_of(job)
 
 
-def test_the_signal_before_the_time_limit_queues_the_job_again(job: Job) -> None:
-    running = job.start(STAYS)
+def signalled(job: Job, driver: str, number: signal.Signals, **more: str) -> tuple[int, str]:
+    """Exit code and output of a job whose script gets a signal while its driver runs."""
+    running = job.start(driver, **more)
     until = time.monotonic() + 20
     while not (job.here / "stays").exists():
         assert time.monotonic() < until, "the driver was not started"
         time.sleep(0.05)
-    running.send_signal(signal.SIGUSR1)
+    running.send_signal(number)
     try:
         said = running.communicate(timeout=20)[0]
     finally:
         running.terminate()  # it ends whatever it has started
-    assert running.returncode == 75 and job.calls("scontrol") == ["requeue 7003"], said
+    return running.returncode, said
+
+
+def test_the_signal_before_the_time_limit_queues_the_job_again(job: Job) -> None:
+    code, said = signalled(job, STAYS, signal.SIGUSR1)
+    assert code == 75 and job.calls("scontrol") == ["requeue 7003"], said
     assert not left_of(job)
+
+
+def test_a_step_that_is_finished_after_sigterm_queues_the_job_again(job: Job) -> None:
+    code, said = signalled(job, SAVES, signal.SIGTERM)
+    assert code == 75 and job.calls("scontrol") == ["requeue 7003"], said
+    assert not left_of(job)
+
+
+def test_a_job_that_slurm_ends_does_not_come_back(job: Job) -> None:
+    code, said = signalled(job, SAVES, signal.SIGTERM, STATE="COMPLETING")
+    assert code == 75 and not job.calls("scontrol") and "submit this script once more" in said
+    assert not left_of(job)
+
+
+def test_a_driver_without_time_leaves_with_its_line_before_it_is_killed(job: Job) -> None:
+    code, said = signalled(job, LEAVES, signal.SIGTERM)
+    assert code == 143 and "stopped by SIGTERM" in said and not job.calls("scontrol"), said
+    assert not left_of(job)
+
+
+def test_a_driver_that_hangs_is_killed(job: Job) -> None:
+    code, said = signalled(job, HANGS, signal.SIGTERM)
+    assert code == 137 and not job.calls("scontrol"), said
+    assert not left_of(job)
+
+
+def test_all_that_follows_sigterm_fits_into_slurms_kill_wait() -> None:
+    step, stop = (
+        int(re.findall(rf"^{name}_seconds=(\d+)", BODY.read_text(), re.MULTILINE)[0])
+        for name in ("step", "stop")
+    )
+    # the driver's first signal, its second, Ray's; a second one within 2 s would be an echo
+    assert step > 2 and step + 2 * stop < 30
+
+
+def test_the_driver_writes_where_the_script_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable may have another value on the nodes."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "a: #b é"))
+    text = write(tmp_path, "run.folder=$SCRATCH/run", given=["run.folder=$SCRATCH/run"]).read_text()
+    (line,) = re.findall(r"^command=\((.*)\)$", text, re.MULTILINE)
+    monkeypatch.setenv("SCRATCH", "/elsewhere")
+    _, recipe, *overrides = shlex.split(line)
+    assert load_recipe(Path(recipe), overrides).run.folder == str(tmp_path / "a: #b é" / "run")
 
 
 def left_of(job: Job) -> list[str]:

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,12 +94,83 @@ def test_a_function_in_a_file_named_like_a_module_is_refused_by_name(
 def test_a_users_own_function_and_a_copy_of_ours_are_found(
     traps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No public report known to us."""
     (traps / "only_mine.py").write_text("def score(prompts, responses):\n    return []\n")
     assert load_named("only_mine:score", "reward function")([], []) == []
     task = traps / "launch" / "tasks" / "unique_digits.py"
     task.parent.mkdir(parents=True)
     task.write_text((ROOT / "launch" / "tasks" / "unique_digits.py").read_text())
     assert load_named("launch.tasks.unique_digits:exact_match", "reward function")
+
+
+def package(folder: Path, name: str, text: str = "def score(*_):\n    return []\n") -> Path:
+    """An installed package that a user's file has the name of."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        {"my_reward.py": "from {0} import score"},
+        {"my_reward.py": "from my_reward_helper import score", "my_reward_helper.py": "import {0}"},
+        {"my_reward.py": "def score(*_):\n    from {0} import score"},
+        {"my_reward/__init__.py": "from .within import score", "my_reward/within.py": "import {0}"},
+    ],
+    ids=["itself", "through another", "when called", "in a package"],
+)
+def test_a_helper_beside_the_recipe_that_is_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: dict[str, str]
+) -> None:
+    """ray-project/ray #40046: the module that is found is not the user's; here one of those that
+    the function imports.
+    """
+    name = f"examples_{time.time_ns()}"
+    here = tmp_path / "here"
+    for file, text in {**reward, f"{name}.py": "def score(*_):\n    return [1.0]\n"}.items():
+        (here / file).parent.mkdir(parents=True, exist_ok=True)
+        (here / file).write_text(text.format(name))
+    monkeypatch.chdir(here)
+    installed = package(tmp_path / "site-packages", name)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
+    known = set(sys.modules)
+    try:
+        with pytest.raises(
+            UserError,
+            match=rf"the module {name} is {installed}/{name}/__init__.py, which goes before "
+            rf"{here}/{name}.py: rename that \(my_reward.* imports it\)",
+        ):
+            load_named("my_reward:score", "reward function")
+    finally:
+        for module in sys.modules.keys() - known:
+            del sys.modules[module]
+
+
+def test_a_module_that_others_import_is_theirs(
+    traps: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's `random` and `queue` are not what an installed package means. No public report
+    known to us.
+    """
+    name = f"installed_{time.time_ns()}"
+    text = "import random, queue\ndef score(*_):\n    return []\n"
+    folder = package(tmp_path_factory.mktemp("lib") / "site-packages", name, text)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
+    (traps / f"uses_{name}.py").write_text(f"from {name} import score")
+    assert load_named(f"uses_{name}:score", "reward function")() == []
+    assert load_named(f"{name}:score", "reward function")() == []
+
+
+def test_the_folder_of_the_start_is_a_workers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ray-project/ray #2515: the current folder of a Ray process is another one."""
+    name = f"mine_{time.time_ns()}"
+    (tmp_path / f"{name}.py").write_text("def score(*_):\n    return []\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("learners.naming.started_in", str(tmp_path))
+    assert load_named(f"{name}:score", "reward function")() == []
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -121,6 +193,22 @@ def test_a_signal_waits_for_its_step_and_its_echo_changes_nothing() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested() == signal.SIGTERM
+
+
+def test_a_repeated_signal_starts_no_second_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of a batch job repeats SIGUSR1, and then asks to leave. No public report known to
+    us.
+    """
+    monkeypatch.setattr("actors.run.stop.ECHO_S", 0.1)
+    before = set(threading.enumerate())
+    with pytest.raises(Left, match="SIGTERM"), catch_stop_signals():
+        stepping()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(4):
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert len(set(threading.enumerate()) - before) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_second_signal_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +326,30 @@ def test_wandb_without_a_key_is_found_at_once(
     assert wandb_problem() == ""
 
 
+def test_wandb_on_a_server_of_ones_own_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No public report known to us. `wandb login --host` keeps the address in its settings."""
+    (tmp_path / "wandb.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("NETRC", "WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    settings = tmp_path / ".config" / "wandb" / "settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nbase_url = https://Wandb.us.example:8080/\n")
+    assert "Weights & Biases at wandb.us.example is here" in wandb_problem()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    assert "wandb.us.example" in wandb_problem()
+    (tmp_path / ".netrc").write_text("machine Wandb.us.example\n  login user\n  password x\n")
+    assert wandb_problem() == ""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://other.example")
+    assert "other.example" in wandb_problem()
+    monkeypatch.setenv("WANDB_ANONYMOUS", "must")
+    assert wandb_problem() == ""
+
+
 # --- disk -----------------------------------------------------------------------------------------
 
 
@@ -305,6 +417,7 @@ def test_a_signal_while_the_folder_is_made_leaves_nothing(
 
 
 def test_an_error_of_another_file_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """No public report known to us."""
     from actors.cluster.groups import WorkerError
     from actors.run.outcome import disk_trouble
 
@@ -346,6 +459,7 @@ def test_a_traceback_that_cannot_be_written_is_no_second_failure(
 # --- engines --------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines  # vLLM is imported
 def test_vllms_words_become_the_recipes() -> None:
     """OpenRLHF/OpenRLHF #336, vllm-project/vllm #2418, hiyouga/LlamaFactory #6472."""
     from vllm.v1.core.kv_cache_utils import _check_enough_kv_cache_memory as check
@@ -386,12 +500,37 @@ def test_foreign_launchers_are_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
         "MASTER_ADDR",
         "MASTER_PORT",
         "CROSS_RANK",
+        "CROSS_SIZE",
     ]
-    kept = ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "FRANK", "MASTER")
+    kept = [
+        "SLURM_JOB_ID",
+        "CUDA_VISIBLE_DEVICES",
+        "NCCL_SOCKET_IFNAME",
+        "FRANK",
+        "MASTER",
+        "CROSS_COMPILE",
+    ]
     for name in (*names, *kept):
         monkeypatch.setenv(name, "2")
     clear_foreign_launchers()
     assert not set(names) & os.environ.keys() and set(kept) <= os.environ.keys()
+
+
+def test_an_export_is_no_process_of_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deepspeedai/DeepSpeed #461: what is imported believes the variables."""
+    from launch.export import export_model
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "2")
+    checkpoint = tmp_path / "step-000001"
+    for file in ("learner/layout.json", "model_files/config.json", "run_folder.json"):
+        (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / file).write_text("{}")
+    monkeypatch.setitem(sys.modules, "learners.weights", None)  # DeepSpeed is not waited for
+    with pytest.raises(ImportError):
+        export_model(checkpoint, tmp_path / "out")
+    assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
 
 
 def test_paths_are_expanded_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +561,7 @@ def test_paths_are_expanded_or_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_unset_variable_is_one_line_with_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """No public report known to us."""
     monkeypatch.delenv("NOWHERE", raising=False)
     assert cli.main(["sft", str(RECIPES / "demo_sft.yaml"), "run.folder=$NOWHERE/a"]) == 2
     told = capsys.readouterr().err
@@ -493,6 +633,7 @@ def wait_for(step: int, run: subprocess.Popen[str], file: Path) -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.timeout(180)
 def test_a_run_among_traps_is_stopped_and_resumed(traps: Path) -> None:
     """All at once: modules with others' names beside the recipe, mpirun's variables (DeepSpeed
     #461), SIGTERM to the whole process group in a step (NeMo Automodel #405), and SIGHUP before the
