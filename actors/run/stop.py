@@ -89,7 +89,7 @@ class _Answer:
         """
         while not self.leaving and time.monotonic() < self.at + WATCH_S:
             time.sleep(0.2)
-            if self.ended():
+            if self.ended() and _answer is self:  # else the run has ended meanwhile
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
