@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -353,27 +354,31 @@ def test_wandb_on_a_server_of_ones_own_is_found(
 # --- disk -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 4 KiB: what a full disk says, without one."""
+    """No file of this process may grow beyond 4 KiB: what a full disk says, without one. Only
+    around a write: the tests' own report is a file too.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def storage_error(folder: Path, write: Callable[[], None]) -> str:
     from actors.run.outcome import StorageError, accounted_for
 
-    with pytest.raises(StorageError) as told, accounted_for(str(folder)):
+    with pytest.raises(StorageError) as told, accounted_for(str(folder)), small_files():
         write()
     assert "\n" not in str(told.value)
     return str(told.value)
 
 
-def test_a_log_that_cannot_grow_names_path_and_remedy(tmp_path: Path, small_files: None) -> None:
+def test_a_log_that_cannot_grow_names_path_and_remedy(tmp_path: Path) -> None:
     """pytorch/pytorch #10577: a saturated disk said Input/output error, without a path."""
     run = tmp_path / "run"
     (run / "checkpoints" / "step-000004").mkdir(parents=True)
@@ -387,7 +392,7 @@ def test_a_log_that_cannot_grow_names_path_and_remedy(tmp_path: Path, small_file
     assert told.endswith("--resume goes on from step 4")
 
 
-def test_torch_and_safetensors_in_other_words(tmp_path: Path, small_files: None) -> None:
+def test_torch_and_safetensors_in_other_words(tmp_path: Path) -> None:
     """innnky/so-vits-svc #46 and returnn #1829: `unexpected pos`, `PytorchStreamWriter failed`."""
     import torch
     from safetensors.torch import save_file
