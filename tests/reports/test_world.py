@@ -177,6 +177,14 @@ def test_the_folder_of_the_start_is_a_workers_too(
 # --- signals --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup() -> Iterator[None]:
+    """The tests themselves may be run with SIGHUP ignored, which children inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_before_the_first_step_ends_the_run_at_once() -> None:
     """NVIDIA-NeMo/Automodel #405, Lightning-AI/pytorch-lightning #1455: SIGTERM unanswered."""
     for number in (signal.SIGTERM, signal.SIGHUP):
