@@ -23,8 +23,9 @@ from actors.run.resume import Resume
 from actors.run.stop import catch_stop_signals
 from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import models_of
-from launch.recipe.machine import accepted, code_problems
+from launch.recipe.machine import code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
+from launch.recipe.resumed import accepted
 from launch.recipe.schema import listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
 from learners.errors import UserError, in_a_line

@@ -29,8 +29,8 @@ from typing import Any
 from actors.run.progress import say
 from actors.run.resume import Resume
 from actors.settings import Recipe
-from launch.recipe.document import Document
-from launch.recipe.machine import flat, is_local
+from launch.recipe.document import Document, flat
+from launch.recipe.machine import is_local
 from launch.recipe.read import RecipeError, located, read_recipe
 from learners.errors import Problem, UserError, in_a_line
 from learners.settings import VARIABLE

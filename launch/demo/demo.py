@@ -26,7 +26,7 @@ from actors.cluster.connection import connect
 from actors.rollouts.sampling import sample_responses
 from actors.settings import GenerationSettings
 from launch.demo.page import write_page
-from launch.recipe.machine import flat
+from launch.recipe.document import flat
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 

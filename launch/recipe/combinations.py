@@ -13,7 +13,7 @@ from actors.roles import roles_of
 from actors.run.metrics import BY_NAME
 from actors.settings import Recipe, RewardSettings, RLRecipe, RMRecipe, SFTRecipe
 from learners.errors import Problem, Rule, problems_of
-from learners.settings import LearnerSettings, ModelSettings
+from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData
 
 LEAST_GROUP_TEMPERATURE = 0.7
 USUAL_GROUP = 8
@@ -305,6 +305,20 @@ def sharing_problems(recipe: RLRecipe) -> Iterator[Problem]:
 def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
     """Return every model of the recipe by the key that names it."""
     return {r.model_key: r.model for r in roles_of(recipe).values() if r.model is not None}
+
+
+def data_of(recipe: Recipe) -> Iterator[tuple[str, PromptData | SFTData | PairData]]:
+    """Yield every data set of the recipe with its key."""
+    written: dict[str, PromptData | SFTData | PairData | None]
+    if isinstance(recipe, RLRecipe):
+        evaluation = recipe.evaluation
+        written = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
+        written["evaluation.test_prompts"] = evaluation.test_prompts
+    else:
+        written = {"data": recipe.data, "held_out": recipe.held_out}
+    if isinstance(recipe, RMRecipe):
+        written["reward_model.calibration"] = recipe.reward_model.calibration
+    yield from ((key, data) for key, data in written.items() if data is not None)
 
 
 def lacking_gpus(recipe: Recipe) -> str | None:

@@ -222,6 +222,19 @@ def in_words(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested sections and lists as key.sub names."""
+    if values and isinstance(values, list):
+        values = dict(enumerate(values))
+    if not values or not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        k: v
+        for name, value in values.items()
+        for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 def _plain(value: Any) -> Any:
     """Return a copy in which nothing is shared (YAML aliases share) and every key is text."""
     if isinstance(value, dict):

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from actors.run.folder import finished_checkpoints
-from actors.run.resume import Resume, differing, fewer_steps
+from actors.run.resume import Resume
 from actors.run.trial import no_new_folder
 from actors.settings import (
     Recipe,
@@ -27,9 +23,9 @@ from actors.settings import (
     model_sampling_problems,
     position_problems,
 )
-from launch.recipe.combinations import lacking_gpus, models_of
-from launch.recipe.document import Document, in_words
-from launch.recipe.schema import OLD_KEYS
+from launch.recipe.combinations import data_of, lacking_gpus, models_of
+from launch.recipe.document import in_words
+from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
 from learners.errors import Problem, UserError, first_wrong
 from learners.files import DataFiles, find_files, json_lines, read_json
@@ -40,30 +36,6 @@ from learners.tokenise import pad_problem
 
 Data = PromptData | SFTData | PairData
 
-# What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when
-# it complains.
-MAY_CHANGE = (
-    "run.checkpoint",
-    "run.keep",
-    "run.samples",
-    "run.tensorboard",
-    "run.wandb",
-    "run.progress",
-    "run.max_skipped",
-    "run.folder",
-    "step.steps",
-    "train.steps",
-    "train.epochs",
-    "train.evaluate",
-    "cluster.",
-    "alarms.",
-    "evaluation.",
-    "generation.threads",
-    "generation.max_concurrent",
-    "generation.kv_cache",
-    "generation.gpu_memory",
-    "sync.",
-)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -104,17 +76,14 @@ def file_problems(recipe: Recipe, resume: Resume | None = None) -> Iterator[Prob
         keys = ("cluster.nodes", "cluster.gpus_per_node", "cluster.device", "cluster.placement")
         yield Problem(keys, f"{lacking}, or join a cluster that has them with cluster.address")
     folder = recipe.run.folder
-    if wrong := _no_run_to_resume(folder) if resume else no_new_folder(Path(folder)):
+    if wrong := no_run_to_resume(folder) if resume else no_new_folder(Path(folder)):
         yield Problem(("run.folder",), f"{folder} {wrong}")
     elif resume:
-        yield from _changed(recipe, resume.accept)
-        steps = recipe.step.steps if isinstance(recipe, RLRecipe) else recipe.train.steps
-        done, _ = finished_checkpoints(Path(folder))[-1]
-        yield from fewer_steps(recipe, done if steps is None else steps, done)
+        yield from resume_problems(recipe, resume)
     for key, model in models_of(recipe).items():
         if is_local(model.path):
             yield from _model_folder(key, model, recipe)
-    for key, data in _data(recipe):
+    for key, data in data_of(recipe):
         if is_local(data.path):
             yield from _data_file(key, data)
 
@@ -126,107 +95,6 @@ def is_local(path: str) -> bool:
     if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         return True
     return os.path.isdir(os.path.dirname(path))
-
-
-def _no_run_to_resume(folder: str) -> str:
-    """Return why the folder holds no run to go on with; nothing when it does."""
-    path = Path(os.path.abspath(folder))
-    there = os.path.isdir(path)
-    return first_wrong(
-        (not there, "does not exist: nothing to resume"),
-        (
-            there and not finished_checkpoints(path),
-            "holds no checkpoint to resume from (run.checkpoint_every_steps)",
-        ),
-    )
-
-
-def _changed(recipe: Recipe, accept: Collection[str]) -> Iterator[Problem]:
-    """Yield what decides a resumed run's numbers, is not what it was and is not accepted: the run
-    must go on as if it had never stopped.
-    """
-    try:
-        changed = changes(recipe)
-    except UserError as error:
-        yield Problem(("run.folder",), error.problems[0])
-        return
-    refused = {
-        key: f"{message}; a changed recipe is a new run: choose another run.folder, or go on all "
-        f"the same: --accept {key}"
-        for key, message in changed.items()
-        if key not in accept
-    }
-    yield from (Problem((key, "run.folder"), message) for key, message in differing(refused))
-
-
-def changes(recipe: Recipe) -> dict[str, str]:
-    """Return the keys that decide a resumed run's numbers and are not what they were, with both
-    values in words. Raises UserError when the run to resume does not say what it was.
-    """
-    before = Path(recipe.run.folder) / "config.yaml"
-    missing = (
-        f"{before} is missing, so nobody can tell whether the recipe is still the run's: put it "
-        "back, or choose another folder"
-    )
-    try:
-        document = Document.read(before)
-    except UserError as error:
-        broken = f"{error.problems[0]}; the run to resume must say what it was"
-        raise UserError(broken if os.path.isfile(before) else missing) from None
-    document.rename(OLD_KEYS)
-    old = flat(_with_defaults(document.values, type(recipe)))
-    new = flat(recipe.model_dump(mode="json"))
-    # a section that one of them has and the other has not is one change, of its path
-    alone = [key for key in old.keys() ^ new.keys() if f"{key}.path" in old.keys() | new.keys()]
-    told = tuple(f"{key}." for key in alone)
-    return {
-        key: f"is {in_words(new.get(key))}, the run to resume has {in_words(old.get(key))}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-        and not key.startswith(MAY_CHANGE)
-        and (key.endswith(".path") or not key.startswith(told))
-    }
-
-
-def accepted(recipe: Recipe, accept: Collection[str]) -> Iterator[str]:
-    """Yield a line for every change of the recipe that is accepted. Raises UserError for a key
-    under which nothing could be.
-
-    What lies under a path is compared once it is read (actors/run/things.py).
-    """
-    changed = changes(recipe)
-    read = {**models_of(recipe), **dict(_data(recipe))}
-    paths = [f"{key}.path" for key in read]
-    for key in accept:
-        if key in changed:
-            yield f"accepted: {key}: {changed[key]}"
-        elif key not in paths:
-            there = ", ".join([*changed, *(path for path in paths if path not in changed)])
-            raise UserError(
-                f"--accept {key}: nothing to accept there; what could be is what has changed "
-                f"under {there}"
-            )
-
-
-def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:
-    """Return a saved recipe with today's defaults for keys that it is too old to have."""
-    try:
-        return model.model_validate_json(json.dumps(values)).model_dump(mode="json")
-    except ValidationError:  # another kind of recipe, or one that this version cannot read
-        return values
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested sections and lists as key.sub names."""
-    if values and isinstance(values, list):
-        values = dict(enumerate(values))
-    if not values or not isinstance(values, dict):
-        return {prefix: values}
-    return {
-        k: v
-        for name, value in values.items()
-        for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Problem]:
@@ -335,20 +203,6 @@ def _pad(folder: Path, config: dict[str, Any]) -> str:
         pad = config.get("pad_token_id")
         eos = config.get("eos_token_id")
     return pad_problem(pad, eos if isinstance(eos, list) else [eos])
-
-
-def _data(recipe: Recipe) -> Iterator[tuple[str, Data]]:
-    """Yield every data set of the recipe with its key."""
-    written: dict[str, Data | None]
-    if isinstance(recipe, RLRecipe):
-        evaluation = recipe.evaluation
-        written = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
-        written["evaluation.test_prompts"] = evaluation.test_prompts
-    else:
-        written = {"data": recipe.data, "held_out": recipe.held_out}
-    if isinstance(recipe, RMRecipe):
-        written["reward_model.calibration"] = recipe.reward_model.calibration
-    yield from ((key, data) for key, data in written.items() if data is not None)
 
 
 def _data_file(key: str, data: Data) -> Iterator[Problem]:
