@@ -31,9 +31,9 @@ from actors.start import Workers
 from actors.weights.agreement import check_engine_agrees
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.checkpoints import sampling_defaults
+from learners.data.rows import Prompt
 from learners.experience import Experience, Rollout, mini_batches
 from learners.kl import kl_estimate
-from learners.rows import Prompt
 
 
 def run(

@@ -11,7 +11,7 @@ from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, samples_of
 from actors.run.metrics import reduce
 from actors.settings import RLRecipe
-from learners.rows import Prompt
+from learners.data.rows import Prompt
 
 
 def evaluate(

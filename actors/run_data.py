@@ -25,11 +25,11 @@ from learners.checkpoints import (
     sampling_defaults,
     vocabulary_problems,
 )
+from learners.data.rows import Prompt, Rows, load_prompts, notices_of
+from learners.data.tokenise import end_of_response, tokenizer_digest
 from learners.errors import DataError, UserError
 from learners.positions import positions_of
-from learners.rows import Prompt, Rows, load_prompts, notices_of
 from learners.settings import ModelSettings, PromptData
-from learners.tokenise import end_of_response, tokenizer_digest
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ from learners.checkpoints import (
     load_tokenizer,
     vocabulary_problems,
 )
+from learners.data.rows import Example, Rows, load_pairs, load_sft, notices_of
+from learners.data.tokenise import tokenizer_digest
 from learners.errors import UserError
 from learners.experience import Experience
-from learners.rows import Example, Rows, load_pairs, load_sft, notices_of
 from learners.settings import ModelSettings
-from learners.tokenise import tokenizer_digest
 
 
 def run(

@@ -33,11 +33,11 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from learners.calibration import calibration_problem
+from learners.data.tokenise import pad_problem
 from learners.errors import UserError, first_wrong, in_a_line
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings
-from learners.tokenise import pad_problem
 
 REWARD_MODEL = "ForSequenceClassification"
 CRITIC = "ForTokenClassification"

@@ -8,10 +8,10 @@ from typing import Any
 
 from actors.rollouts.requests import Sample
 from learners.checkpoints import is_encoder, load_config, load_tokenizer
+from learners.data.tokenise import encode_prompt, encode_response
 from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
-from learners.tokenise import encode_prompt, encode_response
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
+from learners.data.rows import Prompt
 from learners.experience import PromptRequest, Rollout
-from learners.rows import Prompt
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from actors.rollouts.requests import requests_for
 from actors.settings import ClusterSettings, GenerationSettings
 from actors.start import start_groups
 from learners.checkpoints import length_problems, load_tokenizer
+from learners.data.rows import Prompt
+from learners.data.tokenise import encode_prompt
 from learners.errors import UserError
-from learners.rows import Prompt
 from learners.settings import ModelSettings
-from learners.tokenise import encode_prompt
 
 
 def sample_responses(

@@ -21,8 +21,8 @@ from actors.run.folder import THINGS_FILE, finished_checkpoints
 from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
+from learners.data.files import read_json
 from learners.errors import UserError
-from learners.files import read_json
 
 Found = Mapping[str, Mapping[str, Any]]
 """Parts by the recipe's key: words with a digest, or a section of plain values."""
@@ -183,7 +183,7 @@ def _rows(rows: Sequence[Any]) -> str:
 def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parts of a model's folder that a role reads besides the weights."""
     from learners.checkpoints import load_config, load_tokenizer, sampling_defaults
-    from learners.tokenise import tokenizer_digest
+    from learners.data.tokenise import tokenizer_digest
 
     model = role.model
     assert model is not None

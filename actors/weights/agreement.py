@@ -17,9 +17,9 @@ from actors.cluster.rows import gather_rows, scatter_rows
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for
 from actors.settings import RLRecipe
+from learners.data.rows import Prompt
 from learners.errors import DisagreementError
 from learners.experience import Experience, Rollout
-from learners.rows import Prompt
 
 # tokens: long enough to show a drift along the response, short enough to cost little
 LONGEST_RESPONSE = 256

@@ -12,7 +12,7 @@ from actors.cluster.sharing import GpuSharing
 from actors.settings import RLRecipe
 from actors.weights.client import transfer_backend
 from actors.weights.proof import check_probe, verify
-from learners.rows import Prompt
+from learners.data.rows import Prompt
 
 FAILURE_S = 10.0  # for an engine to answer with the error of an update
 

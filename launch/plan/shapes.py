@@ -20,8 +20,8 @@ import yaml
 
 from actors.roles import Head, Role
 from launch.recipe.document import in_words
+from learners.data.files import read_json
 from learners.errors import UserError
-from learners.files import read_json
 from learners.positions import positions_of
 from learners.settings import ModelSettings
 

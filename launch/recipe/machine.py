@@ -27,12 +27,12 @@ from launch.recipe.combinations import data_of, lacking_gpus, models_of
 from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
+from learners.data.files import DataFiles, find_files, json_lines, read_json
+from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
-from learners.files import DataFiles, find_files, json_lines, read_json
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PairData, PromptData, SFTData
-from learners.tokenise import pad_problem
 
 Data = PromptData | SFTData | PairData
 

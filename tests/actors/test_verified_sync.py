@@ -24,9 +24,9 @@ from actors.weights.agreement import check_engine_agrees
 from actors.weights.proof import SyncError
 from actors.weights.sync import WeightSync
 from learners.algorithms.grpo import GRPO, GRPOSettings
+from learners.data.rows import Prompt
 from learners.errors import DisagreementError
 from learners.experience import Experience, PromptRequest, Rollout
-from learners.rows import Prompt
 from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]

@@ -284,7 +284,7 @@ def test_a_reward_model_that_scores_with_another_tokenizer_than_it_was_trained_w
     real: Path, told: Told
 ) -> None:
     from learners.checkpoints import load_tokenizer
-    from learners.tokenise import tokenizer_digest
+    from learners.data.tokenise import tokenizer_digest
 
     config = json.loads((real / "reward_model/config.json").read_text())
     trained_with = tokenizer_digest(load_tokenizer(ModelSettings(path=str(real / "reward_model"))))

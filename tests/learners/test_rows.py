@@ -5,11 +5,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from learners.data.reading import read
+from learners.data.rows import load_pairs, load_prompts, load_sft
+from learners.data.tokenise import encode_prompt, encode_response
 from learners.errors import DataError
-from learners.reading import read
-from learners.rows import load_pairs, load_prompts, load_sft
 from learners.settings import PairData, PromptData, SFTData
-from learners.tokenise import encode_prompt, encode_response
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "[CLS]", "[SEP]"]
 PAD, EOS, BOS, CLS, SEP = range(5)

@@ -21,8 +21,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from learners.data.rows import load_pairs, load_prompts, load_sft
 from learners.errors import DataError
-from learners.rows import load_pairs, load_prompts, load_sft
 from learners.settings import PairData, PromptData, SFTData
 
 LETTERS = [chr(i) for i in range(32, 127)]
@@ -232,7 +232,7 @@ def test_splits_are_named_by_whole_words(name: str, splits: set[str]) -> None:
     """huggingface/datasets#5021: "train" anywhere in a name made it a split once; and its shards
     (#4150) carry names of their own.
     """
-    from learners.files import named_splits
+    from learners.data.files import named_splits
 
     assert named_splits(name) == splits
 
@@ -292,7 +292,7 @@ def test_another_process_reads_it_again_too_and_needs_no_home(here: Path) -> Non
     local files, and fails where that cannot be written.
     """
     reads = (
-        "from learners.reading import read\nfrom learners.settings import PromptData\n"
+        "from learners.data.reading import read\nfrom learners.settings import PromptData\n"
         "print(read(PromptData(path='p.jsonl'), ['prompt']).rows[0]['prompt'])"
     )
 
@@ -442,7 +442,7 @@ def test_a_full_disk_names_the_way_out(
     write("p.jsonl", "a")
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     assert "no space left in" in refusal("p.jsonl") and "set TMPDIR" in refusal("p.jsonl")
-    monkeypatch.setattr("learners.reading.IN_MEMORY", 1)
+    monkeypatch.setattr("learners.data.reading.IN_MEMORY", 1)
     assert f"no space left in {datasets.config.HF_DATASETS_CACHE}/quatuor; set HF_DATA" in refusal(
         "p.jsonl"
     )

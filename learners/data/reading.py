@@ -18,8 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from learners.errors import DataError, in_a_line
-from learners.files import (
+from learners.data.files import (
     DataFiles,
     files_below,
     find_files,
@@ -29,6 +28,7 @@ from learners.files import (
     rows_below,
     split_names,
 )
+from learners.errors import DataError, in_a_line
 from learners.settings import DataSettings
 
 # Rows of files up to this many bytes are read anew and held in memory; those of larger ones stay

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from learners.data.notices import Notices
+from learners.data.reading import Source, read
+from learners.data.tokenise import encode_chat, encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
-from learners.notices import Notices
-from learners.reading import Source, read
 from learners.settings import PairData, PromptData, SFTData
-from learners.tokenise import encode_chat, encode_prompt, encode_response, end_of_response
 
 T = TypeVar("T")
 
