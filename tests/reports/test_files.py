@@ -318,7 +318,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders into which files were converted, all of which are now large."""
     from datasets import DatasetBuilder
 
-    from learners import reading
+    from learners.data import reading
 
     done: list[str] = []
     convert = DatasetBuilder._download_and_prepare
