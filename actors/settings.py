@@ -28,6 +28,7 @@ from learners.settings import (
     RewardModelSettings,
     Settings,
     SFTData,
+    Sources,
     TrainSettings,
 )
 
@@ -285,10 +286,10 @@ class AlarmSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    prompts: PromptData | None = Field(
+    prompts: Sources[PromptData] | None = Field(
         None, description="held-out prompts for the curve; null: no curve"
     )
-    test_prompts: PromptData | None = Field(
+    test_prompts: Sources[PromptData] | None = Field(
         None, description="prompts evaluated before and after the run only"
     )
     function: str | None = Field(None, description="true score of a response, as module:function")
@@ -324,14 +325,16 @@ class SupervisedRecipe(Settings):
 
 class SFTRecipe(SupervisedRecipe):
     kind: Literal["sft"] = "sft"
-    data: SFTData
-    held_out: SFTData | None = Field(None, description="examples to measure on; null: none")
+    data: Sources[SFTData]
+    held_out: Sources[SFTData] | None = Field(
+        None, description="examples to measure on; null: none"
+    )
 
 
 class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
-    data: PairData
-    held_out: PairData
+    data: Sources[PairData]
+    held_out: Sources[PairData]
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
 
 
@@ -346,7 +349,7 @@ class RLRecipe(Settings):
     critic: LearnerSettings | None = None
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
     rewards: tuple[RewardSettings, ...]
-    prompts: PromptData
+    prompts: Sources[PromptData]
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     algorithm: AlgorithmSettings
     sync: SyncSettings = Field(default_factory=SyncSettings)

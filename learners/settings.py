@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
@@ -104,6 +104,11 @@ class ModelSettings(Settings):
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model (auto_map)"
     )
+    template: DiskPath | None = Field(
+        None,
+        description="chat template: a Jinja file, or a name where the tokenizer has several; null: "
+        "the tokenizer's own",
+    )
 
 
 S = TypeVar("S", bound=Settings)
@@ -167,43 +172,145 @@ class TrainSettings(Settings):
     )
 
 
+Scalar = bool | int | float | str
+Column = Annotated[str, Field(min_length=1)]
+
+
 class DataSettings(Settings):
-    """Source of rows: a JSON-lines or parquet file, a folder of them, or a hub name."""
+    """Source of rows, and how they become conversations."""
 
     path: DiskPath = Field(description="file, folder, or hub name of the data set")
-    split: str = Field("train", description="split to read")
+    split: str = Field("train", description="split to read, such as train or train[:1000]")
+    configuration: str | None = Field(
+        None, description="configuration of a data set of the hub, or of a folder that has several"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
+    field: str | None = Field(
+        None, description="key of a JSON file under which its list of rows lies"
+    )
+    where: dict[str, Scalar | list[Scalar] | None] = Field(
+        default_factory=dict,
+        description="use only rows whose columns have these values (a list: one of them)",
+    )
+    shuffle: int | None = Field(
+        None, ge=0, description="seed of a random order of the rows, which limit then cuts"
+    )
     limit: PositiveInt | None = Field(None, description="use only the first rows")
-    prompt_column: str = Field("prompt", description="column with text, or a list of chat messages")
+    name: str | None = Field(
+        None, description="name of the source in metrics; null: its place in the list"
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="share among several sources, relative to the others'; null: by rows",
+    )
+    apply_template: bool = Field(
+        False, description="render text prompts with the chat template, as a user's turn"
+    )
+    system_prompt: str | None = Field(
+        None, description="system message of conversations that have none"
+    )
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template, such as enable_thinking: false",
+    )
+    tools: DiskPath | None = Field(
+        None, description="JSON file with the list of tools of rows that name none"
+    )
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        default_factory=dict, description="the data's names of roles, with what they mean"
+    )
+
+
+class PromptColumns(Settings):
+    prompt: Column | None = Field(
+        None, description="column with text or messages; null: prompt, or messages"
+    )
+    tools: Column | None = Field(None, description="column with tools; null: tools")
 
 
 class PromptData(DataSettings):
+    columns: PromptColumns = Field(default_factory=PromptColumns)
     answer_columns: tuple[str, ...] = Field(
         (), description="columns handed to reward functions under their own names"
     )
+    trailing_assistant: Literal["refuse", "strip", "continue"] = Field(
+        "refuse", description="what to do with prompts whose last turn is the assistant's"
+    )
     max_prompt_tokens: PositiveInt = Field(
-        1024, description="longer prompts are refused or dropped, see long_prompts"
+        1024, description="longer prompts are dropped or refused, see long_prompts"
     )
-    long_prompts: Literal["refuse", "drop"] = Field(
-        "refuse", description="what to do with prompts that are too long"
+    long_prompts: Literal["drop", "refuse"] = Field(
+        "drop", description="what to do with prompts that are too long"
     )
+    max_dropped: Fraction = Field(
+        0.05, description="largest share of prompts dropped as too long; more are refused"
+    )
+
+
+class SFTColumns(Settings):
+    messages: Column | None = Field(
+        None, description="column with conversations; null: messages, or conversations"
+    )
+    prompt: Column | None = Field(None, description="column with text or messages; null: prompt")
+    response: Column | None = Field(
+        None, description="column with the answer to learn; null: response, or completion"
+    )
+    tools: Column | None = Field(None, description="column with tools; null: tools")
 
 
 class SFTData(DataSettings):
-    response_column: str = Field("response", description="column with the answer to learn")
-    max_tokens: PositiveInt = Field(
-        2048, description="longest prompt + answer; longer ones are dropped and counted"
+    columns: SFTColumns = Field(default_factory=SFTColumns)
+    train_on: Literal["all", "last"] = Field(
+        "all", description="assistant turns of a conversation to learn: all, or the last"
     )
+    rewritten_turns: Literal["split", "refuse"] = Field(
+        "split",
+        description="where the template changes earlier turns: one example per turn, or refuse",
+    )
+    max_tokens: PositiveInt = Field(
+        2048, description="longest example; longer ones are dropped and counted"
+    )
+
+
+class PairColumns(Settings):
+    prompt: Column | None = Field(
+        None, description="column with text or messages; null: prompt, if there is one"
+    )
+    chosen: Column | None = Field(None, description="column with the better answer; null: chosen")
+    rejected: Column | None = Field(
+        None, description="column with the worse answer; null: rejected"
+    )
+    margin: Column | None = Field(
+        None, description="column with the margin the chosen score must win by"
+    )
+    tools: Column | None = Field(None, description="column with tools; null: tools")
 
 
 class PairData(DataSettings):
-    chosen_column: str = Field("chosen", description="column with the better answer")
-    rejected_column: str = Field("rejected", description="column with the worse answer")
-    margin_column: str | None = Field(
-        None, description="column with the margin the chosen score must win by"
-    )
+    columns: PairColumns = Field(default_factory=PairColumns)
     max_tokens: PositiveInt = Field(
         2048, description="longest prompt + answer; longer pairs are dropped and counted"
     )
+
+
+def _shape(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+ONE = "<one source>"
+SEVERAL = "<several sources>"
+D = TypeVar("D", bound=DataSettings)
+Sources = Annotated[
+    Annotated[D, Tag(ONE)] | Annotated[tuple[D, ...], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(_shape),
+]
+"""One data set, or a mixture of several. The tags stand in pydantic's locations of errors."""
+
+
+def sources_of(data: D | tuple[D, ...]) -> tuple[D, ...]:
+    """Return the sources of a data set, one or several."""
+    return data if isinstance(data, tuple) else (data,)
 
 
 class RewardModelSettings(Settings):
@@ -215,7 +322,7 @@ class RewardModelSettings(Settings):
     centring: float = Field(
         0.0, ge=0, description="weight of mean((chosen + rejected)^2), keeping scores around 0"
     )
-    calibration: SFTData | None = Field(
+    calibration: Sources[SFTData] | None = Field(
         None,
         description="prompt/response rows whose scores set the mean and std of calibrated "
         "scores; null: none",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
@@ -18,7 +19,14 @@ from learners.settings import LearnerSettings, ModelSettings, PairData, PromptDa
 LEAST_GROUP_TEMPERATURE = 0.7
 USUAL_GROUP = 8
 # what a reward function is given beside the answer columns
-OWN_COLUMNS = ("prompts", "responses", "finish_reasons")
+OWN_COLUMNS = (
+    "prompts",
+    "responses",
+    "finish_reasons",
+    "messages",
+    "prompt_ids",
+    "response_ids",
+)
 
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -155,10 +163,8 @@ def _name_rules(key: str, name: str) -> list[Rule]:
 
 def _columns(recipe: RLRecipe) -> Iterator[Rule]:
     """Require that a reward function is given every column, and each once."""
-    evaluation = recipe.evaluation
-    data = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
-    data["evaluation.test_prompts"] = evaluation.test_prompts
-    for section, columns in ((k, d.answer_columns) for k, d in data.items() if d is not None):
+    for section, data in data_of(recipe):
+        columns = data.answer_columns if isinstance(data, PromptData) else ()
         for i, name in enumerate(columns):
             key = (f"{section}.answer_columns.{i}",)
             own = f"{name!r} is what a function is given beside the columns; rename the data's"
@@ -189,14 +195,11 @@ def _function_name(key: str, name: str | None) -> Rule:
 
 def _distinct_columns(recipe: SFTRecipe | RMRecipe) -> Iterator[Rule]:
     """Require that prompts and answers do not come from the same column."""
-    data = {"data": recipe.data, "held_out": recipe.held_out}
-    if isinstance(recipe, RMRecipe):
-        data["reward_model.calibration"] = recipe.reward_model.calibration
-    for section, settings in data.items():
+    for section, data in data_of(recipe):
         users: dict[str, str] = {}
-        for name, column in settings or ():
-            if name.endswith("_column") and column is not None:
-                key = f"{section}.{name}"
+        for name, column in data.columns:
+            if column is not None:
+                key = f"{section}.columns.{name}"
                 other = users.setdefault(column, key)
                 yield other != key, (key, other), f"{column!r} is {other} too; they must differ"
 
@@ -308,8 +311,8 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 
 def data_of(recipe: Recipe) -> Iterator[tuple[str, PromptData | SFTData | PairData]]:
-    """Yield every data set of the recipe with its key."""
-    written: dict[str, PromptData | SFTData | PairData | None]
+    """Yield every source of the recipe's data sets with its key: data or, in a mixture, data.0."""
+    written: dict[str, Any]
     if isinstance(recipe, RLRecipe):
         evaluation = recipe.evaluation
         written = {"prompts": recipe.prompts, "evaluation.prompts": evaluation.prompts}
@@ -318,7 +321,11 @@ def data_of(recipe: Recipe) -> Iterator[tuple[str, PromptData | SFTData | PairDa
         written = {"data": recipe.data, "held_out": recipe.held_out}
     if isinstance(recipe, RMRecipe):
         written["reward_model.calibration"] = recipe.reward_model.calibration
-    yield from ((key, data) for key, data in written.items() if data is not None)
+    for key, data in written.items():
+        if isinstance(data, tuple):
+            yield from ((f"{key}.{i}", one) for i, one in enumerate(data))
+        elif data is not None:
+            yield key, data
 
 
 def lacking_gpus(recipe: Recipe) -> str | None:

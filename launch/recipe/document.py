@@ -130,8 +130,10 @@ class Document:
         name replaces what the file says under the other; elsewhere both are a problem.
         """
         for old, new in names.items():
-            name, last = old.split(".")
-            section = self.values.get(name)
+            *above, last = old.split(".")
+            section: Any = self.values
+            for name in above:
+                section = section.get(name) if isinstance(section, dict) else None
             if not isinstance(section, dict) or last not in section:
                 continue
             value = section.pop(last)
@@ -140,7 +142,7 @@ class Document:
             if there is not None and (here == COMMAND_LINE) == (there == COMMAND_LINE):
                 self.problems.append(f"{here}: {old}: is now {new}, which is given too; keep one")
             elif there is None or here == COMMAND_LINE:
-                section[new.rpartition(".")[2]] = value
+                self.problems += filter(None, [_put(self.values, new.split("."), value)])
                 self.origins[new] = here
                 self.given = [new if key == old else key for key in self.given]
                 self.written[new] = old

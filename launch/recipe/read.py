@@ -19,6 +19,7 @@ from launch.recipe.machine import file_problems
 from launch.recipe.schema import OLD_KEYS, lookup, recipe_keys, renamed, required, suggest
 from learners.algorithms.base import ALGORITHMS
 from learners.errors import Problem, UserError, first_wrong
+from learners.settings import ONE, SEVERAL
 
 KINDS: dict[str, Callable[[], type[Recipe]]] = {
     "sft": lambda: SFTRecipe,
@@ -170,7 +171,7 @@ def _validated(
         try:
             return model.model_validate_json(json.dumps(values), strict=True), problems, broken
         except ValidationError as error:
-            errors: list[Any] = error.errors(include_url=False)
+            errors = _located(error)
         # A misspelt required key is one mistake, not two: unknown keys first, then what is still
         # wrong.
         errors = [e for e in errors if e["type"] == "extra_forbidden"] or errors
@@ -184,6 +185,15 @@ def _validated(
             _repair(values, one, keys)
         if json.dumps(values) == before:
             return None, problems, broken
+
+
+def _located(error: ValidationError) -> list[dict[str, Any]]:
+    """Return pydantic's errors with the recipe's keys as their places."""
+    errors: list[dict[str, Any]] = [dict(one) for one in error.errors(include_url=False)]
+    for one in errors:
+        one["loc"] = tuple(part for part in one["loc"] if part not in (ONE, SEVERAL))
+    # of a list whose only entry is wrong pydantic also says that it is too short
+    return [one for one in errors if one["type"] != "too_short" or not one["input"]]
 
 
 def _related(one: str, other: str) -> bool:
@@ -230,6 +240,8 @@ def _in_words(error: dict[str, Any], key: str, keys: dict[str, Any]) -> str:
     if kind == "missing":
         listed = isinstance(last, int)
         return f"missing: {'the list is too short' if listed else required(key, keys)}"
+    if kind == "too_short":
+        return "is an empty list: write one section, or a list of them"
     if kind == "too_long":
         return f"must be a list of {limits['max_length']}, not of {limits['actual_length']}"
     if kind in BOUNDS:

@@ -16,6 +16,18 @@ OLD_KEYS = {
     "sync.gate": "sync.max_logprob_diff",
     "sync.mean_gate": "sync.mean_logprob_diff",
     "sync.gate_prompts": "sync.agreement_prompts",
+    **{
+        f"{data}.{column}_column": f"{data}.columns.{column}"
+        for data, columns in {
+            "data": ("prompt", "response", "chosen", "rejected", "margin"),
+            "held_out": ("prompt", "response", "chosen", "rejected", "margin"),
+            "prompts": ("prompt",),
+            "evaluation.prompts": ("prompt",),
+            "evaluation.test_prompts": ("prompt",),
+            "reward_model.calibration": ("prompt", "response"),
+        }.items()
+        for column in columns
+    },
 }
 """Keys of earlier versions, which recipes may go on using, and what they are called now."""
 
@@ -117,7 +129,7 @@ def _walk(
     for name, written in section["properties"].items():
         full = f"{prefix}{name}"
         required = name in section.get("required", ())
-        options = [_resolve(o, definitions) for o in written.get("anyOf", [written])]
+        options = list(_options(written, definitions))
         shape = next((o for o in options if o.get("type") != "null"), None)
         if shape is None:  # a section that this kind of recipe has no use for
             continue
@@ -127,10 +139,20 @@ def _walk(
         described = (d.get("description") for d in (written, shape, item))
         yield Key(full, kind, default, next(filter(None, described), ""), _stand_in(shape))
         if "properties" in shape:
-            inside = f"required in {full}" if len(options) > 1 else needed  # null is the other
+            optional = any(o.get("type") == "null" for o in options)
+            inside = f"required in {full}" if optional else needed
             yield from _walk(shape, definitions, f"{full}.", inside)
         elif isinstance(item, dict) and "properties" in item:
             yield from _walk(item, definitions, f"{full}.N.", needed)
+
+
+def _options(written: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the shapes that a key may have: null, one section, a list of them."""
+    for one in written.get("anyOf") or written.get("oneOf") or [written]:
+        if "oneOf" in one:
+            yield from _options(one, definitions)
+        else:
+            yield _resolve(one, definitions)
 
 
 def _resolve(shape: Any, definitions: dict[str, Any]) -> Any:
