@@ -1,4 +1,4 @@
-"""Usable rows of a data set, any number of them in bounded memory."""
+"""The rows of a data set as they are kept, any number of them in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, TypeVar, overload
+from dataclasses import dataclass, field
+from typing import IO, Any, TypeVar, overload
 
 from learners.errors import DataError
 
@@ -16,12 +17,16 @@ T = TypeVar("T")
 AS_OBJECTS = 10_000  # rows at the end of `Rows` that are Python objects; all before are encoded
 
 
-class Part(NamedTuple):
-    """One source of a data set: its name, its rows, and its share among the others' weights."""
+@dataclass
+class Part:
+    """The rows of one source of a data set. `weight`: its share, relative to the others' (None: by
+    rows).
+    """
 
     name: str
-    size: int
-    weight: float
+    weight: float | None = None
+    size: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class Rows(Sequence[T]):
@@ -53,6 +58,11 @@ class Rows(Sequence[T]):
         """Add rows, as `append` does."""
         for row in rows:
             self.append(row)
+
+    def close_part(self, part: Part) -> None:
+        """End the rows of a source."""
+        self.parts.append(part)
+        self.dropped += part.dropped
 
     def __len__(self) -> int:
         return len(self._encoded) + len(self._last)
