@@ -320,7 +320,7 @@ def _on_hub(data: DataSettings) -> dict[str, Split]:
             raise DataError(f"{data.path}: the cache {problem}") from error
         raise DataError(
             f"{data.path}: no file or folder here, and cannot be read from the hub "
-            f"(split {data.split}): {in_a_line(error.__cause__ or error)}"
+            f"(split {data.split}): {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from error
     return {str(name): HubSplit(data.path, split) for name, split in rows.items()}
 
@@ -336,11 +336,13 @@ def _builder(data: DataSettings, source: str, **where: Any) -> Any:
         return datasets.load_dataset_builder(
             source, data.configuration, revision=data.revision, **where
         )
-    except ValueError:
-        names = datasets.get_dataset_config_names(source, revision=data.revision)
-        if data.configuration in names:
+    except ValueError as error:
+        if "in the cache" in str(error):  # the hub cannot be reached, and names no configurations
             raise
+        names = datasets.get_dataset_config_names(source, revision=data.revision)
         named = data.configuration
+        if named in names:
+            raise
         what = f"no configuration {named}" if named else "several configurations"
         raise DataError(
             f"{data.path}: {what}: set configuration to one of {', '.join(names)}"

@@ -8,10 +8,11 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar, overload
 
-from learners.errors import DataError
+from learners.errors import UserError
 
 T = TypeVar("T")
 AS_OBJECTS = 10_000  # rows at the end of `Rows` that are Python objects; all before are encoded
@@ -48,7 +49,7 @@ class Rows(Sequence[T]):
         self.extend(rows)
 
     def append(self, row: T) -> None:
-        """Add a row. Raises DataError when there is no room for the file of encoded rows."""
+        """Add a row. Raises UserError when there is no room for the file of encoded rows."""
         self._last.append(row)
         if len(self._last) == AS_OBJECTS:
             self._encoded.add(self._last)
@@ -113,7 +114,9 @@ class _EncodedRows:
             self._file.flush()
         except OSError as error:
             why = error.strerror or error
-            raise DataError(f"rows cannot be kept in {self._folder}: {why}; {REMEDY}") from None
+            with suppress(OSError):  # it would try again to write
+                self._file.close()
+            raise UserError(f"rows cannot be kept in {self._folder}: {why}; {REMEDY}") from None
         self._written += 1
 
     def __getitem__(self, position: int) -> Any:
@@ -158,4 +161,4 @@ def _nameless_file() -> tuple[str, IO[bytes]]:
         folder = tempfile.gettempdir() if problem else cache
         return folder, tempfile.TemporaryFile(dir=folder)
     except OSError:  # there is no such folder at all
-        raise DataError(f"the cache {problem}") from None
+        raise UserError(f"the cache {problem}") from None
