@@ -1,4 +1,4 @@
-"""Which rows of a data set are used, and in what order: conditions on columns, shuffling, limit."""
+"""Choosing the rows that are used, and their order: conditions on columns, shuffling, limit."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ Split = FileSplit | HubSplit
 
 
 class Stamps:
-    """What changes when files do, as it was at first."""
+    """Marks of files, which change when the files do, as they were at first."""
 
     def __init__(self, files: Iterable[str]) -> None:
         self.files = list(files)
