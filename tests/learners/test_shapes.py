@@ -35,6 +35,9 @@ def call(name="f", arguments=None, **more):
     return {"type": "function", **more, "function": function}
 
 
+PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+
 OF = {SFTData: demonstration_of, PairData: preference_of, PromptData: prompt_of}
 
 
@@ -268,6 +271,21 @@ def test_tool_calls(value, expected):
     assert sft(row).messages[1]["tool_calls"][0]["type"] == "function"
 
 
+def test_nulls_that_a_typed_column_adds_are_removed():
+    import pyarrow
+
+    calls = [call(arguments={"x": {"y": 1}, "z": "a"}), call("g", {"x": {}}), call("h", {})]
+    rows = [
+        {"messages": [user(), say("assistant", "", tool_calls=calls)], "tools": [TOOL]},
+        {"messages": [user(), say("assistant", "a", name="n")], "tools": None},
+        {"messages": [user(), bot()], "tools": [{"type": "function", "function": {"name": "g"}}]},
+    ]
+    typed = pyarrow.Table.from_pylist(rows).to_pylist()
+    assert typed != rows
+    for row, back in zip(rows, typed, strict=True):
+        assert sft(back) == Conversation(row["messages"], row["tools"])
+
+
 def test_nulls_inside_json_text_are_meant():
     messages = [user(), say("assistant", None, tool_calls=[call(arguments={"x": None})])]
     assert sft({"messages": json.dumps(messages)}).messages[1]["tool_calls"] == [
@@ -377,10 +395,6 @@ def test_a_system_prompt_where_there_is_none():
     assert said == Conversation([system(), user()])
     row = {"chosen": [user(), bot()], "rejected": [user(), bot("b")]}
     assert pair(row, system_prompt="s").prompt == Conversation([system(), user()])
-
-
-PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
 
 
 @pytest.mark.parametrize(
