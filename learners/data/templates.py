@@ -159,7 +159,7 @@ class ChatTemplate:
 
     @cached_property
     def _text_arguments(self) -> bool:
-        """True where a tool call's arguments must be JSON text: the template neither writes an object
+        """True where a call's arguments must be JSON text: the template neither writes an object
         as JSON itself, nor JSON text a second time.
         """
         written: list[bool] = []
