@@ -5,6 +5,13 @@ the run.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from math import floor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from learners.data.rows import Part
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -17,11 +24,50 @@ def rows_of_step(step: int, count: int, size: int, *seed: int | str) -> list[int
 
     The steps pass over the data again and again, each time in an order of its own.
     """
+    return _in_passes(range((step - 1) * count, step * count), size, seed)
+
+
+def rows_of_mixture(
+    step: int, count: int, parts: Sequence[Part], *seed: int | str
+) -> list[list[int]]:
+    """Return the `count` rows that belong to a step (from 1), by part: positions among the rows of
+    all parts together.
+
+    Each part has its share, and the steps pass over its own rows again and again, each time in an
+    order of its own. A single part gives the rows of `rows_of_step`.
+    """
+    before = shares((step - 1) * count, parts)
+    after = shares(step * count, parts)
+    first = [sum(part.size for part in parts[:i]) for i in range(len(parts))]
+    own = [(*seed, "source", i) if len(parts) > 1 else seed for i in range(len(parts))]
+    return [
+        [first[i] + row for row in _in_passes(range(before[i], after[i]), part.size, own[i])]
+        for i, part in enumerate(parts)
+    ]
+
+
+def shares(total: int, parts: Sequence[Part]) -> list[int]:
+    """Return how many of the first `total` rows come from each part: by weight or, where none is
+    given, by size.
+
+    The first part has its share, rounded, and the others divide the rest among them in the same
+    way: so the counts add up to `total`, and none falls when it rises.
+    """
+    weights = [Fraction(part.size if part.weight is None else part.weight) for part in parts]
+    counts = []
+    for i, weight in enumerate(weights):
+        share = floor((total - sum(counts)) * weight / sum(weights[i:]) + Fraction(1, 2))
+        counts.append(share)
+    return counts
+
+
+def _in_passes(places: range, size: int, seed: tuple[int | str, ...]) -> list[int]:
+    """Return the rows at these places of an endless series of passes over `size` rows."""
     import torch
 
     rows: list[int] = []
     order: list[int] = []
-    for index in range((step - 1) * count, step * count):
+    for index in places:
         epoch, position = divmod(index, size)
         if not order or position == 0:
             shuffle = torch.Generator().manual_seed(derive_seed(*seed, "order", epoch))
