@@ -8,10 +8,8 @@ import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from learners.data.rows import Part
+from learners.data.store import Part
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,14 +34,19 @@ def rows_of_mixture(
     Each part has its share, and the steps pass over its own rows again and again, each time in an
     order of its own. A single part gives the rows of `rows_of_step`.
     """
+    rows: list[list[int]] = []
+    first = 0
+    for i, (part, places) in enumerate(zip(parts, places_of_step(step, count, parts), strict=True)):
+        own = (*seed, "source", i) if len(parts) > 1 else seed
+        rows.append([first + row for row in _in_passes(places, part.size, own)])
+        first += part.size
+    return rows
+
+
+def places_of_step(step: int, count: int, parts: Sequence[Part]) -> list[range]:
+    """Return, for each part, which rows of its endless passes belong to a step (from 1)."""
     before = shares((step - 1) * count, parts)
-    after = shares(step * count, parts)
-    first = [sum(part.size for part in parts[:i]) for i in range(len(parts))]
-    own = [(*seed, "source", i) if len(parts) > 1 else seed for i in range(len(parts))]
-    return [
-        [first[i] + row for row in _in_passes(range(before[i], after[i]), part.size, own[i])]
-        for i, part in enumerate(parts)
-    ]
+    return [range(*ends) for ends in zip(before, shares(step * count, parts), strict=True)]
 
 
 def shares(total: int, parts: Sequence[Part]) -> list[int]:
@@ -54,7 +57,7 @@ def shares(total: int, parts: Sequence[Part]) -> list[int]:
     way: so the counts add up to `total`, and none falls when it rises.
     """
     weights = [Fraction(part.size if part.weight is None else part.weight) for part in parts]
-    counts = []
+    counts: list[int] = []
     for i, weight in enumerate(weights):
         share = floor((total - sum(counts)) * weight / sum(weights[i:]) + Fraction(1, 2))
         counts.append(share)

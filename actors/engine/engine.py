@@ -86,8 +86,9 @@ class GenerationEngine:
         """Start the engine and wait until it is ready; raise what vLLM raises if it cannot start.
 
         `max_model_tokens` bounds prompt + response. A response ends with one of `stop_token_ids`,
-        which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
-        Requests without seeds draw from `seed` and the version of the weights.
+        which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, and weights
+        arrive from an Actor rank on the same GPU. Requests without seeds draw from `seed` and the
+        version of the weights.
         """
         self.seed = seed
         self.version = 0

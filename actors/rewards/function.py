@@ -27,11 +27,12 @@ class FunctionReward:
 
     `columns` are the data's answer columns, `finish_reasons`, `messages` (each a conversation that
     ends with the response; None for a raw text prompt), `prompt_ids` and `response_ids`; the
-    function gets those its signature accepts. None marks a response that could not be scored; a number that is not finite
-    raises an alarm. Whatever else goes wrong costs the responses at fault: when the function
-    raises, or gives another number of scores, it is called again for parts of them. So that a
-    server that is away does not take a step's whole time, this ends after `patience_s` without any
-    success, and in any case well before `deadline_s`, after which nobody waits for the scores.
+    function gets those its signature accepts. None marks a response that could not be scored; a
+    number that is not finite raises an alarm. Whatever else goes wrong costs the responses at
+    fault: when the function raises, or gives another number of scores, it is called again for parts
+    of them. So that a server that is away does not take a step's whole time, this ends after
+    `patience_s` without any success, and in any case well before `deadline_s`, after which nobody
+    waits for the scores.
     """
 
     def __init__(
@@ -44,6 +45,12 @@ class FunctionReward:
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
+        # a source of a mixture may lack a column that another has
+        self.required = [
+            p.name
+            for p in list(parameters.values())[2:]
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
 
     def scores(self, samples: Sequence[Sample]) -> list[Score]:
         """Return one score per sample: without a value where the function gave None, with an error
@@ -71,7 +78,8 @@ class FunctionReward:
             return Score(error=kind_and_words(error))
 
     def _call(self, samples: Sequence[Sample]) -> Any:
-        names = [*OFFERED, *dict.fromkeys(name for c in samples for name in c.columns)]
+        columns = dict.fromkeys(name for c in samples for name in c.columns)
+        names = dict.fromkeys([*OFFERED, *columns, *self.required])
         taken = names if self.takes_all else [name for name in names if name in self.accepted]
         return self.function(
             [c.prompt for c in samples],

@@ -11,7 +11,7 @@ from actors.rollouts.requests import Sample
 from learners.checkpoints import is_encoder, load_config, load_tokenizer
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
-from learners.data.tokenise import encode_prompt, encode_response
+from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
@@ -35,9 +35,7 @@ class Reader:
     template: ChatTemplate | None = None
 
     @classmethod
-    def of(
-        cls, model: ModelSettings, actor_tokenizer: Any, today: date | None = None
-    ) -> Reader:
+    def of(cls, model: ModelSettings, actor_tokenizer: Any, today: date | None = None) -> Reader:
         """Read the model's config and tokenizer; its template prints `today`. Raises UserError
         where they cannot be read.
         """
@@ -63,6 +61,9 @@ class Reader:
         """
         if self.template is not None and sample.answered is not None:
             (example,) = self.template.examples(sample.answered, "last")
+            if self.encoder:
+                end = end_of_response(self.tokenizer, encoder=True)
+                return encode_prompt(self.tokenizer, example.text), [end]
             return example.prompt_ids, example.response_ids
         if self.same_ids:
             return sample.prompt_ids, sample.response_ids
@@ -79,19 +80,20 @@ class Reader:
             return ([], []), error.problems[0]
         return (prompt, response), self.problem([*prompt, *response])
 
-    def doubtful(self, prompts: Sequence[Prompt]) -> list[int]:
+    def unsure_of(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return which prompts must be looked at to know that the model can read them: all that its
-        own template renders, and of the others those that may be too long or hold unknown letters,
-        found in a fraction of the time that tokenising all would take. A word that cannot be
-        encoded although its letters can is none of them.
+        own template renders, and the doubtful ones of the others.
         """
         rendered = [self.template is not None and p.conversation is not None for p in prompts]
         read = [i for i, one in enumerate(rendered) if not one]
-        doubtful = {read[i] for i in self._doubtful([prompts[i].text for i in read])}
+        doubtful = {read[i] for i in self.doubtful([prompts[i].text for i in read])}
         return [i for i, one in enumerate(rendered) if one or i in doubtful]
 
-    def _doubtful(self, texts: Sequence[str]) -> list[int]:
-        """Return which texts must be looked at."""
+    def doubtful(self, texts: Sequence[str]) -> list[int]:
+        """Return which texts may be too long or hold unknown letters, in a fraction of the time
+        that tokenising all would take. A word that cannot be encoded although its letters can is
+        none of them.
+        """
         every = list(range(len(texts)))
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         too_many = self.vocabulary is not None and len(self.tokenizer) > self.vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -36,3 +37,14 @@ class Rows(list[T]):
         """End the rows of a source."""
         self.parts.append(part)
         self.dropped += part.dropped
+
+
+def by_part(
+    parts: Sequence[Part], values: Sequence[T], per_row: int = 1
+) -> Iterator[tuple[Part, Sequence[T]]]:
+    """Yield the parts of a data set, each with its own of the values, `per_row` for each row."""
+    start = 0
+    for part in parts:
+        end = start + part.size * per_row
+        yield part, values[start:end]
+        start = end
