@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +23,7 @@ from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.data.files import read_json
+from learners.data.store import Rows, by_part
 from learners.errors import UserError
 
 Found = Mapping[str, Mapping[str, Any]]
@@ -30,6 +32,7 @@ Found = Mapping[str, Mapping[str, Any]]
 NAMED = "named"  # the part that says what of the recipe's words the others were found under
 READ = "read"  # the part that says by which other words rows were read
 CODE = "code"  # the part that may differ: most changes of a source file change no number
+TODAY = "today"  # the key of the date that templates print: the day on which the run began
 LONGEST = 60  # of a value in a message, characters
 
 
@@ -48,6 +51,13 @@ class Things:
         if resume:
             self.step, checkpoint = finished_checkpoints(folder)[-1]
             self.before = _read(checkpoint / THINGS_FILE)
+        self.table[TODAY] = {"date": self.today.isoformat()}
+
+    @property
+    def today(self) -> date:
+        """The date that templates print: that on which the run began."""
+        written = self.before.get(TODAY, {}).get("date")
+        return date.fromisoformat(written) if written else date.today()
 
     def add(self, found: Found) -> None:
         """Enter what was found into the table. Raises UserError for what differs from the
@@ -139,7 +149,7 @@ def _short(value: Any) -> str:
 # --- what the paths name --------------------------------------------------------------------------
 
 
-def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) -> Found:
+def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Rows[Any]]) -> Found:
     """Return everything that can be known before a model loads: the rows of the data `sets` as they
     were loaded, by the recipe's key; models' configs and tokenizers; the source of functions.
 
@@ -147,14 +157,24 @@ def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) 
     """
     found: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
-        read = reduce(getattr, key.split("."), recipe).model_dump(mode="json")
-        named = {name: read.pop(name) for name in ("path", "split")}
-        found[f"{key}.path"] = {NAMED: named, READ: read, "rows": _rows(rows)}
+        for source, data, own in _sources(key, reduce(getattr, key.split("."), recipe), rows):
+            read = data.model_dump(mode="json")
+            named = {name: read.pop(name) for name in ("path", "split")}
+            found[f"{source}.path"] = {NAMED: named, READ: read, "rows": _rows(own)}
     for role in roles_of(recipe).values():
         if role.model is not None:
             parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
             parts.update(_model(role, tokenizer))
     return found | dict(_code(recipe))
+
+
+def _sources(key: str, data: Any, rows: Rows[Any]) -> Iterator[tuple[str, Any, Sequence[Any]]]:
+    """Yield the sources of a data set: key, settings and rows."""
+    if not isinstance(data, tuple):
+        yield key, data, rows
+        return
+    for i, (one, (_, own)) in enumerate(zip(data, by_part(rows.parts, rows), strict=True)):
+        yield f"{key}.{i}", one, own
 
 
 def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Found:
