@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from actors.cluster.surroundings import token_file
 from actors.run.resume import Resume
 from actors.run.stop import catch_stop_signals
 from actors.settings import Recipe, RLRecipe
@@ -391,7 +392,7 @@ def show_ray_token() -> None:
     Ray reads this when it is imported. The token is made by the first cluster started on a machine.
     """
     given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if given or (Path.home() / ".ray" / "auth_token").is_file():
+    if given or token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from actors.roles import Role, roles_of
 from actors.settings import Recipe, RLRecipe
+from learners.settings import sources_of
 
 
 class Rows(NamedTuple):
@@ -51,10 +52,11 @@ def longest_sequence(recipe: Recipe, positions: int | None) -> int:
     positions allow (None: any).
     """
     if isinstance(recipe, RLRecipe):
-        asked = recipe.prompts.max_prompt_tokens + recipe.generation.max_new_tokens
+        prompt = max(source.max_prompt_tokens for source in sources_of(recipe.prompts))
+        asked = prompt + recipe.generation.max_new_tokens
         asked = recipe.generation.max_model_tokens or asked
     else:
-        asked = recipe.data.max_tokens
+        asked = max(source.max_tokens for source in sources_of(recipe.data))
     return min(asked, positions or asked)
 
 
