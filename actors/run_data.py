@@ -27,7 +27,7 @@ from learners.checkpoints import (
 )
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
 from learners.data.tokenise import end_of_response, tokenizer_digest
-from learners.errors import DataError, UserError
+from learners.errors import UserError
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PromptData
 
@@ -56,16 +56,16 @@ class RunData:
         tokenizer = load_tokenizer(recipe.actor.model)
         generation_config(recipe.actor.model, tokenizer)  # the end writes it
 
-        def read(key: str, data: PromptData | None) -> Rows[Prompt]:
-            rows = load_prompts(data, tokenizer) if data else Rows()
-            return with_room(key, data, rows, recipe.generation.max_model_tokens) if data else rows
+        def read(data: PromptData | tuple[PromptData, ...] | None) -> Rows[Prompt]:
+            most = recipe.generation.max_model_tokens
+            return load_prompts(data, tokenizer, None, most) if data else Rows()
 
         evaluation = recipe.evaluation
         data = cls(
             tokenizer,
-            read("prompts", recipe.prompts),
-            read("evaluation.prompts", evaluation.prompts),
-            read("evaluation.test_prompts", evaluation.test_prompts),
+            read(recipe.prompts),
+            read(evaluation.prompts),
+            read(evaluation.test_prompts),
         )
         if problems := data.model_problems(recipe):
             raise UserError(problems)
@@ -187,34 +187,6 @@ class RunData:
 def longest_of(prompts: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt."""
     return max(len(prompt.ids) for prompt in prompts)
-
-
-def with_room(
-    key: str, data: PromptData, rows: Rows[Prompt], max_model_tokens: int | None
-) -> Rows[Prompt]:
-    """Return the prompts that leave room for an answer within `max_model_tokens` (None: all do).
-
-    Raises DataError on one that does not, unless `long_prompts` of the data at `key` is drop, and
-    where none is left.
-    """
-    limit = "generation.max_model_tokens"
-    fitting: Rows[Prompt] = Rows()
-    fitting.dropped += rows.dropped
-    fitting.notices += rows.notices
-    for prompt in rows:
-        if max_model_tokens is None or len(prompt.ids) < max_model_tokens:
-            fitting.append(prompt)
-        elif data.long_prompts == "drop":
-            fitting.dropped["too long"] += 1
-        else:
-            raise DataError(
-                f"{data.path}: row {prompt.index + 1}: the prompt has {len(prompt.ids)} tokens, "
-                f"which leaves no room for an answer in {limit} {max_model_tokens}; raise it, or "
-                f"set {key}.long_prompts: drop"
-            )
-    if not fitting:
-        raise DataError(f"{data.path}: no prompt is shorter than {limit} {max_model_tokens}")
-    return fitting
 
 
 def scores_as_trained(model: ModelSettings) -> bool:

@@ -230,15 +230,14 @@ class Supervised:
 
 
 def examples_batch(rows: Sequence[Any]) -> Experience:
-    return Experience.from_ids([r.prompt_ids for r in rows], [r.response_ids for r in rows])
+    return Experience.from_ids(
+        [r.prompt_ids for r in rows], [r.response_ids for r in rows], [r.loss_mask for r in rows]
+    )
 
 
 def pairs_batch(rows: Sequence[Any]) -> Experience:
     """Return a batch in which row 2i is the chosen answer of pair i, row 2i+1 the rejected one."""
-    batch = Experience.from_ids(
-        [r.prompt_ids for r in rows for _ in range(2)],
-        [ids for r in rows for ids in (r.chosen_ids, r.rejected_ids)],
-    )
+    batch = examples_batch([answer for r in rows for answer in (r.chosen, r.rejected)])
     return replace(
         batch, margins=torch.tensor([r.margin for r in rows for _ in range(2)], dtype=torch.float32)
     )

@@ -83,9 +83,30 @@ def forget_calibration(config: Any) -> None:
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """Load the checkpoint's tokenizer. Raises UserError when there is none."""
+    """Load the checkpoint's tokenizer, with the chat template that the settings choose. Raises
+    UserError when there is none.
+    """
     with _one_line(model.path):
-        return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code
+        )
+    if model.template is not None:
+        tokenizer.chat_template = _template(model.template, tokenizer.chat_template)
+    return tokenizer
+
+
+def _template(name: str, own: Any) -> str:
+    """Return a chat template: one of the tokenizer's own by its name, or a file's."""
+    if isinstance(own, dict) and name in own:
+        return str(own[name])
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        named = (
+            f"; the tokenizer has templates named {', '.join(own)}" if isinstance(own, dict) else ""
+        )
+        raise UserError(f"template: {name}: cannot be read: {why}{named}") from None
 
 
 def load_config(model: ModelSettings) -> Any:

@@ -100,21 +100,27 @@ class Experience:
 
     @classmethod
     def from_ids(
-        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[int]] | None = None,
     ) -> Experience:
-        """Right-pad token ids (with 0: the value never matters) into one batch; every response
-        token counts.
+        """Right-pad token ids (with 0: the value never matters) into one batch. Of the response
+        tokens those count whose entry in the `masks` is not 0; without masks, every one.
         """
         rows = [
             torch.tensor([*p, *r], dtype=torch.long)
             for p, r in zip(prompts, responses, strict=True)
         ]
         lengths = torch.tensor([len(r) for r in responses], dtype=torch.long)
+        counted = torch.arange(_longest(lengths)) < lengths[:, None]
+        if masks is not None:
+            counted &= _pad([torch.tensor(list(m), dtype=torch.bool) for m in masks], torch.bool)
         return cls(
             input_ids=_pad(rows, dtype=torch.long),
             prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.long),
             response_lengths=lengths,
-            loss_mask=torch.arange(_longest(lengths)) < lengths[:, None],
+            loss_mask=counted,
         )
 
     @classmethod

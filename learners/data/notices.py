@@ -4,14 +4,26 @@ that becomes control tokens.
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-# Ends and beginnings of turns as models commonly write them; the tokenizer's own are known to it.
-MARKERS = re.compile(r"</s>|<eos>|<\|\w+\|>|<(?:start|end)_of_turn>")
+from learners.data.templates import MARKERS
+
 SHOWN = 5  # rows named in a notice
+CONTROL = "control tokens inside an answer, which are learned as part of it"
+IN_MESSAGE = "control tokens inside a message, which could end it"
+
+
+@dataclass
+class _Kind:
+    """What was seen of one kind: in how many rows, which first, and some of what was found."""
+
+    rows: int = 0
+    last: str = ""  # the row counted last
+    first: list[str] = field(default_factory=list)
+    found: dict[str, None] = field(default_factory=dict)
 
 
 class Notices:
@@ -26,68 +38,72 @@ class Notices:
             else tokenizer.convert_tokens_to_ids(self.unknown_token)
         )
         self.special = _special_ids(tokenizer)
+        self.special_texts = [tokenizer.convert_ids_to_tokens(i) for i in sorted(self.special)]
         self.looked_up: set[str] = set()
         self.left_out: set[str] = set()
-        # by what there is to say: the rows, and what was found in them
-        self.rows: dict[str, dict[int, str]] = {}
-        self.found: dict[str, dict[str, None]] = {}
+        self.kinds: dict[str, _Kind] = {}  # by what there is to say
 
-    def see(self, row: int, column: str, text: str, ids: list[int]) -> None:
+    def see(self, place: str, column: str, text: str, ids: list[int]) -> None:
         """Note letters of a text that its ids do not tell."""
         if self.unknown_id is not None and self.unknown_id in ids:
             written = text.count(self.unknown_token or "")
             if ids.count(self.unknown_id) > written:
                 what = f"text that the tokenizer does not know, which becomes {self.unknown_token}"
-                enough = len(self.found.get(what, ())) >= SHOWN
-                self._note(what, row, column, [] if enough else self._unknown_parts(text))
+                enough = what in self.kinds and len(self.kinds[what].found) >= SHOWN
+                self.note(what, place, column, [] if enough else self._unknown_parts(text))
         letters = set(text)
         if not letters <= self.looked_up:
             self._look_up(letters - self.looked_up)
         if not self.left_out.isdisjoint(letters):
-            self._note(
+            self.note(
                 "letters that the tokenizer leaves out",
-                row,
+                place,
                 column,
                 [letter for letter in dict.fromkeys(text) if letter in self.left_out],
             )
 
-    def see_answer(self, row: int, column: str, text: str, ids: list[int]) -> None:
+    def see_answer(self, place: str, column: str, text: str, ids: list[int]) -> None:
         """Note also control tokens before the end of an answer, whose ids end with EOS."""
-        self.see(row, column, text, ids[:-1])
+        self.see(place, column, text, ids[:-1])
         inside = self.special.intersection(ids[:-1])
         eos = self.tokenizer.convert_ids_to_tokens(ids[-1])
         tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(inside)]
         markers = MARKERS.findall(text.removesuffix(eos)) if "<" in text else []
         if tokens or markers:
-            self._note(
-                "control tokens inside an answer, which are learned as part of it",
-                row,
-                column,
-                [*tokens, *markers],
-            )
+            self.note(CONTROL, place, column, [*tokens, *markers])
 
-    def lines(self, path: str, count: int, place: Callable[[int], str]) -> list[str]:
+    def see_message(self, place: str, column: str, message: dict[str, Any]) -> None:
+        """Note control tokens in the text of a message."""
+        text = message["content"]
+        tokens = [token for token in self.special_texts if token in text]
+        if found := [*tokens, *(m for m in MARKERS.findall(text) if m not in tokens)]:
+            learned = message["role"] == "assistant"
+            self.note(CONTROL if learned else IN_MESSAGE, place, column, found)
+
+    def note(self, what: str, place: str, column: str, found: Sequence[str] = ()) -> None:
+        """Note something about the column of a row."""
+        kind = self.kinds.setdefault(what, _Kind())
+        if kind.last != place:
+            kind.rows += 1
+            kind.last = place
+            if len(kind.first) < SHOWN:
+                kind.first.append(f"{place} ({column})")
+        if len(kind.found) < SHOWN:
+            kind.found.update(dict.fromkeys(found))
+
+    def lines(self, path: str, count: int) -> list[str]:
         """Return a line for each kind of thing that was seen in `count` rows."""
         folder = path.rstrip("/") + "/"
         lines = []
-        for what, rows in self.rows.items():
-            found = ", ".join(repr(part) for part in list(self.found[what])[:SHOWN])
-            first = [
-                f"{place(row).removeprefix(f'{path}: ').removeprefix(folder)} ({column})"
-                for row, column in list(rows.items())[:SHOWN]
-            ]
-            more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+        for what, kind in self.kinds.items():
+            found = ", ".join(repr(part) for part in list(kind.found)[:SHOWN])
+            first = [one.removeprefix(f"{path}: ").removeprefix(folder) for one in kind.first]
+            more = f" and {kind.rows - SHOWN} more" if kind.rows > SHOWN else ""
             lines.append(
-                f"{path}: {len(rows)} of {count} rows hold {what}: {found}; "
+                f"{path}: {kind.rows} of {count} rows hold {what}: {found and f'{found}; '}"
                 f"{', '.join(first)}{more}"
             )
         return lines
-
-    def _note(self, what: str, row: int, column: str, parts: list[str]) -> None:
-        self.rows.setdefault(what, {}).setdefault(row, column)
-        found = self.found.setdefault(what, {})
-        if len(found) < SHOWN:
-            found.update(dict.fromkeys(parts))
 
     def _unknown_parts(self, text: str) -> list[str]:
         """Return the parts of a text that became the unknown token; only fast tokenizers tell."""

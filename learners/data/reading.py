@@ -147,7 +147,6 @@ def read(data: DataSettings, columns: Sequence[str]) -> Source:
         raise DataError(f"{data.path}: columns {missing} missing; it has {rows.column_names}")
     if not len(rows):
         raise DataError(f"{data.path}: no rows in split {data.split}")
-    rows = rows.select_columns(list(dict.fromkeys(columns)))
     if data.limit is not None:
         rows = rows.select(range(min(data.limit, len(rows))))
     return Source(data, rows, files, notice)
@@ -353,3 +352,37 @@ def _first_line(error: Exception, kept: str = "") -> str:
     # what does not fit, and to what, stands on the lines after the first
     whole = " ".join(str(cause).split())[:300]
     return whole if whole.startswith("Couldn't cast") else in_a_line(cause)
+
+
+@dataclass(frozen=True)
+class Row:
+    values: dict[str, Any]
+    place: str
+    number: int
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.place}: {error}") from error.__cause__
+
+
+_read = read
+
+
+class _Stream:
+    def __init__(self, source: Any, columns: list[str]) -> None:
+        self.source = source
+        self.columns = columns
+        self.notice = source.notice
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, values in enumerate(self.source.rows):
+            yield Row(values, self.source.place(i), i + 1)
+
+
+def read(data: DataSettings) -> Any:  # type: ignore[no-redef]
+
+    source = _read(data, [])
+    return _Stream(source, source.rows.column_names)

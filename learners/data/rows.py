@@ -2,80 +2,75 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from learners.data.conversation import Conversation, Preference, Said
 from learners.data.notices import Notices
-from learners.data.reading import Source, read
-from learners.data.tokenise import encode_chat, encode_prompt, encode_response, end_of_response
+from learners.data.reading import read
+from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
+from learners.data.store import Part, Rows
+from learners.data.templates import ChatTemplate, Example
+from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
-from learners.settings import PairData, PromptData, SFTData
+from learners.settings import DataSettings, PairData, PromptData, SFTData, sources_of
 
 T = TypeVar("T")
+D = TypeVar("D", bound=DataSettings)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt as text and as ids. `index` is the row in the data, from 0; reward functions see
-    `text` and the answer `columns`.
+    """Prompt as text and as ids. `index` is its place among the rows of the data, from 0, `row`
+    that in its file, from 1; reward functions see `text`, the answer `columns` and, where the
+    prompt is not raw text, the messages of its `conversation`.
     """
 
     index: int
     ids: list[int]
     text: str
     columns: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Example:
-    """Prompt and answer of SFT. `response_ids` end with EOS."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
+    row: int = 0
+    conversation: Conversation | None = None
 
     @property
-    def parts(self) -> tuple[list[int], ...]:
-        return self.prompt_ids, self.response_ids
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+    def compared(self) -> dict[str, Any]:
+        """What must be the same for a resumed run."""
+        names = ("index", "ids", "text", "columns")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Prompt with two answers, which end with EOS ([SEP] on an encoder); `margin` is the difference
-    in score that the chosen one must win by.
+    """Prompt with two answers; `margin` is the difference in score that the chosen one must win
+    by.
     """
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    row: int
+    chosen: Example
+    rejected: Example
     margin: float
 
     @property
     def parts(self) -> tuple[list[int], ...]:
-        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+        return self.chosen.ids, self.rejected.ids
 
     @property
     def tokens(self) -> int:
         """Length of the longer sequence."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        return max(self.chosen.tokens, self.rejected.tokens)
 
-
-class Rows(list[T]):
-    """Usable rows of a data set; the number left out, by reason; and lines for whoever starts the
-    run, about files and texts.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dropped: Counter[str] = Counter()
-        self.notices: list[str] = []
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What must be the same for a resumed run."""
+        return {
+            "prompt_ids": self.chosen.prompt_ids,
+            "chosen_ids": self.chosen.response_ids,
+            "rejected_ids": self.rejected.response_ids,
+            "margin": self.margin,
+        }
 
 
 def notices_of(*data_sets: Rows[Any]) -> list[str]:
@@ -83,151 +78,240 @@ def notices_of(*data_sets: Rows[Any]) -> list[str]:
     return list(dict.fromkeys(line for rows in data_sets for line in rows.notices))
 
 
-def load_prompts(data: PromptData, tokenizer: Any) -> Rows[Prompt]:
-    """Load prompts. Raises DataError on bad rows, and on prompts over `max_prompt_tokens` unless
-    `long_prompts` is drop.
+def load_prompts(
+    data: PromptData | tuple[PromptData, ...],
+    tokenizer: Any,
+    template: ChatTemplate | None = None,
+    max_model_tokens: int | None = None,
+) -> Rows[Prompt]:
+    """Load prompts. Raises DataError on bad rows and, on prompts over `max_prompt_tokens` or with
+    which `max_model_tokens` leave no room for an answer, as `long_prompts` and `max_dropped` say.
     """
-    source = read(data, [data.prompt_column, *data.answer_columns])
-    notices = Notices(tokenizer)
-    rows: Rows[Prompt] = Rows()
-    for i, row in enumerate(source.rows):
-        with source.at(i):
-            text, ids = _prompt(tokenizer, data.prompt_column, row)
-            if len(ids) <= data.max_prompt_tokens:
-                notices.see(i, data.prompt_column, text, ids)
-                columns = {name: row[name] for name in data.answer_columns}
-                rows.append(Prompt(i, ids, text, columns))
-            elif data.long_prompts == "drop":
-                rows.dropped["too long"] += 1
-            else:
-                raise DataError(
-                    f"the prompt has {len(ids)} tokens, max_prompt_tokens is "
-                    f"{data.max_prompt_tokens}; raise it, or set long_prompts: drop"
-                )
-    return _finished(rows, source, notices)
+    loader = _Loader(tokenizer, template)
+    loader.max_model_tokens = max_model_tokens
+    return loader.load(data, loader.prompt)
 
 
-def load_sft(data: SFTData, tokenizer: Any, encoder: bool = False) -> Rows[Example]:
+def check_dropped(data: PromptData, part: Part, limit: str) -> None:
+    """Raise DataError where more prompts were dropped as too long for `limit` than may be."""
+    dropped = part.dropped["too long"]
+    if dropped > data.max_dropped * (dropped + part.size):
+        raise DataError(
+            f"{data.path}: {dropped} of {dropped + part.size} prompts are too long for {limit}, and "
+            f"at most {data.max_dropped:.0%} may be dropped (max_dropped): raise one of them"
+        )
+
+
+def load_sft(
+    data: SFTData | tuple[SFTData, ...],
+    tokenizer: Any,
+    encoder: bool = False,
+    template: ChatTemplate | None = None,
+) -> Rows[Example]:
     """Load SFT examples, or texts that an `encoder` is to score; those over `max_tokens` are
     dropped. Raises DataError on bad rows and empty answers.
     """
-    end_of_response(tokenizer, encoder)
-    source = read(data, [data.prompt_column, data.response_column])
-    notices = Notices(tokenizer)
-    rows: Rows[Example] = Rows()
-    for i, row in enumerate(source.rows):
-        with source.at(i):
-            text, prompt = _prompt(tokenizer, data.prompt_column, row)
-            answer, ids = _answer(tokenizer, data.response_column, row, encoder)
-            if not answer:
-                raise DataError(f"{data.response_column} is empty: there is no answer to learn")
-        example = Example(prompt, ids)
-        if example.tokens <= data.max_tokens:
-            notices.see(i, data.prompt_column, text, prompt)
-            notices.see_answer(i, data.response_column, answer, ids)
-            rows.append(example)
-        else:
-            rows.dropped["too long"] += 1
-    return _finished(rows, source, notices)
+    loader = _Loader(tokenizer, template, encoder)
+    return loader.load(data, loader.demonstration)
 
 
-def load_pairs(data: PairData, tokenizer: Any, encoder: bool) -> Rows[Pair]:
+def load_pairs(
+    data: PairData | tuple[PairData, ...],
+    tokenizer: Any,
+    encoder: bool,
+    template: ChatTemplate | None = None,
+) -> Rows[Pair]:
     """Load preference pairs; those over `max_tokens` and those of equal answers are dropped. Raises
     DataError on bad rows.
     """
-    end_of_response(tokenizer, encoder)
-    columns = [data.prompt_column, data.chosen_column, data.rejected_column]
-    source = read(data, columns + ([data.margin_column] if data.margin_column else []))
-    notices = Notices(tokenizer)
-    rows: Rows[Pair] = Rows()
-    for i, row in enumerate(source.rows):
-        with source.at(i):
-            text, prompt = _prompt(tokenizer, data.prompt_column, row)
-            better, chosen = _answer(tokenizer, data.chosen_column, row, encoder)
-            worse, rejected = _answer(tokenizer, data.rejected_column, row, encoder)
-            pair = Pair(prompt, chosen, rejected, _margin(data, row))
-        if chosen == rejected:
-            rows.dropped["equal answers"] += 1
-        elif pair.tokens > data.max_tokens:
-            rows.dropped["too long"] += 1
+    loader = _Loader(tokenizer, template, encoder)
+    return loader.load(data, loader.preference)
+
+
+Made = Iterator[T | str]
+"""What a row becomes: usable rows, and reasons why it, or a part of it, is dropped."""
+
+
+class _Loader:
+    """Makes usable rows of raw ones, for one tokenizer."""
+
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate | None, encoder: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template or ChatTemplate(tokenizer)
+        self.encoder = encoder
+        self.index = 0  # of the row, over all sources
+        self.place = ""
+        self.row = 0
+        self.notices = Notices(tokenizer)
+        self.max_model_tokens: int | None = None
+
+    def load(
+        self,
+        data: D | tuple[D, ...],
+        make: Callable[[D, Mapping[str, str], dict[str, Any]], Made[T]],
+    ) -> Rows[T]:
+        """Return the usable rows of all sources. Raises DataError when one of them has none."""
+        rows: Rows[T] = Rows()
+        for i, one in enumerate(sources_of(data)):
+            source = read(one)
+            names = recognised(one, source.columns)
+            self.notices = Notices(self.tokenizer)
+            part = Part(one.name or str(i), one.weight)
+            for row in source:
+                self.place = row.place
+                self.row = row.number
+                with row.located():
+                    for made in make(one, names, row.values):
+                        if isinstance(made, str):
+                            part.dropped[made] += 1
+                        else:
+                            rows.append(made)
+                            part.size += 1
+                self.index += 1
+            if not part.size:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in part.dropped.items())
+                raise DataError(f"{one.path}: no row can be used: {reasons}")
+            if isinstance(one, PromptData):
+                check_dropped(one, part, self._limit(one)[1])
+            rows.close_part(part)
+            rows.notices += [source.notice] if source.notice else []
+            rows.notices += self.notices.lines(one.path, part.size)
+        rows.notices += self.template.notices
+        return rows
+
+    # --- one kind of row each ---------------------------------------------------------------------
+
+    def prompt(
+        self, data: PromptData, names: Mapping[str, str], row: dict[str, Any]
+    ) -> Made[Prompt]:
+        column = names["prompt"]
+        if missing := [name for name in data.answer_columns if name not in row]:
+            raise DataError(f"columns {missing} missing; it has {list(row)}")
+        said = prompt_of(data, row, names)
+        text, ids = self._prompt(said, column, data.trailing_assistant == "continue")
+        most, limit = self._limit(data)
+        if len(ids) > most:
+            if data.long_prompts == "refuse":
+                raise DataError(
+                    f"the prompt has {len(ids)} tokens, too many for {limit}; raise it, or set "
+                    "long_prompts: drop"
+                )
+            yield "too long"
+            return
+        self.notices.see(self.place, column, text, ids)
+        columns = {name: row[name] for name in data.answer_columns}
+        conversation = None if isinstance(said, str) else said
+        yield Prompt(self.index, ids, text, columns, self.row, conversation)
+
+    def _limit(self, data: PromptData) -> tuple[int, str]:
+        """Return the tokens that a prompt may have, and what limits them."""
+        own = (data.max_prompt_tokens, f"max_prompt_tokens {data.max_prompt_tokens}")
+        if self.max_model_tokens is None:
+            return own
+        limit = f"generation.max_model_tokens {self.max_model_tokens}, answer included"
+        return min(own, (self.max_model_tokens - 1, limit))
+
+    def demonstration(
+        self, data: SFTData, names: Mapping[str, str], row: dict[str, Any]
+    ) -> Made[Example]:
+        shown = demonstration_of(data, row, names)
+        if isinstance(shown, tuple):
+            columns = (names["prompt"], names["response"])
+            made = [self._text(shown[0], shown[1], columns)]
         else:
-            notices.see(i, data.prompt_column, text, prompt)
-            notices.see_answer(i, data.chosen_column, better, chosen)
-            notices.see_answer(i, data.rejected_column, worse, rejected)
-            rows.append(pair)
-    return _finished(rows, source, notices)
+            column = names.get("messages") or names["response"]
+            made = self._chat(shown, column, data.train_on, data.rewritten_turns)
+        if not made:
+            yield "nothing to learn"
+        for example in made:
+            yield example if example.tokens <= data.max_tokens else "too long"
 
+    def preference(
+        self, data: PairData, names: Mapping[str, str], row: dict[str, Any]
+    ) -> Made[Pair]:
+        pair = preference_of(data, row, names)
+        if pair.notice:
+            self.notices.note(pair.notice, self.place, names["chosen"])
+        chosen, rejected = (self._answer(pair, names, name) for name in ("chosen", "rejected"))
+        made = Pair(self.row, chosen, rejected, pair.margin)
+        if chosen.ids == rejected.ids:
+            yield "equal answers"
+        elif made.tokens > data.max_tokens:
+            yield "too long"
+        else:
+            yield made
 
-def _finished(rows: Rows[T], source: Source, notices: Notices) -> Rows[T]:
-    """Return the rows with what there is to say about them. Raises DataError when none is left."""
-    path = source.data.path
-    if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
-        raise DataError(f"{path}: no row can be used: {reasons}")
-    rows.notices = [source.notice] if source.notice else []
-    rows.notices += notices.lines(path, len(rows), source.place)
-    return rows
+    def _answer(self, pair: Preference, names: Mapping[str, str], name: str) -> Example:
+        """Return one of the two answers of a pair, with its prompt."""
+        answer = getattr(pair, name)
+        if isinstance(pair.prompt, str):
+            columns = (names.get("prompt", names[name]), names[name])
+            return self._text(pair.prompt, answer, columns)
+        # the score is read at the end of the last turn, which all of the answer leads to
+        (example,) = self._chat(pair.prompt.answered(*answer), names[name], "last", "split")
+        return example
 
+    # --- texts and conversations to ids -----------------------------------------------------------
 
-def _prompt(tokenizer: Any, column: str, row: dict[str, Any]) -> tuple[str, list[int]]:
-    """Return text and ids of a prompt, given as text or as chat messages."""
-    value = row[column]
-    if isinstance(value, str):
-        text = value
+    def _prompt(self, said: Said, column: str, going_on: bool = False) -> tuple[str, list[int]]:
+        """Return text and ids of a prompt."""
         with _about(column):
-            ids = encode_prompt(tokenizer, value)
-    elif _is_chat(value):
-        if not tokenizer.chat_template:
-            raise DataError("the prompt is chat messages, but the tokenizer has no chat template")
-        # Columns are typed, so a key that any message has comes back as None in all the others.
-        messages = [{k: v for k, v in message.items() if v is not None} for message in value]
+            if isinstance(said, str):
+                text = said
+                ids = encode_prompt(self.tokenizer, said)
+            else:
+                going_on = going_on and said.messages[-1]["role"] == "assistant"
+                text, ids = self.template.prompt(said, going_on)
+        if not text or not ids:
+            raise DataError("the prompt is empty")
+        self._check_bos(ids)
+        return text, ids
+
+    def _check_bos(self, ids: Sequence[int]) -> None:
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and list(ids[:2]) == [bos] * 2:
+            raise DataError(
+                f"the prompt begins with {self.tokenizer.bos_token} twice; leave BOS to the "
+                "tokenizer"
+            )
+
+    def _text(self, prompt: str, answer: str, columns: tuple[str, str]) -> Example:
+        """Return a text prompt with its answer, which ends with EOS ([SEP] on an encoder)."""
+        text, ids = self._prompt(prompt, columns[0])
+        with _about(columns[1]):
+            answered = encode_response(self.tokenizer, answer, self.encoder)
+        self.notices.see(self.place, columns[0], text, ids)
+        self.notices.see_answer(self.place, columns[1], answer, answered)
+        end = end_of_response(self.tokenizer, self.encoder)
+        whole = text + answer.removesuffix(name := self.tokenizer.convert_ids_to_tokens(end)) + name
+        return Example(self.row, whole, ids + answered, bytes(len(ids)) + b"\1" * len(answered))
+
+    def _chat(
+        self, conversation: Conversation, column: str, train_on: Any, rewritten: Any
+    ) -> list[Example]:
+        """Return a conversation as examples."""
         with _about(column):
-            text, ids = encode_chat(tokenizer, messages)
-    else:
-        raise DataError("a prompt must be text, or a list of messages with role and content")
-    if not text or not ids:
-        raise DataError("the prompt is empty")
-    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise DataError(
-            f"the prompt begins with {tokenizer.bos_token} twice; leave BOS to the tokenizer"
-        )
-    return text, ids
+            made = self.template.examples(conversation, train_on, rewritten, self.row)
+        for example in made:
+            self._check_bos(example.ids)
+            self.notices.see(self.place, column, example.text, example.ids)
+        for message in conversation.messages:
+            self.notices.see_message(self.place, column, message)
+        return [self._for_encoder(example) for example in made] if self.encoder else made
+
+    def _for_encoder(self, example: Example) -> Example:
+        """Return an example in the special tokens of an encoder: [CLS] in front, [SEP] behind."""
+        ids = encode_prompt(self.tokenizer, example.text)
+        end = end_of_response(self.tokenizer, encoder=True)
+        return Example(example.row, example.text, [*ids, end], bytes(len(ids)) + b"\1")
 
 
 @contextmanager
 def _about(column: str) -> Iterator[None]:
-    """Name the column in what tokenising it raises."""
+    """Name the column in what rendering or tokenising it raises."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{column}: {error}") from error
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) for message in value)
-        and all(isinstance(message.get("role"), str) for message in value)
-        and all(message.get("content") is not None for message in value)
-    )
-
-
-def _answer(
-    tokenizer: Any, column: str, row: dict[str, Any], encoder: bool = False
-) -> tuple[str, list[int]]:
-    """Return text and ids of an answer."""
-    text = row[column]
-    if not isinstance(text, str):
-        raise DataError(f"{column} must be text, not {type(text).__name__}")
-    with _about(column):
-        return text, encode_response(tokenizer, text, encoder)
-
-
-def _margin(data: PairData, row: dict[str, Any]) -> float:
-    if data.margin_column is None:
-        return 0.0
-    value = row[data.margin_column]
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{data.margin_column} must be a number, not {value!r}")
-    return float(value)
+        raise DataError(f"{column}: {error}") from error.__cause__

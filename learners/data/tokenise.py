@@ -1,8 +1,8 @@
 """From texts to token ids.
 
 A text prompt gets the special tokens its tokenizer puts in front (BOS, [CLS]), never those it puts
-behind; a chat prompt is what the tokenizer's template renders, ready for the answer; a response
-gets no special tokens but the closing EOS ([SEP] on an encoder).
+behind; its response gets none but the closing EOS ([SEP] on an encoder). What a chat template has
+rendered (learners/data/templates.py) has its special tokens already.
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids[start:end]
 
 
-def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-    """Return text and ids of a conversation that the assistant is to continue. Raises DataError
-    when the tokenizer's template cannot render it, or when its text cannot be encoded.
+def encode_text(tokenizer: Any, text: str, offsets: bool = False) -> Any:
+    """Return the ids of a text that has all its special tokens; with `offsets` also where each of
+    them lies, as the tokenizer gives it. Raises DataError on a text that it cannot encode.
     """
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # Jinja's, and whatever a template's own code raises
-        raise DataError(f"the chat template cannot render it: {_said(error)}") from error
-    # The template has written its special tokens; the tokenizer would add them twice.
-    return text, _encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
+    if offsets:
+        return _encoded(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    return _encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
 
 
 def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[int]:
@@ -46,7 +43,7 @@ def encode_response(tokenizer: Any, text: str, encoder: bool = False) -> list[in
     has none, or cannot encode the text.
     """
     end = end_of_response(tokenizer, encoder)
-    ids: list[int] = _encoded(tokenizer, text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = encode_text(tokenizer, text)
     return ids if ids[-1:] == [end] else [*ids, end]
 
 
@@ -69,7 +66,7 @@ def _encoded(tokenizer: Any, text: str, **how: Any) -> Any:
     except Exception as error:  # tokenizers raises bare Exceptions, others TypeErrors and the like
         unknown = _unknown_parts(tokenizer, text)
         parts = f" (unknown: {', '.join(map(repr, unknown))})" if unknown else ""
-        raise DataError(f"the tokenizer cannot encode it: {_said(error)}{parts}") from error
+        raise DataError(f"the tokenizer cannot encode it: {said(error)}{parts}") from error
 
 
 def _unknown_parts(tokenizer: Any, text: str, most: int = 5) -> list[str]:
@@ -89,7 +86,7 @@ def _unknown_parts(tokenizer: Any, text: str, most: int = 5) -> list[str]:
     return unknown[:most]
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """Return one line of an error, with its kind where that says something."""
     line = in_a_line(error)
     kind = type(error).__name__
