@@ -97,7 +97,7 @@ def check_dropped(data: PromptData, part: Part, limit: str) -> None:
     dropped = part.dropped["too long"]
     if dropped > data.max_dropped * (dropped + part.size):
         raise DataError(
-            f"{data.path}: {dropped} of {dropped + part.size} prompts are too long for {limit}, and "
+            f"{data.path}: {dropped} of {dropped + part.size} prompts are too long for {limit}; "
             f"at most {data.max_dropped:.0%} may be dropped (max_dropped): raise one of them"
         )
 

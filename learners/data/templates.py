@@ -100,6 +100,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.ends = list(ends)
         self.today = today or date.today()
+        self.used = False  # a conversation of the data was rendered
         self.opens: dict[str, int] = {}  # by what the generation prompt opens: examples without it
 
     # --- what the template is ---------------------------------------------------------------------
@@ -146,10 +147,10 @@ class ChatTemplate:
         text = "" if end is None else self.tokenizer.convert_ids_to_tokens(end)
         return text if text in self._after else ""
 
-    @cached_property
+    @property
     def stops(self) -> list[int]:
-        """The ids that end a response, the one that the template writes first."""
-        ends = (self.turn_end, self.tokenizer.eos_token_id, *self.ends)
+        """The ids that end a response, that of conversations first if there were any."""
+        ends = (self.turn_end if self.used else None, self.tokenizer.eos_token_id, *self.ends)
         return [end for end in dict.fromkeys(ends) if end is not None]
 
     @cached_property
@@ -185,7 +186,7 @@ class ChatTemplate:
     @property
     def notices(self) -> list[str]:
         """Lines about the template for whoever starts the run."""
-        if not self.source:
+        if not self.used:
             return []
         lines = []
         end = self.turn_end
@@ -250,6 +251,7 @@ class ChatTemplate:
         """Return text and ids of a conversation that the assistant is to answer; with `going_on`,
         whose last turn it is to continue.
         """
+        self.used = True
         text = self.render(
             conversation.messages,
             conversation.tools,
@@ -275,6 +277,7 @@ class ChatTemplate:
         None of it where nothing is to be learned. Raises DataError where turns are rewritten and
         that is to be refused, and for whatever the template raises.
         """
+        self.used = True
         learned = conversation.learned or (True,) * len(conversation.messages)
         spoken = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         wanted = [i for i in (spoken[-1:] if train_on == "last" else spoken) if learned[i]]

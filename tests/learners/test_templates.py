@@ -186,7 +186,8 @@ def test_a_template_without_an_end_gets_the_tokenizers():
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     template = ChatTemplate(tokenizer)
-    assert template.turn_end is None and template.stops == [tokenizer.eos_token_id]
+    assert template.turn_end is None
+    assert template.stops == [tokenizer.eos_token_id]
     first, second = template.examples(Conversation(CHAT))
     assert tokenizer.decode(first.ids) == first.text == "user: 2 + 2?\nassistant: 4</s>"
     assert trained(template, tokenizer, second) == ["five</s>"]
@@ -230,8 +231,14 @@ def test_todays_date_is_that_of_the_run():
 
 
 def test_an_end_that_is_not_eos_is_noticed():
-    assert ChatTemplate(make_tokenizer(MISTRAL)).notices == []
-    (line,) = ChatTemplate(make_tokenizer(GEMMA)).notices
+    lines = {}
+    for source in (MISTRAL, GEMMA):
+        template = ChatTemplate(make_tokenizer(source))
+        assert template.notices == [] and template.stops == [template.tokenizer.eos_token_id]
+        template.prompt(Conversation(CHAT[:1]))
+        lines[source] = template.notices
+    assert lines[MISTRAL] == []
+    (line,) = lines[GEMMA]
     assert "<end_of_turn>, not with the tokenizer's EOS </s>" in line
 
 
