@@ -27,7 +27,7 @@ from launch.recipe.combinations import models_of
 from launch.recipe.machine import code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.resumed import accepted
-from launch.recipe.schema import listing
+from launch.recipe.schema import OLD_KEYS, listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
 from learners.errors import UserError, in_a_line
 
@@ -244,7 +244,7 @@ def wanted(resume: bool, accept: list[str] | None, take_over: bool) -> Resume | 
     has.
     """
     if resume:
-        return Resume(tuple(accept or ()), take_over)
+        return Resume(tuple(OLD_KEYS.get(key, key) for key in accept or ()), take_over)
     if accept or take_over:
         raise UserError(f"{'--accept' if accept else '--take-over'}: only together with --resume")
     return None

@@ -22,7 +22,9 @@ from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.data.files import read_json
+from learners.data.store import Rows
 from learners.errors import UserError
+from learners.settings import DataSettings
 
 Found = Mapping[str, Mapping[str, Any]]
 """Parts by the recipe's key: words with a digest, or a section of plain values."""
@@ -141,15 +143,18 @@ def _short(value: Any) -> str:
 
 def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) -> Found:
     """Return everything that can be known before a model loads: the rows of the data `sets` as they
-    were loaded, by the recipe's key; models' configs and tokenizers; the source of functions.
+    were loaded, by the recipe's key of their source; models' configs and tokenizers; the source of
+    functions.
 
     `tokenizer` is the trained model's.
     """
     found: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
-        read = reduce(getattr, key.split("."), recipe).model_dump(mode="json")
-        named = {name: read.pop(name) for name in ("path", "split")}
-        found[f"{key}.path"] = {NAMED: named, READ: read, "rows": _rows(rows)}
+        written: Any = reduce(getattr, key.split("."), recipe)
+        for name, data, own in _by_source(key, written, rows):
+            read = data.model_dump(mode="json")
+            named = {word: read.pop(word) for word in ("path", "split")}
+            found[f"{name}.path"] = {NAMED: named, READ: read, "rows": _rows(own)}
     for role in roles_of(recipe).values():
         if role.model is not None:
             parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
@@ -170,6 +175,20 @@ def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Fou
         for name, prints in fingerprints.items()
         if (model := roles[name].model)
     }
+
+
+def _by_source(
+    key: str, data: DataSettings | tuple[DataSettings, ...], rows: Sequence[Any]
+) -> Iterator[tuple[str, DataSettings, Sequence[Any]]]:
+    """Yield the recipe's key of every source of a data set, its settings and its rows."""
+    if not isinstance(data, tuple):
+        yield key, data, rows
+        return
+    assert isinstance(rows, Rows)
+    start = 0
+    for i, (source, part) in enumerate(zip(data, rows.parts, strict=True)):
+        yield f"{key}.{i}", source, rows[start : start + part.size]
+        start += part.size
 
 
 def _rows(rows: Sequence[Any]) -> str:

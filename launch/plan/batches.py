@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from actors.roles import Role, roles_of
 from actors.settings import Recipe, RLRecipe
-from learners.settings import sources_of
+from learners.settings import PairData, SFTData, sources_of
 
 
 class Rows(NamedTuple):
@@ -56,7 +56,8 @@ def longest_sequence(recipe: Recipe, positions: int | None) -> int:
         asked = prompt + recipe.generation.max_new_tokens
         asked = recipe.generation.max_model_tokens or asked
     else:
-        asked = max(source.max_tokens for source in sources_of(recipe.data))
+        data: tuple[SFTData | PairData, ...] = sources_of(recipe.data)
+        asked = max(source.max_tokens for source in data)
     return min(asked, positions or asked)
 
 
