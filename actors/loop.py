@@ -24,6 +24,7 @@ from actors.run.room import bytes_needed, no_room
 from actors.run.stop import interrupted, stepping, stop_requested
 from actors.run.things import Things, found_by, weights_of
 from actors.settings import Recipe
+from learners.data.store import Rows
 from learners.errors import UserError, in_a_line
 
 R = TypeVar("R", bound=Recipe)
@@ -43,7 +44,7 @@ class Data(Protocol):
         """Tokenizer of the trained model."""
 
     @property
-    def sets(self) -> Mapping[str, Sequence[Any]]:
+    def sets(self) -> Mapping[str, Rows[Any]]:
         """Rows as they were loaded, by the recipe's key of the data set."""
 
     def total_steps(self, recipe: Any) -> int:

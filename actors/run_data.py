@@ -42,7 +42,7 @@ class RunData:
     test: Rows[Prompt]
 
     @property
-    def sets(self) -> Mapping[str, Sequence[Prompt]]:
+    def sets(self) -> Mapping[str, Rows[Prompt]]:
         """The data sets by the recipe's key."""
         evaluation = {"evaluation.prompts": self.held_out, "evaluation.test_prompts": self.test}
         return {"prompts": self.prompts} | {key: rows for key, rows in evaluation.items() if rows}

@@ -96,7 +96,7 @@ class SupervisedData:
         return notices_of(self.rows, self.held_out, self.calibration)
 
     @property
-    def sets(self) -> dict[str, Sequence[Any]]:
+    def sets(self) -> dict[str, Rows[Any]]:
         """The data sets by the recipe's key."""
         others = {"held_out": self.held_out, "reward_model.calibration": self.calibration}
         return {"data": self.rows} | {key: rows for key, rows in others.items() if rows}

@@ -80,6 +80,10 @@ Check = Annotated[
     bool,
     typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing"),
 ]
+CheckData = Annotated[
+    bool,
+    typer.Option("--data", help="with --check: also read all data, as the run would"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback when a run fails")]
 
 
@@ -104,10 +108,13 @@ def recipe_command(kind: str) -> Callable[..., None]:
         accept: Accept = None,
         take_over: TakeOver = False,
         check: Check = False,
+        data: CheckData = False,
         debug: Debug = False,
     ) -> None:
         how = wanted(resume, accept, take_over)
-        train(kind, recipe, overrides or [], how, check, debug)
+        if data and not check:
+            raise UserError("--data: only together with --check; a run always reads its data first")
+        train(kind, recipe, overrides or [], how, check, data, debug)
 
     return command
 
@@ -153,6 +160,23 @@ def plan(
 
     if not show_plan(parsed, json_file, document):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def inspect(
+    recipe: AnyRecipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of each source to show")] = 10,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write these rows here")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what the data of a recipe become: rendered texts with the trained tokens marked, ids,
+    lengths, what is dropped and why, rows that repeat. No model is loaded.
+    """
+    parsed, _ = read_recipe(recipe, overrides or [])
+    guarded(None, debug, "launch.inspect", "inspect_recipe", parsed, rows, json_file)
 
 
 @app.command()
@@ -251,10 +275,16 @@ def wanted(resume: bool, accept: list[str] | None, take_over: bool) -> Resume | 
 
 
 def train(
-    kind: str, path: Path, overrides: list[str], resume: Resume | None, check: bool, debug: bool
+    kind: str,
+    path: Path,
+    overrides: list[str],
+    resume: Resume | None,
+    check: bool,
+    data: bool,
+    debug: bool,
 ) -> None:
     """Check everything that can be known before a model loads, then run the recipe and print its
-    summary.
+    summary. With `check` nothing runs; what is in the data is then looked at on demand.
     """
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
     if problems := list(code_problems(recipe)):
@@ -266,7 +296,10 @@ def train(
             print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)
     resolved = annotated(recipe, document)
     if check:
-        print(resolved)
+        inside = (
+            guarded(None, debug, "launch.inspect", "check_data", recipe, resume) if data else []
+        )
+        print("\n".join([resolved, *(f"# {line}" for line in inside)]))
         return
     folder = Path(recipe.run.folder)
     summary = guarded(

@@ -22,9 +22,8 @@ from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.data.files import read_json
-from learners.data.store import Rows
+from learners.data.store import Rows, by_source
 from learners.errors import UserError
-from learners.settings import DataSettings
 
 Found = Mapping[str, Mapping[str, Any]]
 """Parts by the recipe's key: words with a digest, or a section of plain values."""
@@ -141,7 +140,7 @@ def _short(value: Any) -> str:
 # --- what the paths name --------------------------------------------------------------------------
 
 
-def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) -> Found:
+def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Rows[Any]]) -> Found:
     """Return everything that can be known before a model loads: the rows of the data `sets` as they
     were loaded, by the recipe's key of their source; models' configs and tokenizers; the source of
     functions.
@@ -151,10 +150,10 @@ def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Sequence[Any]]) 
     found: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
         written: Any = reduce(getattr, key.split("."), recipe)
-        for name, data, own in _by_source(key, written, rows):
+        for name, data, _, places in by_source(key, written, rows):
             read = data.model_dump(mode="json")
             named = {word: read.pop(word) for word in ("path", "split")}
-            found[f"{name}.path"] = {NAMED: named, READ: read, "rows": _rows(own)}
+            found[f"{name}.path"] = {NAMED: named, READ: read, "rows": _rows(rows, places)}
     for role in roles_of(recipe).values():
         if role.model is not None:
             parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
@@ -177,26 +176,12 @@ def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Fou
     }
 
 
-def _by_source(
-    key: str, data: DataSettings | tuple[DataSettings, ...], rows: Sequence[Any]
-) -> Iterator[tuple[str, DataSettings, Sequence[Any]]]:
-    """Yield the recipe's key of every source of a data set, its settings and its rows."""
-    if not isinstance(data, tuple):
-        yield key, data, rows
-        return
-    assert isinstance(rows, Rows)
-    start = 0
-    for i, (source, part) in enumerate(zip(data, rows.parts, strict=True)):
-        yield f"{key}.{i}", source, rows[start : start + part.size]
-        start += part.size
-
-
-def _rows(rows: Sequence[Any]) -> str:
-    """Return how many rows there are, and a digest of every one of them in order."""
+def _rows(rows: Rows[Any], places: range) -> str:
+    """Return how many rows there are at these places, and a digest of every one in order."""
     whole = blake2b(digest_size=8)
-    for row in rows:
-        whole.update(json.dumps(row.compared, default=_words).encode() + b"\n")
-    return f"{len(rows)} ({whole.hexdigest()})"
+    for i in places:
+        whole.update(json.dumps(rows[i].compared, default=_words).encode() + b"\n")
+    return f"{len(places)} ({whole.hexdigest()})"
 
 
 def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from learners.settings import DataSettings, sources_of
 
 T = TypeVar("T")
 
@@ -36,3 +39,16 @@ class Rows(list[T]):
         """End the rows of a source."""
         self.parts.append(part)
         self.dropped += part.dropped
+
+
+def by_source(
+    key: str, data: DataSettings | tuple[DataSettings, ...], rows: Rows[Any]
+) -> Iterator[tuple[str, DataSettings, Part, range]]:
+    """Yield for every source of the data set under a recipe's `key` its own key, its settings, its
+    part, and the places of its rows among all.
+    """
+    start = 0
+    for i, (source, part) in enumerate(zip(sources_of(data), rows.parts, strict=True)):
+        name = f"{key}.{i}" if isinstance(data, tuple) else key
+        yield name, source, part, range(start, start + part.size)
+        start += part.size
