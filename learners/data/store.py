@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar, overload
 
 from learners.errors import UserError
+from learners.settings import DataSettings, sources_of
 
 T = TypeVar("T")
 AS_OBJECTS = 10_000  # rows at the end of `Rows` that are Python objects; all before are encoded
@@ -86,6 +87,19 @@ class Rows(Sequence[T]):
 
     def __iter__(self) -> Iterator[T]:
         return (self[i] for i in range(len(self)))
+
+
+def by_source(
+    key: str, data: DataSettings | tuple[DataSettings, ...], rows: Rows[Any]
+) -> Iterator[tuple[str, DataSettings, Part, range]]:
+    """Yield for every source of the data set under a recipe's `key` its own key, its settings, its
+    part, and the places of its rows among all.
+    """
+    start = 0
+    for i, (source, part) in enumerate(zip(sources_of(data), rows.parts, strict=True)):
+        name = f"{key}.{i}" if isinstance(data, tuple) else key
+        yield name, source, part, range(start, start + part.size)
+        start += part.size
 
 
 class _EncodedRows:
