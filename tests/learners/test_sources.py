@@ -139,8 +139,8 @@ def test_csv_holds_texts_as_they_are_written():
     [
         ("prompt,n\na,1\nb\n", "p.csv:3: 1 cells, but 2 columns: prompt, n"),
         ("prompt,n\na,1\n\nb,1,2\n", "p.csv:4: 3 cells, but 2 columns"),
-        ('prompt,n\na,"1"2\n', "p.csv:2: not CSV: ',' expected after '\"'"),
-        ('prompt,n\na,1\nb,"2\n', "p.csv:3: not CSV: unexpected end of data"),
+        ('prompt,n\na,"1"2\n', "p.csv:2: not a line of CSV: ',' expected after '\"'"),
+        ('prompt,n\na,1\nb,"2\n', "p.csv:3: not a line of CSV: unexpected end of data"),
         (b"prompt,n\na,1\n\xe9,2\n", "p.csv:3: cannot be read as UTF-8 text"),
         ("prompt,prompt\na,1\n", "p.csv:1: columns named twice: 'prompt'"),
         ("prompt\n", "p.csv: no rows in split train"),
