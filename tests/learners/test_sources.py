@@ -29,10 +29,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Work in an empty folder, where no cache can be written."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
-    datasets.disable_progress_bars()
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -215,8 +212,9 @@ def test_parquet_and_arrow_are_read_without_a_cache():
 
 def test_a_folder_of_save_to_disk_is_read(here):
     """Also its free-form JSON, which is text in Arrow."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, disable_progress_bars
 
+    disable_progress_bars()
     tools = [[{"b": 0}, {"c": "x"}], []]
     rows = Dataset.from_dict({"prompt": ["a", "b"], "tools": tools}, on_mixed_types="use_json")
     rows.save_to_disk("one")
@@ -274,6 +272,8 @@ def hub(here, monkeypatch):
     """Keep a data set of the hub with two configurations where `datasets` does; no network."""
     import datasets
 
+    datasets.disable_progress_bars()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(here / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(here / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("de", "en"):
@@ -294,6 +294,7 @@ def test_a_hub_set_with_configurations(hub, monkeypatch):
     assert places_of("org/name", configuration="en", split="a[1:]") == ["org/name: row 2"]
     assert "Unknown split" in refusal("org/name", configuration="de", split="c")
     assert "configurations in the cache: de, en" in refusal("org/name", split="a")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nobody"))
     assert (
         "org/name: the cache /proc/nobody cannot be written: No such file or directory; set HF"
