@@ -150,7 +150,8 @@ def _saved_to_disk(folder: str, split: str) -> DataFiles | None:
 
 def _saved_files(folder: str) -> list[str]:
     state = read_json(Path(folder, "state.json")) or {}
-    files = [os.path.join(folder, str(file["filename"])) for file in state.get("_data_files", ())]
+    named = state.get("_data_files") or ()
+    files = [os.path.join(folder, str(file["filename"])) for file in named]
     if not files:
         raise DataError(
             f"{folder}: written by save_to_disk, but its state.json names no files: write it again"

@@ -345,7 +345,11 @@ def test_where_names_the_condition_that_leaves_nothing():
     )
 
 
-def test_a_seed_gives_an_order_which_limit_cuts():
+@pytest.mark.parametrize("as_objects", [10, 10_000])
+def test_a_seed_gives_an_order_which_limit_cuts(here, monkeypatch, as_objects):
+    """Whether or not the rows that are shuffled fit memory."""
+    monkeypatch.setattr(store, "AS_OBJECTS", as_objects)
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
     write("p.jsonl", [{"prompt": str(i), "even": i % 2 == 0} for i in range(50)])
     everything = prompts_of("p.jsonl", shuffle=1)
     assert everything != prompts_of("p.jsonl") and sorted(everything, key=int) == prompts_of(
