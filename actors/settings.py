@@ -325,7 +325,7 @@ class SupervisedRecipe(Settings):
 
 class SFTRecipe(SupervisedRecipe):
     kind: Literal["sft"] = "sft"
-    data: Sources[SFTData]
+    data: Sources[SFTData] = Field(description="examples to learn; a list of sections: a mixture")
     held_out: Sources[SFTData] | None = Field(
         None, description="examples to measure on; null: none"
     )
@@ -333,8 +333,8 @@ class SFTRecipe(SupervisedRecipe):
 
 class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
-    data: Sources[PairData]
-    held_out: Sources[PairData]
+    data: Sources[PairData] = Field(description="pairs to learn; a list of sections: a mixture")
+    held_out: Sources[PairData] = Field(description="pairs to measure on")
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
 
 
@@ -349,7 +349,9 @@ class RLRecipe(Settings):
     critic: LearnerSettings | None = None
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
     rewards: tuple[RewardSettings, ...]
-    prompts: Sources[PromptData]
+    prompts: Sources[PromptData] = Field(
+        description="prompts to answer; a list of sections: a mixture"
+    )
     generation: GenerationSettings = Field(default_factory=GenerationSettings)
     algorithm: AlgorithmSettings
     sync: SyncSettings = Field(default_factory=SyncSettings)

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
+from actors.cluster.surroundings import token_file
 from actors.run.resume import Resume
 from actors.run.stop import catch_stop_signals
 from actors.settings import Recipe, RLRecipe
@@ -26,7 +27,7 @@ from launch.recipe.combinations import models_of
 from launch.recipe.machine import code_problems
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.resumed import accepted
-from launch.recipe.schema import listing
+from launch.recipe.schema import OLD_KEYS, listing
 from learners.algorithms.base import ALGORITHMS, find_algorithm
 from learners.errors import UserError, in_a_line
 
@@ -79,6 +80,10 @@ Check = Annotated[
     bool,
     typer.Option("--check", help="check the recipe, print it with all defaults, and run nothing"),
 ]
+CheckData = Annotated[
+    bool,
+    typer.Option("--data", help="with --check: also read all data, as the run would"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback when a run fails")]
 
 
@@ -103,10 +108,13 @@ def recipe_command(kind: str) -> Callable[..., None]:
         accept: Accept = None,
         take_over: TakeOver = False,
         check: Check = False,
+        data: CheckData = False,
         debug: Debug = False,
     ) -> None:
         how = wanted(resume, accept, take_over)
-        train(kind, recipe, overrides or [], how, check, debug)
+        if data and not check:
+            raise UserError("--data: only together with --check; a run always reads its data first")
+        train(kind, recipe, overrides or [], how, check, data, debug)
 
     return command
 
@@ -152,6 +160,23 @@ def plan(
 
     if not show_plan(parsed, json_file, document):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def inspect(
+    recipe: AnyRecipe,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of each source to show")] = 10,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write these rows here")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Show what the data of a recipe become: rendered texts with the trained tokens marked, ids,
+    lengths, what is dropped and why, rows that repeat. No model is loaded.
+    """
+    parsed, _ = read_recipe(recipe, overrides or [])
+    guarded(None, debug, "launch.inspect", "inspect_recipe", parsed, rows, json_file)
 
 
 @app.command()
@@ -243,17 +268,23 @@ def wanted(resume: bool, accept: list[str] | None, take_over: bool) -> Resume | 
     has.
     """
     if resume:
-        return Resume(tuple(accept or ()), take_over)
+        return Resume(tuple(OLD_KEYS.get(key, key) for key in accept or ()), take_over)
     if accept or take_over:
         raise UserError(f"{'--accept' if accept else '--take-over'}: only together with --resume")
     return None
 
 
 def train(
-    kind: str, path: Path, overrides: list[str], resume: Resume | None, check: bool, debug: bool
+    kind: str,
+    path: Path,
+    overrides: list[str],
+    resume: Resume | None,
+    check: bool,
+    data: bool,
+    debug: bool,
 ) -> None:
     """Check everything that can be known before a model loads, then run the recipe and print its
-    summary.
+    summary. With `check` nothing runs; what is in the data is then looked at on demand.
     """
     recipe, document = read_recipe(path, overrides, kind, files=True, resume=resume)
     if problems := list(code_problems(recipe)):
@@ -265,7 +296,10 @@ def train(
             print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)
     resolved = annotated(recipe, document)
     if check:
-        print(resolved)
+        inside = (
+            guarded(None, debug, "launch.inspect", "check_data", recipe, resume) if data else []
+        )
+        print("\n".join([resolved, *(f"# {line}" for line in inside)]))
         return
     folder = Path(recipe.run.folder)
     summary = guarded(
@@ -391,7 +425,7 @@ def show_ray_token() -> None:
     Ray reads this when it is imported. The token is made by the first cluster started on a machine.
     """
     given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if given or (Path.home() / ".ray" / "auth_token").is_file():
+    if given or token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

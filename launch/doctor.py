@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from actors.cluster.surroundings import system_folder
 from learners.errors import UserError, first_wrong
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,7 +257,7 @@ def disk_of(folder: Path) -> tuple[float, float]:
 
 def ray_folder() -> Path:
     """Return the folder where Ray keeps its sessions and spills objects, or that will hold it."""
-    folder = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    folder = system_folder() / "ray"
     return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 

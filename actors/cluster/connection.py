@@ -13,6 +13,7 @@ import ray
 from ray._private import services, utils
 from ray.exceptions import RayError
 
+from actors.cluster.surroundings import provide_token, ray_folder
 from actors.run.stop import hold_signals, need
 from learners.errors import UserError, in_a_line
 
@@ -23,14 +24,17 @@ HTTP2_SETTINGS = b"\x04"  # the type of a frame, after three bytes of length
 def connect(address: str | None, cpus: int) -> None:
     """Join the Ray cluster at `address`, or start one here with room for `cpus` threads.
 
-    Raises UserError within seconds when nothing answers at `address`; Ray would try for long.
+    Raises UserError within seconds when nothing answers at `address`; Ray would try for long. And
+    when Ray could not start here.
     """
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         # CPUs are logical in Ray: a dry run may have more processes than the machine has cores.
         count = max(cpus, os.cpu_count() or 1)
+        folder = ray_folder()
+        provide_token()
         with signals_of_our_own():
-            ray.init("local", num_cpus=count, include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=count, include_dashboard=False, _temp_dir=folder, **quiet)
         need(cluster_ended)
         return
     try:

@@ -23,7 +23,7 @@ from actors.run.progress import say
 from actors.run.resume import Resume, differing
 from actors.settings import Recipe, RLRecipe
 from learners.data.files import read_json
-from learners.data.store import Rows, by_part
+from learners.data.store import Rows, by_source
 from learners.errors import UserError
 
 Found = Mapping[str, Mapping[str, Any]]
@@ -151,30 +151,23 @@ def _short(value: Any) -> str:
 
 def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Rows[Any]]) -> Found:
     """Return everything that can be known before a model loads: the rows of the data `sets` as they
-    were loaded, by the recipe's key; models' configs and tokenizers; the source of functions.
+    were loaded, by the recipe's key of their source; models' configs and tokenizers; the source of
+    functions.
 
     `tokenizer` is the trained model's.
     """
     found: dict[str, dict[str, Any]] = {}
     for key, rows in sets.items():
-        for source, data, own in _sources(key, reduce(getattr, key.split("."), recipe), rows):
+        written: Any = reduce(getattr, key.split("."), recipe)
+        for name, data, _, places in by_source(key, written, rows):
             read = data.model_dump(mode="json")
-            named = {name: read.pop(name) for name in ("path", "split")}
-            found[f"{source}.path"] = {NAMED: named, READ: read, "rows": _rows(own)}
+            named = {word: read.pop(word) for word in ("path", "split")}
+            found[f"{name}.path"] = {NAMED: named, READ: read, "rows": _rows(rows, places)}
     for role in roles_of(recipe).values():
         if role.model is not None:
             parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
             parts.update(_model(role, tokenizer))
     return found | dict(_code(recipe))
-
-
-def _sources(key: str, data: Any, rows: Rows[Any]) -> Iterator[tuple[str, Any, Sequence[Any]]]:
-    """Yield the sources of a data set: key, settings and rows."""
-    if not isinstance(data, tuple):
-        yield key, data, rows
-        return
-    for i, (one, (_, own)) in enumerate(zip(data, by_part(rows.parts, rows), strict=True)):
-        yield f"{key}.{i}", one, own
 
 
 def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Found:
@@ -192,12 +185,12 @@ def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Fou
     }
 
 
-def _rows(rows: Sequence[Any]) -> str:
-    """Return how many rows there are, and a digest of every one of them in order."""
+def _rows(rows: Rows[Any], places: range) -> str:
+    """Return how many rows there are at these places, and a digest of every one in order."""
     whole = blake2b(digest_size=8)
-    for row in rows:
-        whole.update(json.dumps(row.compared, default=_words).encode() + b"\n")
-    return f"{len(rows)} ({whole.hexdigest()})"
+    for i in places:
+        whole.update(json.dumps(rows[i].compared, default=_words).encode() + b"\n")
+    return f"{len(places)} ({whole.hexdigest()})"
 
 
 def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from actors.roles import Role, roles_of
 from actors.settings import Recipe, RLRecipe
-from learners.settings import sources_of
+from learners.settings import PairData, SFTData, sources_of
 
 
 class Rows(NamedTuple):
@@ -52,12 +52,12 @@ def longest_sequence(recipe: Recipe, positions: int | None) -> int:
     positions allow (None: any).
     """
     if isinstance(recipe, RLRecipe):
-        prompt = max(one.max_prompt_tokens for one in sources_of(recipe.prompts))
+        prompt = max(source.max_prompt_tokens for source in sources_of(recipe.prompts))
         asked = prompt + recipe.generation.max_new_tokens
         asked = recipe.generation.max_model_tokens or asked
     else:
-        data: Any = recipe.data
-        asked = max(one.max_tokens for one in sources_of(data))
+        data: tuple[SFTData | PairData, ...] = sources_of(recipe.data)
+        asked = max(source.max_tokens for source in data)
     return min(asked, positions or asked)
 
 

@@ -26,6 +26,8 @@ from learners.settings import (
 LEAST_GROUP_TEMPERATURE = 0.7
 UNWRITABLE = "{name!r} has control characters; use letters, digits, _ and -"
 USUAL_GROUP = 8
+# columns that are called like their keys unless the recipe names others
+SAID = ("prompt", "response", "chosen", "rejected")
 # what a reward function is given beside the answer columns
 OWN_COLUMNS = (
     "prompts",
@@ -231,7 +233,9 @@ def _distinct_columns(recipe: SFTRecipe | RMRecipe) -> Iterator[Rule]:
     """Require that prompts and answers do not come from the same column."""
     for section, data in data_of(recipe):
         users: dict[str, str] = {}
-        for name, column in data.columns:
+        columns = dict(data.columns)
+        own = {name: name for name in SAID if columns.get(name, "") is None}
+        for name, column in [*own.items(), *columns.items()]:
             if column is not None:
                 key = f"{section}.columns.{name}"
                 other = users.setdefault(column, key)

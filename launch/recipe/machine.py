@@ -10,7 +10,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
 from learners.data.files import DataFiles, find_files, json_lines, read_json
+from learners.data.shapes import recognised
 from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
 from learners.kernels import dropped_by
@@ -36,6 +37,7 @@ from learners.settings import ModelSettings, PairData, PromptData, SFTData, sour
 
 Data = PromptData | SFTData | PairData
 
+JSON_LINES = (".jsonl", ".json", ".ndjson")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -208,7 +210,7 @@ def _pad(folder: Path, config: dict[str, Any]) -> str:
 def _data_file(key: str, data: Data) -> Iterator[Problem]:
     """Yield what is wrong with the files of a data set: there are none, it would have to be guessed
     which are meant, their format is not read or, where they hold JSON lines, their first rows lack
-    a column.
+    a column or have a shape that nobody knows.
     """
     named = (f"{key}.path",)
     if not os.path.lexists(data.path):
@@ -216,30 +218,46 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         return
     try:
         files = find_files(data.path, data.split)
-        rows = _first_rows(files) if files and files.format == "json" else {}
+        rows = _first_rows(files) if files and data.field is None else {}
     except UserError as error:
         yield Problem(named, error.problems[0])
         return
+    lacking = list(_lacking(key, data, rows))
+    yield from lacking
+    for file, row in rows.items() if not lacking else ():
+        try:
+            recognised(data, list(row))
+        except UserError as error:
+            yield Problem(named, f"{file}: {error.problems[0]}")
+            break
+
+
+def _first_rows(files: DataFiles) -> dict[str, dict[str, Any]]:
+    """Return the first row of every file of JSON lines. Raises UserError on what is none."""
+    lines = [file for file in files.all if file.lower().endswith(JSON_LINES)]
+    first = {file: next(json_lines(file, empty=bool(files.folder)), None) for file in lines}
+    return {file: numbered[1] for file, numbered in first.items() if numbered}
+
+
+def _lacking(key: str, data: Data, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Problem]:
+    """Yield a problem for every column that the recipe names and a file's first row has not."""
     for name, column in _columns(key, data):
         for file, row in rows.items():
             if column not in row:
                 close = difflib.get_close_matches(column, row, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(row)}"
-                yield Problem((name, *named), f"{file} has no column {column!r}; {hint}")
+                keys = (name, f"{key}.path")
+                yield Problem(keys, f"{file} has no column {column!r}; {hint}")
                 break
 
 
-def _first_rows(files: DataFiles) -> dict[str, dict[str, Any]]:
-    """Return the first row of every file of JSON lines. Raises UserError on what is none."""
-    first = {file: next(json_lines(file, empty=bool(files.folder)), None) for file in files.all}
-    return {file: numbered[1] for file, numbered in first.items() if numbered}
-
-
 def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
-    """Yield the columns a data set must have, each with the key that names it."""
-    for name, value in data:
-        if name.endswith("_column") and value is not None:
-            yield f"{key}.{name}", value
+    """Yield the columns that every row of a data set must have, each with the key that names it.
+    Tools are left out: JSON lines write them only where there are some.
+    """
+    for name, column in data.columns:
+        if column is not None and name != "tools":
+            yield f"{key}.columns.{name}", column
     for i, column in enumerate(getattr(data, "answer_columns", ())):
         yield f"{key}.answer_columns.{i}", column
 

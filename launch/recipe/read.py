@@ -112,7 +112,9 @@ def annotated(recipe: Recipe, document: Document) -> str:
     for key, line in Document.parse("\n".join(lines), "").origins.items():
         if key in document.origins:
             number = int(line.rpartition(":")[2]) - 1
-            lines[number] = f"{lines[number]}  # {document.origins[key]}"
+            comment = f"  # {document.origins[key]}"
+            # the first key of a list's entry stands on the line of the entry
+            lines[number] = lines[number].removesuffix(comment) + comment
     return "\n".join(lines)
 
 

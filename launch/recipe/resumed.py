@@ -45,6 +45,8 @@ MAY_CHANGE = (
     "generation.gpu_memory",
     "sync.",
 )
+# Of data: what decides nothing but whether the rows are refused. The rows are compared themselves.
+MAY_CHANGE_OF_DATA = ("long_prompts", "max_dropped")
 
 
 def no_run_to_resume(folder: str) -> str:
@@ -101,8 +103,8 @@ def changes(recipe: Recipe) -> dict[str, str]:
         broken = f"{error.problems[0]}; the run to resume must say what it was"
         raise UserError(broken if os.path.isfile(before) else missing) from None
     document.rename(OLD_KEYS)
-    old = flat(_with_defaults(document.values, type(recipe)))
-    new = flat(recipe.model_dump(mode="json"))
+    old = _comparable(_with_defaults(document.values, type(recipe)))
+    new = _comparable(recipe.model_dump(mode="json"))
     # a section that one of them has and the other has not is one change, of its path
     alone = [key for key in old.keys() ^ new.keys() if f"{key}.path" in old.keys() | new.keys()]
     told = tuple(f"{key}." for key in alone)
@@ -111,6 +113,7 @@ def changes(recipe: Recipe) -> dict[str, str]:
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
         and not key.startswith(MAY_CHANGE)
+        and not key.endswith(MAY_CHANGE_OF_DATA)
         and (key.endswith(".path") or not key.startswith(told))
     }
 
@@ -133,6 +136,16 @@ def accepted(recipe: Recipe, accept: Collection[str]) -> Iterator[str]:
                 f"--accept {key}: nothing to accept there; what could be is what has changed "
                 f"under {there}"
             )
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested sections by dotted keys. A column that is called like its key need not be
+    named: earlier versions always named it.
+    """
+    return {
+        key: None if key.endswith(f".columns.{value}") else value
+        for key, value in flat(values).items()
+    }
 
 
 def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:

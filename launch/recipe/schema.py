@@ -57,7 +57,7 @@ def recipe_keys(model: type[BaseModel]) -> dict[str, Key]:
 def suggest(unknown: str, keys: dict[str, Key]) -> str:
     """Return what an unknown key may have meant: "did you mean …?" or the keys there are."""
     parent, _, last = unknown.rpartition(".")
-    above = f"{_numberless(parent)}." if parent else ""
+    above = f"{_listed(parent, keys)}." if parent else ""
     siblings = [k[len(above) :] for k in keys if k.startswith(above) and "." not in k[len(above) :]]
     here = f"{parent}." if parent else ""
     if close := difflib.get_close_matches(last, siblings, 1):
@@ -83,12 +83,12 @@ def renamed(unknown: str, keys: dict[str, Key]) -> str | None:
 
 def lookup(key: str, keys: dict[str, Key]) -> Key | None:
     """Return the entry of a key as written, list numbers and all."""
-    return keys.get(_numberless(key))
+    return keys.get(_listed(key, keys))
 
 
 def required(key: str, keys: dict[str, Key]) -> str:
     """Return what belongs into a key that is missing."""
-    name = _numberless(key)
+    name = _listed(key, keys)
     if name not in keys:
         return "a required key"
     inside = [
@@ -116,8 +116,14 @@ def listing(model: type[BaseModel], prefix: str = "") -> str:
     )
 
 
-def _numberless(key: str) -> str:
-    return ".".join("N" if part.isdecimal() else part for part in key.split("."))
+def _listed(key: str, keys: dict[str, Key]) -> str:
+    """Return the name under which a key is listed: N for a position, which is left out in a list of
+    sections where there may also be one.
+    """
+    name = ".".join("N" if part.isdecimal() else part for part in key.split("."))
+    section, position, rest = name.partition(".N")
+    several = any(k.startswith(f"{section}{position}.") for k in keys)
+    return name if several else section + rest
 
 
 def _walk(
@@ -181,6 +187,7 @@ def _type_in_words(shape: dict[str, Any], definitions: dict[str, Any]) -> str:
             )
         return f"list of {_plural(shape['items'], definitions)}"
     words = {"integer": "int", "number": "float", "boolean": "true|false", "string": "text"}
+    words |= {"object": "names with values"}
     return words.get(shape["type"], shape["type"]) + _bounds(shape)
 
 

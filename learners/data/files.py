@@ -4,24 +4,45 @@ have to be guessed is refused. Standard library alone: recipes are checked with 
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
-from learners.errors import DataError
+from learners.errors import DataError, in_a_line
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
 READABLE = ", ".join(FORMATS)
 # rows too, of formats that are not read
-OTHER_FORMATS = (".arrow", ".avro", ".csv", ".feather", ".orc", ".tsv")
-PACKED = (".bz2", ".gz", ".xz", ".zst")
+OTHER_FORMATS = (".avro", ".orc")
+# how a packed file begins, by the second suffix of its name: .jsonl.gz
+PACKED = {
+    ".gz": b"\x1f\x8b",
+    ".bz2": b"BZh",
+    ".xz": b"\xfd7zXZ\x00",
+    ".zst": b"\x28\xb5\x2f\xfd",
+}
+TEXT = ("json", "csv")  # the formats that may be packed: the others are packed inside
 # what lies beside rows: descriptions by `datasets`, and a model's
 NOT_ROWS = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-DESCRIPTIONS = (*NOT_ROWS[1:], "state.json", ".huggingface.yaml")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", ".huggingface.yaml")
 
 # The names that `datasets` knows splits by, as whole words of a file's or folder's name.
 SPLIT_WORDS = {
@@ -55,7 +76,8 @@ class DataFiles:
 
     @property
     def format(self) -> str:
-        return FORMATS[_suffix(self.all[0])]
+        """Return json, csv, parquet or arrow."""
+        return format_of(self.all[0])
 
     def notice(self) -> str:
         """Return which files of a folder are read and which not; nothing when a file was named."""
@@ -73,15 +95,17 @@ def find_files(name: str, split: str) -> DataFiles | None:
     read.
     """
     if os.path.isdir(name):
+        if saved := _saved_to_disk(name, split):
+            return saved
         return None if describes_itself(name) else _of_folder(name, split)
     if os.path.isfile(name):
-        _check_file(name)
+        check_file(name)
         return DataFiles({split_names(split)[0]: [name]})
     if os.path.islink(name):
         raise DataError(f"{name}: a link to {os.readlink(name)}, which is not there")
     if os.path.exists(name):
         raise DataError(f"{name}: neither a file nor a folder")
-    if _suffix(name) in FORMATS or not HUB_NAME.fullmatch(name):
+    if format_of(name) or not HUB_NAME.fullmatch(name):
         raise DataError(f"{name}: no such file or folder")
     return None
 
@@ -95,13 +119,7 @@ def describes_itself(folder: str) -> bool:
     """Tell whether a folder says in the words of `datasets` what it holds: by a dataset card with
     `configs`, or a description that `datasets` wrote.
     """
-    there = {name for name in DESCRIPTIONS if os.path.isfile(os.path.join(folder, name))}
-    if "dataset_dict.json" in there or {"dataset_info.json", "state.json"} <= there:
-        raise DataError(
-            f"{folder}: written by save_to_disk, which load_from_disk alone reads: write it with "
-            "to_parquet or to_json"
-        )
-    if there - {"state.json"}:
+    if any(os.path.isfile(os.path.join(folder, name)) for name in DESCRIPTIONS):
         return True
     try:
         with open(os.path.join(folder, "README.md"), encoding="utf-8") as card:
@@ -110,6 +128,36 @@ def describes_itself(folder: str) -> bool:
         return False
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     return header is not None and bool(re.search(r"^configs\s*:", header[1], re.MULTILINE))
+
+
+def _saved_to_disk(folder: str, split: str) -> DataFiles | None:
+    """Return the files of a folder that `save_to_disk` wrote, a data set or several splits; None
+    when it is none.
+    """
+    if (several := read_json(Path(folder, "dataset_dict.json"))) is None:
+        if not all(Path(folder, name).is_file() for name in ("dataset_info.json", "state.json")):
+            return None
+        return DataFiles({split_names(split)[0]: _saved_files(folder)}, folder)
+    there = [str(name) for name in several.get("splits", ())]
+    wanted = there if split == "all" else list(dict.fromkeys(split_names(split)))
+    for name in wanted:
+        if name not in there:
+            raise DataError(f"{folder}: no split {name}; it holds {', '.join(there)}")
+    paths = {name: _saved_files(os.path.join(folder, name)) for name in there}
+    left = [os.path.relpath(f, folder) for name in there if name not in wanted for f in paths[name]]
+    return DataFiles({name: paths[name] for name in wanted}, folder, left)
+
+
+def _saved_files(folder: str) -> list[str]:
+    state = read_json(Path(folder, "state.json")) or {}
+    files = [os.path.join(folder, str(file["filename"])) for file in state.get("_data_files", ())]
+    if not files:
+        raise DataError(
+            f"{folder}: written by save_to_disk, but its state.json names no files: write it again"
+        )
+    for file in files:
+        check_file(file, empty=True)
+    return files
 
 
 def rows_below(folder: str) -> list[str]:
@@ -160,13 +208,13 @@ def _of_folder(folder: str, split: str) -> DataFiles:
                     f"{', '.join(sorted(splits[file]))}: name the file to read as the path, or "
                     "rename it"
                 )
-        _check_one_format(folder, files, {_suffix(file) for file in files})
+        _check_one_format(folder, files, {suffix_of(file) for file in files})
     every = [file for files in found.values() for file in files]
-    _check_one_format(folder, every, {FORMATS[_suffix(file)] for file in every})
+    _check_one_format(folder, every, {format_of(file) for file in every})
     paths = {n: [os.path.join(folder, file) for file in files] for n, files in found.items()}
     for files in paths.values():
         for file in files:
-            _check_file(file, empty=True)
+            check_file(file, empty=True)
     left = [file for file in splits if not splits[file].intersection(wanted)]
     return DataFiles(paths, folder, left)
 
@@ -176,7 +224,7 @@ def _splits_of_files(folder: str) -> dict[str, set[str]]:
     name of a split and others do not.
     """
     rows = rows_below(folder)
-    if not any(_suffix(file) in FORMATS for file in rows):
+    if not any(format_of(file) for file in rows):
         raise DataError(f"{folder}: the folder holds no {READABLE} files")
     splits = {file: named_splits(file) for file in rows}
     nameless = [file for file in rows if not splits[file]]
@@ -193,11 +241,9 @@ def _splits_of_files(folder: str) -> dict[str, set[str]]:
 
 def _holds_rows(name: str) -> bool:
     """Tell whether a name is that of a file of rows, in a format that is read or in another."""
-    bare, suffix = os.path.splitext(name)
-    rows = (*FORMATS, *OTHER_FORMATS)
-    packed = suffix.lower() in PACKED and _suffix(bare) in rows
+    rows = os.path.splitext(suffix_of(name))[0]
     hidden = name.startswith(".")
-    return not hidden and name not in NOT_ROWS and (packed or suffix.lower() in rows)
+    return not hidden and name not in NOT_ROWS and rows in (*FORMATS, *OTHER_FORMATS)
 
 
 def named_splits(file: str) -> set[str]:
@@ -214,31 +260,55 @@ def _check_one_format(folder: str, files: Sequence[str], formats: set[str]) -> N
             f"{folder}: {some(files)} are of different formats ({', '.join(sorted(formats))}), "
             "perhaps the same rows twice: name the file to read as the path, or move the others"
         )
-    if not formats.issubset((*FORMATS, *FORMATS.values())):
+    if not all(format_of(file) for file in files):
         raise DataError(f"{folder}: {some(files)} must be one of {READABLE}")
 
 
-def _check_file(file: str, empty: bool = False) -> None:
+def check_file(file: str, empty: bool = False) -> None:
     """Raise DataError on what nobody could read: another format, a file that is not there or is
-    none, and parquet that is not.
+    none, and one that its first bytes show not to be what its name says.
     """
-    if _suffix(file) not in FORMATS:
-        raise DataError(f"{file}: must be one of {READABLE}, a folder of those, or a hub name")
+    if not (of := format_of(file)):
+        raise DataError(
+            f"{file}: must be one of {READABLE} (text also with {', '.join(PACKED)}), a folder of "
+            "those, or a hub name"
+        )
     if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for ever
         raise DataError(f"{file}: not a file")
     try:
         with open(file, "rb") as opened:
-            head = opened.read(4)
+            head = opened.read(8)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not head and not empty:
         raise DataError(f"{file}: the file is empty")
-    if _suffix(file) == ".parquet" and head != b"PAR1":
-        raise DataError(f"{file}: not a parquet file, whatever its name says")
+    packing = os.path.splitext(suffix_of(file))[1]
+    begins: dict[str, tuple[bytes, ...]] = {
+        "parquet": (b"PAR1",),
+        "arrow": (b"ARROW1", b"\xff\xff\xff\xff"),
+    }
+    wanted = (PACKED[packing],) if packing else begins.get(of, (b"",))
+    if (head or of not in TEXT) and not head.startswith(wanted):
+        raise DataError(f"{file}: not {_a(packing or of)} file, whatever its name says")
 
 
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
+def _a(name: str) -> str:
+    return f"an {name}" if name == "arrow" else f"a {name}"
+
+
+def format_of(file: str) -> str:
+    """Return the format that a file's name says, as in `FORMATS`, also of a packed one; nothing
+    when it is none that is read.
+    """
+    suffix, packing = os.path.splitext(suffix_of(file))
+    of = FORMATS.get(suffix, "")
+    return "" if packing and of not in TEXT else of
+
+
+def suffix_of(file: str) -> str:
+    """Return a file's suffix, with that of its packing: .jsonl.gz."""
+    bare, suffix = os.path.splitext(file.lower())
+    return os.path.splitext(bare)[1] + suffix if suffix in PACKED else suffix
 
 
 def some(files: Sequence[str]) -> str:
@@ -252,7 +322,41 @@ def read_and_left(folder: str, read: Sequence[str], left: Sequence[str]) -> str:
     return f"{folder}: read {some(read)}" + (f"; not read: {some(left)}" if left else "")
 
 
-# --- JSON -----------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened_text(file: str, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file of text, packed or not, without its byte-order mark; bytes that are no UTF-8
+    become lone surrogates. Raises DataError when it cannot be read or unpacked.
+    """
+    try:
+        with open(file, "rb") as raw:
+            unpacked = _unpacked(raw, _packing(file, raw))
+            with io.TextIOWrapper(unpacked, "utf-8-sig", "surrogateescape", newline) as text:
+                yield text
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{file}: cannot be unpacked: {in_a_line(error)}") from None
+    except OSError as error:  # what is damaged has no error number
+        what = "be unpacked" if error.errno is None else "be read"
+        raise DataError(f"{file}: cannot {what}: {error.strerror or in_a_line(error)}") from None
+
+
+def _packing(file: str, raw: io.BufferedReader) -> str:
+    """Return how a file is packed, by its name or, where that does not say, its first bytes."""
+    if named := os.path.splitext(suffix_of(file))[1]:
+        return named
+    head = raw.peek(8)  # a text may begin with BZh
+    return next((p for p, begin in PACKED.items() if p != ".bz2" and head.startswith(begin)), "")
+
+
+def _unpacked(raw: BinaryIO, packing: str) -> Any:
+    if packing == ".zst":
+        import pyarrow  # Python's own comes with 3.14
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    readers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return readers[packing](raw) if packing else raw
 
 
 def json_lines(file: str, empty: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -262,34 +366,38 @@ def json_lines(file: str, empty: bool = False) -> Iterator[tuple[int, dict[str, 
     Raises DataError with the number of a line that is no row, and on a file without rows unless it
     may be empty.
     """
-    for number, line in numbered_lines(file, empty):
-        yield number, _row(file, number, line)
-
-
-def numbered_lines(file: str, empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield the lines of `json_lines` as text, without looking into them."""
     found = False
-    try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                if not found and _begins_one_value(file, line):
-                    return
-                found = True
-                yield number, line
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    with opened_text(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if not found and begins_one_value(file, line):
+                return
+            found = True
+            for row in _rows(file, number, line):
+                yield number, row
     if not (found or empty):
         raise DataError(f"{file}: has no rows")
 
 
-def _begins_one_value(file: str, line: str) -> bool:
-    return line.lstrip().startswith("[") or (_suffix(file) == ".json" and line.strip() == "{")
+def begins_one_value(file: str, line: str) -> bool:
+    """Tell whether the first line of a file begins a JSON value that goes on over many."""
+    if line.lstrip().startswith("["):
+        return True
+    if not suffix_of(file).startswith(".json") or suffix_of(file).startswith(".jsonl"):
+        return False
+    try:
+        _DECODER.raw_decode(line.strip())
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
-def _is_text(line: str) -> bool:
-    """Tell whether all bytes of a line were UTF-8: others were read as lone surrogates."""
+_DECODER = json.JSONDecoder()
+
+
+def is_text(line: str) -> bool:
+    """Tell whether all bytes of a text were UTF-8: others were read as lone surrogates."""
     try:
         line.encode()
     except UnicodeEncodeError:
@@ -297,24 +405,35 @@ def _is_text(line: str) -> bool:
     return True
 
 
-def _row(file: str, number: int, line: str) -> dict[str, Any]:
-    if not _is_text(line):
-        raise DataError(f"{file}:{number}: cannot be read as UTF-8 text")
-    try:
-        row = json.loads(line.rstrip())
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{file}:{number}: half a character (\\ud800 to \\udfff stand in pairs)"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}:{number}: not a line of JSON: {error.msg} at column {error.colno}"
-        ) from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{file}:{number}: not a line of JSON") from None
+def _rows(file: str, number: int, line: str) -> Iterator[dict[str, Any]]:
+    """Yield the row of a line; several where several stand on it."""
+    where = f"{file}:{number}"
+    if not is_text(line):
+        raise DataError(f"{where}: cannot be read as UTF-8 text")
+    line = line.rstrip()
+    end = len(line) - len(line.lstrip())
+    while end < len(line):
+        try:
+            row, end = _DECODER.raw_decode(line, end)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not a line of JSON: {error.msg} at column {error.colno}"
+            ) from None
+        except (ValueError, RecursionError):
+            raise DataError(f"{where}: not a line of JSON") from None
+        yield checked_row(where, row, escapes="\\u" in line)
+        while line[end : end + 1].isspace():
+            end += 1
+
+
+def checked_row(where: str, row: Any, escapes: bool = True) -> dict[str, Any]:
+    """Return a row of JSON. Raises DataError, which begins with `where`, on what is no object, and
+    on half a character, which only `escapes` can write.
+    """
+    if escapes and not is_text(json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{where}: half a character (\\ud800 to \\udfff stand in pairs)")
     if not isinstance(row, dict):
-        raise DataError(f'{file}:{number}: not a row of columns, such as {{"prompt": "..."}}')
+        raise DataError(f'{where}: not a row of columns, such as {{"prompt": "..."}}')
     return row
 
 

@@ -1,310 +1,373 @@
-"""Data sets read by Hugging Face datasets: exactly the files that are meant, as they are now, and
-where each row came from.
+"""Rows of a data set, as they were written and one after the other: exactly the files that are
+meant, as they are now, and where each row came from.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import glob
-import hashlib
-import json
 import os
-import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
+from learners.data.choose import Where, in_order
 from learners.data.files import (
     DataFiles,
+    check_file,
     files_below,
     find_files,
-    json_lines,
-    numbered_lines,
-    read_and_left,
+    format_of,
     rows_below,
     split_names,
 )
+from learners.data.formats import BATCH, arrow_errors, count_rows, rows_of
+from learners.data.store import REMEDY, unwritable
 from learners.errors import DataError, in_a_line
 from learners.settings import DataSettings
 
-# Rows of files up to this many bytes are read anew and held in memory; those of larger ones stay
-# where `datasets` keeps its own, by what the files hold.
-IN_MEMORY = 1 << 28
+LOOKED_AT = 1000  # rows whose columns are those of the data
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows of a data set, as a `datasets.Dataset`, and what a person should know of its files;
-    `files` is None where `datasets` found them.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it was written, its file, and its place there: number and line, from 1 (line 0: the
+    file has none). `values` has None for a column of the data that this row lacks.
     """
 
-    data: DataSettings
-    rows: Any
-    files: DataFiles | None
-    notice: str = ""
+    values: dict[str, Any]
+    file: str
+    number: int
+    line: int = 0
+
+    @property
+    def place(self) -> str:
+        line = f" (line {self.line})" if self.line not in (0, self.number) else ""
+        return f"{self.file}: row {self.number}{line}"
 
     @contextmanager
-    def at(self, row: int) -> Iterator[None]:
-        """Say in DataErrors about a row, counted from 0, where that came from."""
+    def located(self) -> Iterator[None]:
+        """Say in DataErrors where the row that they are about came from."""
         try:
             yield
         except DataError as error:
-            raise DataError(f"{self.place(row)}: {error}") from error.__cause__
+            raise DataError(f"{self.place}: {error}") from error.__cause__
 
-    def place(self, row: int) -> str:
-        """Return the file of a row, counted from 0, and its place there, counted from 1."""
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Rows of files, one file after the other."""
+
+    files: list[str]
+    field: str | None = None
+    separator: str | None = None
+
+    @property
+    def holds_texts(self) -> bool:
+        return format_of(self.files[0]) == "csv"
+
+    def __iter__(self) -> Iterator[Row]:
+        for file in self.files:
+            for number, (line, values) in enumerate(rows_of(file, self.field, self.separator), 1):
+                yield Row(values, file, number, line)
+
+    def __len__(self) -> int:
+        return sum(count_rows(file, self.field, self.separator) for file in self.files)
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """Rows of a `datasets.Dataset`, which maps its files into memory."""
+
+    path: str
+    rows: Any
+    holds_texts = False
+
+    def __iter__(self) -> Iterator[Row]:
+        number = 0
+        with arrow_errors(self.path):
+            for batch in self.rows.iter(batch_size=BATCH):
+                for values in zip(*batch.values(), strict=True):
+                    number += 1
+                    yield Row(dict(zip(batch, values, strict=True)), self.path, number)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+Split = FileSplit | HubSplit
+
+
+class Stamps:
+    """Marks of files, which change when the files do, as they were at first."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        self.files = list(files)
+        self.first = [self._of(file) for file in self.files]
+
+    @staticmethod
+    def _of(file: str) -> tuple[int, ...]:
         try:
-            place = self._place_in_file(row)
-        except (OSError, ValueError):  # the file has changed since, or is gone
-            place = ""
-        return place or f"{self.data.path}: row {row + 1}"
+            there = os.stat(file)
+        except OSError:  # not there
+            return ()
+        return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
 
-    def _place_in_file(self, row: int) -> str:
-        """Return nothing when it cannot be told from the files."""
-        if self.files is None:
-            return ""
-        split, row = self._row_of_split(row)
-        lines = {file: self._lines[file] for file in self.files.splits[split]}
-        if sum(map(len, lines.values())) != self.rows.info.splits[split].num_examples:
-            return ""  # several rows on a line, or one over several
-        for file, numbers in lines.items():
-            if row < len(numbers):
-                line = f" (line {numbers[row]})" if numbers[row] not in (0, row + 1) else ""
-                return f"{file}: row {row + 1}{line}"
-            row -= len(numbers)
-        return ""
-
-    @cached_property
-    def _lines(self) -> dict[str, Sequence[int]]:
-        """The line of every row, by file."""
-        return {file: _lines_of_rows(file) for file in (self.files.all if self.files else [])}
-
-    def _row_of_split(self, row: int) -> tuple[str, int]:
-        """Return the split and the place in it of a row, which may be of a slice or a sum."""
-        from datasets import ReadInstruction
-
-        sizes = {name: split.num_examples for name, split in self.rows.info.splits.items()}
-        asked = "+".join(sizes) if self.data.split == "all" else self.data.split
-        for part in ReadInstruction.from_spec(asked).to_absolute(sizes):
-            if row < part.to - part.from_:
-                return part.splitname, part.from_ + row
-            row -= part.to - part.from_
-        raise IndexError(row)
+    @contextmanager
+    def unchanged(self, path: str) -> Iterator[None]:
+        """Raise DataError, also instead of another, when files have changed since the first."""
+        problem: DataError | None = None
+        try:
+            yield
+        except DataError as error:
+            problem = error
+        if [self._of(file) for file in self.files] != self.first:
+            raise DataError(
+                f"{path}: changed while it was read; start again when nobody writes to it"
+            ) from problem
+        if problem is not None:
+            raise problem
 
 
-def _lines_of_rows(file: str) -> Sequence[int]:
-    """Return the line of every row; 0 in files without lines."""
-    if file.lower().endswith(".parquet"):
-        from pyarrow.parquet import read_metadata
+class Source:
+    """The rows of a data set that are used, its columns, and what a person should know of its
+    files. Rows are read anew by every iteration, which raises DataError on what is no row, and when
+    a file has changed since the first.
+    """
 
-        return [0] * read_metadata(file).num_rows
-    lines = [number for number, _ in numbered_lines(file, empty=True)]
-    return lines or [0] * len(_one_value(file))
+    def __init__(
+        self,
+        data: DataSettings,
+        splits: Mapping[str, Split],
+        files: Iterable[str] = (),
+        notice: str = "",
+    ) -> None:
+        self.data = data
+        self.notice = notice
+        self._splits = splits
+        self._stamps = Stamps(files)
+        with self._stamps.unchanged(data.path):
+            self._parts = list(_parts(data, splits))
+            self.columns = self._look()
+
+    def __iter__(self) -> Iterator[Row]:
+        with self._stamps.unchanged(self.data.path):
+            yield from in_order(self._matching, self.data.shuffle, self.data.limit)
+
+    def _matching(self) -> Iterator[Row]:
+        where = self._where()
+        columns = dict.fromkeys(self.columns)
+        for row in self._written():
+            if where is None or where.holds(row.values):
+                complete = row.values.keys() >= columns.keys()
+                yield row if complete else dataclasses.replace(row, values=columns | row.values)
+
+    def _written(self) -> Iterator[Row]:
+        return chain.from_iterable(
+            islice(iter(self._splits[name]), start, stop) for name, start, stop in self._parts
+        )
+
+    def _where(self) -> Where | None:
+        texts = any(split.holds_texts for split in self._splits.values())
+        return Where(self.data.where, texts) if self.data.where else None
+
+    def _look(self) -> list[str]:
+        """Return the columns that the first rows have. Raises DataError when no row is left."""
+        where = self._where()
+        first = self.data.limit if self.data.shuffle is None else None
+        columns: dict[str, None] = {}
+        seen = 0
+        left = 0
+        for seen, row in enumerate(self._written(), 1):
+            columns.update(dict.fromkeys(row.values))
+            left += where is None or where.holds(row.values)
+            if left and (seen >= LOOKED_AT or left == first):
+                break
+        path = self.data.path
+        if not seen:
+            raise DataError(f"{path}: no rows in split {self.data.split}")
+        if missing := [name for name in self.data.where if name not in columns]:
+            raise DataError(
+                f"{path}: where names the column {missing[0]!r}; there are {', '.join(columns)}"
+            )
+        if where is not None and not left:
+            raise DataError(f"{path}: {where.problem()}")
+        return list(columns)
 
 
-def _check_json(file: str) -> None:
-    """Raise DataError, with its line, on what is no JSON."""
-    if not sum(1 for _ in json_lines(file, empty=True)):
-        _one_value(file)
+def _parts(
+    data: DataSettings, splits: Mapping[str, Split]
+) -> Iterator[tuple[str, int, int | None]]:
+    """Yield the splits that are asked for, in order, each with the first of its rows and the one
+    behind its last (None: all). Raises DataError on a split that is not there, or none at all.
+    """
+    names = list(splits) if data.split == "all" else split_names(data.split)
+    if set(names) <= set(splits) and not any(mark in data.split for mark in "[("):
+        yield from ((name, 0, None) for name in names)
+        return
+    from datasets import ReadInstruction
 
-
-def _one_value(file: str) -> list[Any]:
-    """Return the rows of a file that is one JSON value."""
+    counted = any(mark in data.split for mark in "%-")  # else nothing is counted from the end
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8-sig").strip() or "[]")
-    except json.JSONDecodeError as error:
-        where = f"{file}:{error.lineno}"
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{file}: not JSON: too many brackets in each other") from None
-    return value if isinstance(value, list) else [value]
+        asked = ReadInstruction.from_spec(data.split)
+        sizes = {name: len(rows) if counted else sys.maxsize for name, rows in splits.items()}
+        parts = asked.to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        if isinstance(error, DataError):
+            raise
+        why = f"cannot be read (split {data.split}): {in_a_line(error)}"
+        raise DataError(f"{data.path}: {why}") from None
+    yield from ((part.splitname, part.from_, part.to) for part in parts)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read(data: DataSettings, columns: Sequence[str]) -> Source:
-    """Read a data set's rows, with just these columns; needs no tokenizer.
+def read(data: DataSettings) -> Source:
+    """Return the rows of a data set; needs no tokenizer.
 
     Raises DataError when there is nothing at the path, when it cannot be read or would have to be
-    guessed, has no rows, or lacks columns.
+    guessed, has no rows, or when a condition of `where` leaves none.
     """
     files = find_files(data.path, data.split)
     if not os.path.exists(data.path):
-        rows = _from_hub(data)
-        notice = ""
-    elif files is None:
-        rows, notice = _from_folder(data)
+        _check_unused(data, "field")
+        return Source(data, _on_hub(data))
+    _check_unused(data, "revision")
+    field = data.field
+    separator = None
+    if files is None:
+        files, field, separator = _described(data)
     else:
-        rows = _from_files(data, files)
-        notice = files.notice()
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        raise DataError(f"{data.path}: columns {missing} missing; it has {rows.column_names}")
-    if not len(rows):
-        raise DataError(f"{data.path}: no rows in split {data.split}")
-    if data.limit is not None:
-        rows = rows.select(range(min(data.limit, len(rows))))
-    return Source(data, rows, files, notice)
+        _check_unused(data, "configuration")
+    if files.format != "json":
+        _check_unused(data, "field")
+    splits = {
+        name: FileSplit(of_split, field, separator) for name, of_split in files.splits.items()
+    }
+    return Source(data, splits, files.all, files.notice())
 
 
-def _from_files(data: DataSettings, files: DataFiles) -> Any:
-    """Read just these files."""
-    names = {file: f"{i}.{files.format}" for i, file in enumerate(files.all)}
-    # rows that look like an agent's log are rows here
-    options = {"parse_agent_traces": False} if files.format == "json" else {}
-    shape = {split: len(of_split) for split, of_split in files.splits.items()}
-    with _links(data, {name: file for file, name in names.items()}, shape) as (folder, kept):
-        # the folder for temporary files may itself look like a pattern
-        splits = {
-            split: [glob.escape(os.path.join(folder, names[file])) for file in of_split]
-            for split, of_split in files.splits.items()
-        }
+def _check_unused(data: DataSettings, key: str) -> None:
+    meant = {
+        "field": "a JSON file",
+        "revision": "a data set of the hub",
+        "configuration": "a data set of the hub, or of a folder with a dataset card",
+    }
+    if getattr(data, key) is not None:
+        raise DataError(f"{data.path}: {key} is of {meant[key]}: leave it out")
+
+
+def _described(data: DataSettings) -> tuple[DataFiles, str | None, str | None]:
+    """Return the files of a folder that describes itself, the key of their rows (`field`) and the
+    separator of their cells, where it says these.
+    """
+    with _links(data) as (folder, copy), _nobody_told():
         try:
-            _, rows = _load(
-                files.format,
-                data.split,
-                _small(files.all),
-                kept,
-                cache_dir=folder,
-                data_files=splits,
-                **options,
-            )
-        except Exception:
-            if files.format == "json":
-                for file in files.all:
-                    _check_json(file)
+            config = _builder(data, copy, cache_dir=folder).config
+        except DataError:
             raise
-    return rows
-
-
-def _from_folder(data: DataSettings) -> tuple[Any, str]:
-    """Read a folder that describes itself; return its rows, and which files they are from."""
-    below = files_below(data.path)
-    files = {os.path.join("data", file): os.path.join(data.path, file) for file in below}
-    with _links(data, files) as (folder, kept):
-        copy = os.path.join(folder, "data")
-        builder, rows = _load(copy, data.split, _small(files.values()), kept, cache_dir=folder)
-        wanted = rows.info.splits if data.split == "all" else split_names(data.split)
-        found = [file for split in wanted for file in builder.config.data_files[split]]
-        read_files = [os.path.relpath(file, copy) for file in found]
+        except Exception as error:  # datasets raises its own, the hub's and built-in ones
+            said = in_a_line(error).replace(copy, data.path)
+            raise DataError(f"{data.path}: cannot be read (split {data.split}): {said}") from error
+        there = {
+            str(split): [os.path.relpath(file, copy) for file in files]
+            for split, files in (config.data_files or {}).items()
+        }
+    wanted = list(there) if data.split == "all" else list(dict.fromkeys(split_names(data.split)))
+    for name in wanted:
+        if name not in there:
+            raise DataError(f"{data.path}: no split {name}; it holds {', '.join(there)}")
+    paths = {name: [os.path.join(data.path, file) for file in there[name]] for name in wanted}
+    for file in chain.from_iterable(paths.values()):
+        check_file(file, empty=True)
+    read_files = {file for name in wanted for file in there[name]}
     left = [file for file in rows_below(data.path) if file not in read_files]
-    return rows, read_and_left(data.path, read_files, left)
+    return DataFiles(paths, data.path, left), *_options(data, config)
 
 
-def _from_hub(data: DataSettings) -> Any:
-    """Read a data set of the hub, which `datasets` keeps by revision."""
+def _options(data: DataSettings, config: Any) -> tuple[str | None, str | None]:
+    """Return the two options of a card's configuration that say how files are to be read. Raises
+    DataError on others, without which the rows would be read as something else.
+    """
+    own = {field.name for field in dataclasses.fields(config)}
+    usual = type(config)()
+    known = {"name", "version", "data_dir", "data_files", "description", "features"}
+    known |= {"field", "sep", "delimiter"}
+    for name in sorted(own - known):
+        if getattr(config, name) != getattr(usual, name):
+            raise DataError(f"{data.path}: its card says {name}, which is not known here")
+    separator = getattr(config, "sep", ",")
+    field = data.field or getattr(config, "field", None)
+    return field, None if separator == "," else separator  # as the files' names say
+
+
+def _on_hub(data: DataSettings) -> dict[str, Split]:
+    """Return the splits of a data set of the hub, which `datasets` keeps by revision."""
     try:
-        return _load(data.path, data.split, False)[1]
+        with _nobody_told():
+            builder = _builder(data, data.path)
+            builder.download_and_prepare()
+            rows = builder.as_dataset()
+    except DataError:
+        raise
     except Exception as error:  # datasets raises its own, Arrow's, the hub's and built-in ones
+        if problem := _cache_problem(error):
+            raise DataError(f"{data.path}: the cache {problem}") from error
         raise DataError(
             f"{data.path}: no file or folder here, and cannot be read from the hub "
-            f"(split {data.split}): {_first_line(error)}"
+            f"(split {data.split}): {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from error
+    return {str(name): HubSplit(data.path, split) for name, split in rows.items()}
 
 
-def _load(
-    source: str, split: str, in_memory: bool, kept: str = "", features: Any = None, **where: Any
-) -> tuple[Any, Any]:
-    """Return what read a split, and its rows. What is in the folder `kept` already is taken from
-    there; empty: nothing is.
+def _builder(data: DataSettings, source: str, **where: Any) -> Any:
+    """Return what knows a data set's files. Raises DataError where it has several configurations
+    and the one that is meant is not named, and whatever `datasets` raises.
     """
-    import datasets  # takes a second, and processes that only tokenise do without
+    import datasets
 
     datasets.disable_progress_bars()
-    builder = datasets.load_dataset_builder(source, features=features, **where)
-    form = "read" if features is None else "texts"
-    builder.download_and_prepare(os.path.join(kept, form) if kept else None)
-    rows = builder.as_dataset(split=split, in_memory=in_memory)
-    # Text that looks like a date in every row is read from JSON as one; as free-form JSON it stays
-    # text.
-    dates = [name for name, feature in rows.features.items() if "timestamp" in str(feature)]
-    if rows.info.builder_name != "json" or not dates:
-        rows.data.validate(
-            full=True
-        )  # bytes that are no text are found otherwise when they are used
-        return builder, rows
-    texts = datasets.Features(rows.features | {name: datasets.Json() for name in dates})
-    return _load(source, split, in_memory, kept, texts, **where)
-
-
-@contextmanager
-def _links(
-    data: DataSettings, links: Mapping[str, str], shape: Mapping[str, int] | None = None
-) -> Iterator[tuple[str, str]]:
-    """Make a temporary folder of links, by their names, to files, whose own names `datasets` would
-    take for patterns and addresses. There it may write what it likes, and it finds nothing that an
-    earlier run wrote. Yield it, and the folder in which rows are kept, or "". `shape`: which of the
-    files are of which split.
-
-    Raises DataError for whatever goes wrong meanwhile, also when a file changes.
-    """
-    before = _stamps(links.values())
-    kept = ""
-    with _temporary_folder(data) as folder, _nobody_told():
-        for name, file in links.items():
-            link = os.path.join(folder, name)
-            os.makedirs(os.path.dirname(link), exist_ok=True)
-            os.symlink(os.path.abspath(file), link)
-        problem: Exception | None = None
-        try:
-            kept = _kept(links, shape)
-            yield folder, kept
-        except Exception as error:  # datasets raises its own, Arrow's and built-in ones
-            problem = error
-    changed = _stamps(links.values()) != before
-    if kept and (changed or problem):  # perhaps not what its name says, or damaged
-        shutil.rmtree(kept, ignore_errors=True)
-    if changed:
+    try:
+        return datasets.load_dataset_builder(
+            source, data.configuration, revision=data.revision, **where
+        )
+    except ValueError as error:
+        if "in the cache" in str(error):  # the hub cannot be reached, and names no configurations
+            raise
+        names = datasets.get_dataset_config_names(source, revision=data.revision)
+        named = data.configuration
+        if named in names:
+            raise
+        what = f"no configuration {named}" if named else "several configurations"
         raise DataError(
-            f"{data.path}: changed while it was read; start again when nobody writes to it"
-        ) from problem
-    if isinstance(problem, DataError):
-        raise problem
-    if problem is not None:
-        said = _first_line(problem, kept)
-        for name, file in links.items():
-            said = said.replace(os.path.join(folder, name), file)
-        raise DataError(f"{data.path}: cannot be read (split {data.split}): {said}") from problem
-
-
-def _kept(files: Mapping[str, str], shape: Mapping[str, int] | None) -> str:
-    """Return the folder in which the rows of large files stay for the next run, named after sizes
-    and digests of the files; "" for small ones, and where nothing can be written.
-    """
-    if _small(files.values()):
-        return ""
-    from datasets import __version__, config
-
-    above = os.path.join(config.HF_DATASETS_CACHE, "quatuor")
-    try:
-        os.makedirs(above, exist_ok=True)
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError:
-        return ""
-    key = hashlib.blake2b(json.dumps([__version__, shape]).encode(), digest_size=16)
-    for name, file in files.items():
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "blake2b").hexdigest()
-        key.update(json.dumps([name, os.path.getsize(file), digest]).encode())
-    return os.path.join(above, key.hexdigest())
+            f"{data.path}: {what}: set configuration to one of {', '.join(names)}"
+        ) from None
 
 
 @contextmanager
-def _temporary_folder(data: DataSettings) -> Iterator[str]:
+def _links(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """Yield a temporary folder, and in it one of links to all files of the data's folder, whose own
+    name `datasets` may take for a pattern.
+    """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="quatuor-data-")
+        temporary = tempfile.TemporaryDirectory(prefix="quatuor-data-")
     except OSError as error:
         why = error.strerror or error
         raise DataError(
             f"{data.path}: reading needs a folder for temporary files: {why}; set TMPDIR to one"
         ) from None
-    with folder as name:
-        yield name
+    with temporary as folder:
+        copy = os.path.join(folder, "data")
+        for file in files_below(data.path):
+            link = os.path.join(copy, file)
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink(os.path.abspath(os.path.join(data.path, file)), link)
+        yield folder, copy
 
 
 @contextmanager
@@ -326,63 +389,15 @@ def _nobody_told() -> Iterator[None]:
         config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
-def _stamps(files: Iterable[str]) -> list[tuple[int, ...]]:
-    """Return what changes when files do; a file that is not there has nothing."""
-    stamps: list[tuple[int, ...]] = []
-    for file in files:
-        try:
-            there = os.stat(file)
-        except OSError:
-            stamps.append(())
-        else:
-            stamps.append((there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns))
-    return stamps
+def _cache_problem(error: BaseException) -> str:
+    """Return what is wrong with the folders in which data of the hub are kept; nothing when the
+    error is another.
+    """
+    from datasets import config
+    from huggingface_hub import constants
 
-
-def _small(files: Iterable[str]) -> bool:
-    return sum(os.path.getsize(file) for file in files) <= IN_MEMORY
-
-
-def _first_line(error: Exception, kept: str = "") -> str:
-    cause = error.__cause__ or error
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        full = os.path.dirname(kept) or tempfile.gettempdir()
-        variable = "HF_DATASETS_CACHE" if kept else "TMPDIR"
-        return f"no space left in {full}; set {variable} to a folder with more"
-    # what does not fit, and to what, stands on the lines after the first
-    whole = " ".join(str(cause).split())[:300]
-    return whole if whole.startswith("Couldn't cast") else in_a_line(cause)
-
-
-@dataclass(frozen=True)
-class Row:
-    values: dict[str, Any]
-    place: str
-    number: int
-
-    @contextmanager
-    def located(self) -> Iterator[None]:
-        try:
-            yield
-        except DataError as error:
-            raise DataError(f"{self.place}: {error}") from error.__cause__
-
-
-_read = read
-
-
-class _Stream:
-    def __init__(self, source: Any, columns: list[str]) -> None:
-        self.source = source
-        self.columns = columns
-        self.notice = source.notice
-
-    def __iter__(self) -> Iterator[Any]:
-        for i, values in enumerate(self.source.rows):
-            yield Row(values, self.source.place(i), i + 1)
-
-
-def read(data: DataSettings) -> Any:  # type: ignore[no-redef]
-
-    source = _read(data, [])
-    return _Stream(source, source.rows.column_names)
+    folders = [str(config.HF_DATASETS_CACHE), constants.HF_HUB_CACHE]
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{folders[0]} is full: {cause.strerror}; {REMEDY}"
+    return next((problem for folder in folders if (problem := unwritable(folder))), "")

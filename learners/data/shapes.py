@@ -1,42 +1,337 @@
-"""Which columns a data set's rows are read from, and what a row says."""
+"""The shapes that data come in: which columns are read, and what a row says in canonical form.
+
+Errors of a row begin with the column's name; its place is put in front by whoever reads it.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from learners.data.conversation import Conversation, Preference, Said
+from learners.data.messages import (
+    Turn,
+    are_messages,
+    at_end,
+    chat_in,
+    common_turns,
+    read_messages,
+    said_by,
+)
+from learners.data.pairs import part_texts, part_turns, refuse_second_answer, turns_of_texts
+from learners.data.tools import read_object, read_tools, tools_in, without_nulls
+from learners.errors import DataError
+from learners.settings import DataSettings, PairData, PromptData, SFTData
+
+Row = Mapping[str, Any]
+Names = Mapping[str, str]  # of the data's columns, by what they mean
+
+CHATS = ("messages", "conversations", "conversation")
+DEFAULTS = {
+    "messages": CHATS,
+    "prompt": ("prompt",),
+    "response": ("response", "completion"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "tools": ("tools",),
+    "template_arguments": ("template_arguments", "chat_template_kwargs"),
+}
+# by other names in data that people have
+OFTEN = {
+    "messages": ("dialogue", "dialog", "turns", "chat"),
+    "prompt": ("question", "instruction", "query", "problem", "input"),
+    "response": ("answer", "output", "solution", "target"),
+    "chosen": ("preferred", "better", "winner", "accepted"),
+    "rejected": ("dispreferred", "worse", "loser", "refused"),
+}
+MEDIA = {name: f"<{name}>" for name in ("image", "audio", "video")}
 
 
-def recognised(data: Any, columns: Any) -> dict[str, str]:
-    kind = type(data).__name__
-    if kind == "PromptData":
-        return {"prompt": data.columns.prompt or "prompt"}
-    if kind == "SFTData":
-        if "messages" in columns:
-            return {"messages": "messages"}
-        return {
-            "prompt": data.columns.prompt or "prompt",
-            "response": data.columns.response or "response",
-        }
-    return {"prompt": data.columns.prompt or "prompt", "chosen": "chosen", "rejected": "rejected"}
+# --- columns --------------------------------------------------------------------------------------
 
 
-def prompt_of(data: Any, row: dict[str, Any], names: Any) -> Said:
-    v = row[names["prompt"]]
-    return v if isinstance(v, str) else Conversation(v, row.get("tools"), data.template_arguments)
+def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) -> dict[str, str]:
+    """Return the columns that are read, by what they mean: `messages`, or `prompt` and `response`
+    (SFT); `chosen`, `rejected` and perhaps `prompt` and `margin` (pairs); `prompt` (RL); `tools`,
+    `template_arguments` where there are such.
+
+    Raises DataError when columns that the recipe names are missing, or when it would have to be
+    guessed what is meant.
+    """
+    named = {name: column for name, column in data.columns if column is not None}
+    answers = data.answer_columns if isinstance(data, PromptData) else ()
+    if missing := [name for name in (*named.values(), *answers) if name not in columns]:
+        close = difflib.get_close_matches(missing[0], columns, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"{data.path}: columns {missing} missing; it has {list(columns)}{hint}")
+    there = {name: _default(name, columns) for name in DEFAULTS} | named
+    found = {name: column for name, column in there.items() if column}
+    if isinstance(data, PromptData):
+        found.setdefault("prompt", found.get("messages", ""))
+        needed = ["prompt"]
+    elif isinstance(data, PairData):
+        needed = ["chosen", "rejected"]
+    else:
+        needed = _of_sft(data, found, named)
+    if lacking := [name for name in needed if not found.get(name)]:
+        raise DataError(f"{data.path}: {_unrecognised(data, lacking, columns)}")
+    beside = ["tools", "template_arguments"]
+    beside += ["prompt", "margin"] if isinstance(data, PairData) else []
+    return {name: found[name] for name in (*needed, *beside) if name in found}
 
 
-def demonstration_of(data: Any, row: dict[str, Any], names: Any) -> Any:
+def _default(name: str, columns: Sequence[str]) -> str:
+    return next((column for column in DEFAULTS[name] if column in columns), "")
+
+
+def _of_sft(data: DataSettings, found: Names, named: Names) -> list[str]:
+    """Return what is read for SFT: conversations, or prompts and responses."""
+    as_chat = ["messages"]
+    as_pair = ["prompt", "response"]
+    asked = [shape for shape in (as_chat, as_pair) if any(name in named for name in shape)]
+    whole = [shape for shape in (as_chat, as_pair) if all(name in found for name in shape)]
+    possible = asked or whole or [as_pair]
+    if len(possible) > 1:
+        pair = ", ".join(f"{name}: {found.get(name, name)}" for name in as_pair)
+        raise DataError(
+            f"{data.path}: conversations and answers in one: name those to read, "
+            f"`columns: {{messages: {found['messages']}}}` or `columns: {{{pair}}}`"
+        )
+    return possible[0]
+
+
+def _unrecognised(data: DataSettings, lacking: Sequence[str], columns: Sequence[str]) -> str:
+    """Return the columns there are, those that are read, and how to name others."""
+    wanted = "messages (or conversations), or prompt with response (or completion)"
+    if isinstance(data, PromptData):
+        wanted = "prompt (or messages)"
+    elif isinstance(data, PairData):
+        wanted = "chosen with rejected, and perhaps prompt"
+    example = {"prompt": "question", "response": "answer", "chosen": "better", "rejected": "worse"}
+    close = _like(lacking, columns)
+    if not close and isinstance(data, SFTData):
+        close = _like(["messages"], columns)
+    hint = "perhaps" if close else "as in"
+    pairs = (close or {name: example[name] for name in lacking}).items()
+    shown = ", ".join(f"{name}: {column}" for name, column in pairs)
+    return (
+        f"it has the columns {list(columns)}, and is read by {wanted}: name others, {hint} "
+        f"`columns: {{{shown}}}`"
+    )
+
+
+def _like(names: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    """Return the columns that may be meant by names, where any looks like it."""
+    found = {name: _close(name, columns) for name in names}
+    return {name: column for name, column in found.items() if column}
+
+
+def _close(name: str, columns: Sequence[str]) -> str:
+    """Return the column that may be meant by a name; nothing where none looks like it."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    for known in (*DEFAULTS[name], *OFTEN[name]):
+        if known in lower:
+            return lower[known]
+    close = difflib.get_close_matches(name, lower, 1)
+    return lower[close[0]] if close else ""
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def prompt_of(data: PromptData, row: Row, names: Names) -> Said:
+    """Return a prompt, as text unless it is messages or the template is to render it. Raises
+    DataError on anything else, and on a last turn of the assistant's unless the recipe says what to
+    do with it.
+    """
+    said = _prompt(data, names["prompt"], row[names["prompt"]])
+    if isinstance(said, str):
+        if not data.apply_template:
+            return _as_text(data, row, said)
+        said = [said_by("user", said)]
+    if said[-1]["role"] == "assistant" and data.trailing_assistant != "continue":
+        if data.trailing_assistant == "refuse":
+            raise DataError(
+                f"{names['prompt']} ends with a turn of the assistant's: set trailing_assistant: "
+                "strip or continue"
+            )
+        said = said[: len(said) - at_end(said, "assistant")]
+        if not said:
+            raise DataError(f"{names['prompt']} has turns of the assistant's alone: none is left")
+    return _conversation(data, row, names, said)
+
+
+def _prompt(data: DataSettings, column: str, value: Any) -> str | list[Turn]:
+    """Return a prompt's text, or its turns."""
+    chat = chat_in(column, value)
+    if chat is not None and are_messages(chat):
+        return read_messages(column, chat, data.roles)[0]
+    if not isinstance(value, str):
+        raise DataError("a prompt must be text, or a list of messages with role and content")
+    if not value:
+        raise DataError("the prompt is empty")
+    return value
+
+
+def _as_text(data: DataSettings, row: Row, text: str) -> str:
+    """Return a text that no template renders. Raises DataError on keys that only a template could
+    heed.
+    """
+    for key in ("system_prompt", "template_arguments", "tools"):
+        if getattr(data, key) not in (None, {}):
+            raise DataError(
+                f"the prompt is text that is read as it stands, without {key}: set "
+                "apply_template: true to render it, or leave that key out"
+            )
+    _refuse_media(row, [said_by("user", text)])
+    return text
+
+
+def _conversation(
+    data: DataSettings,
+    row: Row,
+    names: Names,
+    turns: list[Turn],
+    learned: tuple[bool, ...] | None = None,
+) -> Conversation:
+    """Return turns with what else the row and the recipe say for the template."""
+    _refuse_media(row, turns)
+    if data.system_prompt is not None and all(turn["role"] != "system" for turn in turns):
+        turns = [said_by("system", data.system_prompt), *turns]
+        learned = learned and (False, *learned)
+    arguments = dict(data.template_arguments)
+    if column := names.get("template_arguments"):
+        arguments |= read_object(column, without_nulls(row.get(column)))
+    return Conversation(turns, _tools(data, row, names), arguments, learned)
+
+
+def _tools(data: DataSettings, row: Row, names: Names) -> list[Any] | None:
+    """Return the tools of a row or, where it says nothing of any, the recipe's."""
+    value = row.get(names["tools"]) if "tools" in names else None
+    if value is not None and value != "":
+        return read_tools(names["tools"], value) or None
+    return tools_in(data.tools) if data.tools is not None else None
+
+
+def _refuse_media(row: Row, turns: Sequence[Turn]) -> None:
+    """Raise DataError where texts have places for what stands in other columns."""
+    for name, place in MEDIA.items():
+        for column in (name, f"{name}s"):
+            if row.get(column) and any(place in turn["content"] for turn in turns):
+                raise DataError(f"{column} belongs to {place} in the text: only text can be read")
+
+
+# --- SFT ------------------------------------------------------------------------------------------
+
+
+def demonstration_of(data: SFTData, row: Row, names: Names) -> tuple[str, str] | Conversation:
+    """Return a prompt and the answer to learn, as text that is read as it stands, or a conversation
+    with turns to learn. Raises DataError where there is no answer.
+    """
     if "messages" in names:
-        return Conversation(row["messages"], None, data.template_arguments)
-    p = prompt_of(data, row, names)
-    r = row[names["response"]]
-    return (p, r) if isinstance(p, str) else p.answered({"role": "assistant", "content": r})
+        return _whole_conversation(data, row, names)
+    prompt = _prompt(data, names["prompt"], row[names["prompt"]])
+    column = names["response"]
+    answer = _answer(data, column, row[column])
+    if not answer:
+        raise DataError(f"{column} is empty: there is no answer to learn")
+    if isinstance(prompt, str) and isinstance(answer, str) and not data.apply_template:
+        return _as_text(data, row, prompt), answer
+    before = [said_by("user", prompt)] if isinstance(prompt, str) else prompt
+    learned = None
+    if isinstance(answer, str):
+        after = [said_by("assistant", answer)]
+    else:
+        after, learned = read_messages(column, answer, data.roles)
+    learned = learned or (True,) * len(after)
+    if len(after) > len(before) == common_turns(before, after):  # the prompt is repeated
+        after = after[len(before) :]
+        learned = learned[-len(after) :]
+    refuse_second_answer(names["prompt"], before, after)
+    _check_learned(data, column, after, learned)
+    return _conversation(data, row, names, before + after, (False,) * len(before) + learned)
 
 
-def preference_of(data: Any, row: dict[str, Any], names: Any) -> Preference:
-    p = prompt_of(data, row, names)
-    a, b = (row[names[n]] for n in ("chosen", "rejected"))
-    if not isinstance(p, str):
-        a, b = ([{"role": "assistant", "content": x}] for x in (a, b))
-    return Preference(p, a, b)
+def _whole_conversation(data: SFTData, row: Row, names: Names) -> Conversation:
+    column = names["messages"]
+    chat = chat_in(column, row[column])
+    if chat == []:
+        raise DataError(f"{column} is empty: there is no answer to learn")
+    if chat is None or not are_messages(chat):
+        raise DataError(f"{column} must be a list of messages with role and content")
+    turns, learned = read_messages(column, chat, data.roles)
+    _check_learned(data, column, turns, learned or (True,) * len(turns))
+    return _conversation(data, row, names, turns, learned)
+
+
+def _answer(data: DataSettings, column: str, value: Any) -> str | list[Any]:
+    """Return an answer's text, or its messages."""
+    chat = chat_in(column, value)
+    if chat is not None and (chat == [] or are_messages(chat)):
+        return chat
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise DataError(f"{column} must be text, or a list of messages, not {kind}")
+    return value
+
+
+def _check_learned(
+    data: SFTData, column: str, turns: Sequence[Turn], learned: tuple[bool, ...]
+) -> None:
+    """Raise DataError unless there is a turn to learn, and none to learn is empty."""
+    both = enumerate(zip(turns, learned, strict=True), 1)
+    answers = [(i, turn) for i, (turn, it) in both if it and turn["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"{column} has no turn of the assistant's to learn")
+    for number, turn in answers[-1:] if data.train_on == "last" else answers:
+        if not turn["content"] and "tool_calls" not in turn:
+            raise DataError(
+                f"{column}: turn {number} (assistant) is empty: there is no answer to learn"
+            )
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def preference_of(data: PairData, row: Row, names: Names) -> Preference:
+    """Return a prompt and two answers. The prompt is a column (null in a row without), or how both
+    answers begin: the turns or, in transcripts, the text in common. Raises DataError on others.
+    """
+    column = names.get("prompt", "")
+    value = row[column] if column else None
+    prompt = None if value is None else _prompt(data, column, value)
+    chosen = _answer(data, names["chosen"], row[names["chosen"]])
+    rejected = _answer(data, names["rejected"], row[names["rejected"]])
+    margin = _margin(row, names)
+    if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
+        text, chosen, rejected, notice = part_texts(names, prompt, chosen, rejected)
+        if not data.apply_template:
+            return Preference(_as_text(data, row, text), chosen, rejected, margin, notice)
+        before, better, worse = turns_of_texts(text, chosen, rejected, transcript=text != prompt)
+        return Preference(_conversation(data, row, names, before), better, worse, margin, notice)
+    before = [said_by("user", prompt)] if isinstance(prompt, str) else prompt or []
+    better = _answer_turns(data, names["chosen"], chosen)
+    worse = _answer_turns(data, names["rejected"], rejected)
+    before, shared = part_turns(names, before, better, worse)
+    said = _conversation(data, row, names, before)
+    return Preference(said, better[shared:], worse[shared:], margin)
+
+
+def _margin(row: Row, names: Names) -> float:
+    if "margin" not in names:
+        return 0.0
+    value = row[names["margin"]]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{names['margin']} must be a number, not {value!r}")
+    return float(value)
+
+
+def _answer_turns(data: PairData, column: str, answer: str | list[Any]) -> list[Turn]:
+    if isinstance(answer, str):
+        return [said_by("assistant", answer)]
+    turns, _ = read_messages(column, answer, data.roles)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise DataError(f"{column} must end with a turn of the assistant's")
+    return turns

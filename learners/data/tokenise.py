@@ -62,7 +62,7 @@ def end_of_response(tokenizer: Any, encoder: bool = False) -> int:
 def _encoded(tokenizer: Any, text: str, **how: Any) -> Any:
     """Return what a tokenizer makes of a text; a DataError of whatever it raises."""
     try:
-        return tokenizer(text, **how)
+        return tokenizer(text, verbose=False, **how)  # lengths are ours to judge
     except Exception as error:  # tokenizers raises bare Exceptions, others TypeErrors and the like
         unknown = _unknown_parts(tokenizer, text)
         parts = f" (unknown: {', '.join(map(repr, unknown))})" if unknown else ""

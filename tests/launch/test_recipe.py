@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,11 @@ import yaml
 from actors.run.resume import Resume
 from actors.settings import RLRecipe
 from launch.recipe.combinations import Recipe
-from launch.recipe.document import Document
+from launch.recipe.document import Document, flat
 from launch.recipe.machine import ENCODERS, function_problems, is_local
 from launch.recipe.read import KINDS, RecipeError, annotated, load_recipe, read_recipe
 from launch.recipe.schema import recipe_keys
+from learners.settings import sources_of
 from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
 
 YESTERDAY = sorted((Path(__file__).parent / "yesterday").glob("*.yaml"))
@@ -108,10 +110,11 @@ def test_overrides_reach_sections_lists_and_keys_nobody_wrote(place: Path) -> No
 def test_yaml_means_what_it_seems_to_mean(tmp_path: Path, place: Path) -> None:
     """1e-5 is a number; `on`, 08 and a date are texts."""
     recipe = load_recipe(
-        "ppo.yaml", ["run.wandb_project=on", "algorithm.kl_beta=1e-5", "prompts.prompt_column=08"]
+        "ppo.yaml", ["run.wandb_project=on", "algorithm.kl_beta=1e-5", "prompts.columns.prompt=08"]
     )
     assert isinstance(recipe, RLRecipe)
-    assert (recipe.run.wandb_project, recipe.algorithm.kl_beta, recipe.prompts.prompt_column) == (
+    (prompts,) = sources_of(recipe.prompts)
+    assert (recipe.run.wandb_project, recipe.algorithm.kl_beta, prompts.columns.prompt) == (
         "on",
         1e-5,
         "08",
@@ -396,8 +399,12 @@ def write_sync(place: Path, sync: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("path", YESTERDAY, ids=lambda p: p.stem)
 def test_recipes_of_yesterday_load(path: Path) -> None:
-    shipped = Path(__file__).parents[2] / "launch" / "recipes" / path.name
-    assert load_recipe(path) == load_recipe(shipped)
+    """The bound on what long_prompts: drop leaves out is new."""
+    shipped = load_recipe(Path(__file__).parents[2] / "launch" / "recipes" / path.name)
+    bounds = {"prompts.max_dropped": 0.3, "evaluation.prompts.max_dropped": 0.3}
+    said = flat(shipped.model_dump())
+    new = [f"{key}={bound}" for key, bound in bounds.items() if said.get(key) == bound]
+    assert load_recipe(path, new) == shipped
 
 
 def test_old_names_mean_the_new_keys(place: Path) -> None:
@@ -465,6 +472,127 @@ def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict)
     before["sync"] = {"probe_tokens": 32, **OLD_SYNC, "deadline_s": 600.0}
     (place / "runs/new/config.yaml").write_text(yaml.safe_dump(before))
     assert problems("grpo.yaml", resume=True) == []
+
+
+OLD_COLUMNS = {
+    "sft": {"data": {"prompt_column": "prompt", "response_column": "chosen"}},
+    "rm": {"data": {"chosen_column": "chosen"}, "held_out": {"margin_column": None}},
+    "grpo": {
+        "prompts": {"prompt_column": "prompt"},
+        "evaluation": {"prompts": {"prompt_column": "answer"}},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OLD_COLUMNS)
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_columns_by_their_old_names(place: Path, kind: str, where: str) -> None:
+    """Recipes of earlier versions say data.prompt_column for data.columns.prompt."""
+    recipe = yaml.safe_load(Path(f"{kind}.yaml").read_text())
+    if kind == "grpo":
+        recipe["evaluation"] = {
+            "prompts": dict(recipe["prompts"]),
+            "function": "rewards_of_test:exact",
+        }
+    old = flat(OLD_COLUMNS[kind])
+    if where == "file":
+        for key, column in old.items():
+            *above, name = key.split(".")
+            section = reduce(dict.__getitem__, above, recipe)
+            section[name] = column
+            section.pop("columns", None)
+    else:
+        recipe.get("data", {}).pop("columns", None)
+    Path("old.yaml").write_text(yaml.safe_dump(recipe))
+    given = [f"{key}={json.dumps(column)}" for key, column in old.items()]
+    overrides = given if where == "command line" else []
+    read, document = read_recipe("old.yaml", overrides)
+    for key, column in old.items():
+        section, name = key.removesuffix("_column").rsplit(".", 1)
+        assert reduce(getattr, [*section.split("."), "columns", name], read) == column
+    assert annotated(read, document).count("_column:") == 0
+    (wrong,) = problems("old.yaml", *overrides, f"{key}=8")
+    assert wrong == f"command line: {key}: must be text, not 8"
+
+
+def test_a_column_by_both_names_is_refused(place: Path) -> None:
+    text = (
+        Path("sft.yaml").read_text() + "held_out:\n  path: pairs.jsonl\n  prompt_column: prompt\n"
+    )
+    Path("both.yaml").write_text(text + "  columns: {prompt: prompt, response: chosen}\n")
+    (found,) = problems("both.yaml")
+    assert "held_out.prompt_column: is now held_out.columns.prompt, which is given too" in found
+    Path("both.yaml").write_text(text + "  response_column: chosen\n")
+    assert problems("both.yaml", "held_out.columns.prompt=prompt") == []
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_run_begun_with_columns_by_their_old_names_can_be_resumed(
+    place: Path, named: bool
+) -> None:
+    """Earlier versions saved every column's name, also that which was taken unless told
+    otherwise.
+    """
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    before = load_recipe("rm.yaml").model_dump(mode="json")
+    for section in ("data", "held_out"):
+        before[section] |= {f"{name}_column": name for name in ("prompt", "chosen", "rejected")}
+        before[section] |= {"margin_column": None, "long_prompts": "refuse"}
+        for new in ("columns", "long_prompts", "roles", "where"):
+            del before[section][new]
+    (place / "runs/new/config.yaml").write_text(yaml.safe_dump(before))
+    words = ["data.prompt_column=prompt", "held_out.columns.chosen=chosen"] if named else []
+    assert problems("rm.yaml", *words, resume=True) == []
+    (found,) = problems("rm.yaml", "data.split=test", *words, resume=True)
+    assert "data.split: is 'test', the run to resume has 'train'" in found
+
+
+# --- several sources ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "told"),
+    [
+        ("sft", "data=[{path: a, foo: 1}]", "data.0.foo: unknown key; known here: path, split,"),
+        ("sft", "data=[{path: a, limmit: 1}]", "data.0.limmit: unknown key; did you mean data.0.l"),
+        ("sft", "data=[{path: a}, {limit: 1}]", "data.1.path: missing: file, folder, or hub name"),
+        ("sft", "data=[{path: a, limit: x}]", "data.0.limit: must be a whole number, not 'x'"),
+        ("sft", "data=[{path: a, columns: {promt: x}}]", "data.0.columns.promt: unknown key; did"),
+        ("sft", "data=[]", "data: is an empty list: write one section, or a list of them"),
+        ("sft", "data=[1]", "data.0: must be a section of keys, not 1"),
+        ("sft", "data.foo=1", "data.foo: unknown key"),
+        ("sft", "data=x", "data: must be a section of keys, not 'x'"),
+        ("rm", "held_out=[{path: a, weight: 0}]", "held_out.0.weight: must be above 0, not 0"),
+        ("grpo", "prompts=[{path: a, split: 1}]", "prompts.0.split: must be text, not 1"),
+        ("grpo", "evaluation.prompts=[{paht: a}]", "evaluation.prompts.0.paht: unknown key; did y"),
+        ("rm", "reward_model.calibration=[{a: b}]", "reward_model.calibration.0.a: unknown key"),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_sources_is_named_by_its_place(
+    place: Path, kind: str, override: str, told: str
+) -> None:
+    found, *more = problems(f"{kind}.yaml", override, files=False)
+    assert found.startswith(f"command line: {told}"), found
+    assert all("0.path: missing" in line for line in more)
+
+
+def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
+    sources = "data=[{path: pairs.jsonl, columns: {response: chosen}}, {path: no.jsonl}, "
+    sources += "{path: pairs.jsonl, columns: {response: better}}]"
+    found = problems("sft.yaml", sources)
+    assert found == [
+        "command line: data.1.path: no.jsonl: no such data file or folder (and no hub name)",
+        "command line: data.2.columns.response: pairs.jsonl has no column 'better'; it has prompt, "
+        "chosen, rejected",
+    ]
+    mixed = [
+        "prompts=[{path: prompts.jsonl, answer_columns: [answer]}, {path: prompts.jsonl}]",
+        "rewards.0.function=rewards_of_test:exact",
+    ]
+    (line,) = problems("grpo.yaml", *mixed)
+    assert (
+        "cannot be called with prompts, responses and the columns finish_reasons: missing" in line
+    )
 
 
 # --- combinations ---------------------------------------------------------------------------------
@@ -666,8 +794,13 @@ def test_reward_names_are_unique(place: Path) -> None:
         ("ppo", "prompts.path=./none.jsonl", "./none.jsonl: no such data file"),
         (
             "ppo",
-            "prompts.prompt_column=promt",
+            "prompts.columns.prompt=promt",
             "prompts.jsonl has no column 'promt'; did you mean 'prompt'?",
+        ),
+        (
+            "ppo",
+            "prompts.prompt_column=promt",
+            "prompts.prompt_column: prompts.jsonl has no column 'promt'; did you mean 'prompt'?",
         ),
         (
             "ppo",
@@ -676,13 +809,13 @@ def test_reward_names_are_unique(place: Path) -> None:
         ),
         (
             "rm",
-            "data.chosen_column=better",
-            "data.chosen_column: pairs.jsonl has no column 'better'; it has prompt,",
+            "data.columns.chosen=better",
+            "data.columns.chosen: pairs.jsonl has no column 'better'; it has prompt,",
         ),
         (
             "rm",
-            "held_out.margin_column=margin",
-            "held_out.margin_column: pairs.jsonl has no column 'margin'",
+            "held_out.columns.margin=margin",
+            "held_out.columns.margin: pairs.jsonl has no column 'margin'",
         ),
         ("sft", "run.folder=decoder", "run.folder: decoder exists"),
         ("sft", "run.folder=pairs.jsonl/run", "is a file"),

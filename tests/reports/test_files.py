@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from learners.data.rows import load_pairs, load_prompts, load_sft
-from learners.errors import DataError
+from learners.errors import DataError, UserError
 from learners.settings import PairData, PromptData, SFTData
 
 LETTERS = [chr(i) for i in range(32, 127)]
@@ -202,9 +202,9 @@ def test_files_that_name_no_split_are_all_read_in_order(
     [
         (("train.jsonl", "train.json"), "different formats (.json, .jsonl)"),
         (("a.jsonl", "b.csv"), "different formats (.csv, .jsonl)"),
-        (("a.jsonl", "a.jsonl.gz"), "different formats (.gz, .jsonl)"),
+        (("a.jsonl", "a.jsonl.gz"), "different formats (.jsonl, .jsonl.gz)"),
         (("test/train.jsonl", "test/b.jsonl"), "names of the splits test, train"),
-        (("train.csv", "test.jsonl"), "train.csv must be one of .jsonl, .json, .parquet"),
+        (("train.orc", "test.jsonl"), "train.orc must be one of .jsonl, .json, .csv"),
     ],
 )
 def test_what_would_be_a_guess_is_refused(
@@ -261,14 +261,20 @@ def test_a_folder_with_a_dataset_card_is_read_by_it(
     assert rows.notices == ["set[1]: read one.jsonl; not read: two.jsonl"]
 
 
-def test_a_folder_of_save_to_disk_says_what_would_be_right(refusal: Callable[..., str]) -> None:
+def test_a_folder_of_save_to_disk_is_read(
+    texts: Callable[..., list[str]], refusal: Callable[..., str]
+) -> None:
     """huggingface/alignment-handbook#53: load_dataset refuses it in words about its own
     functions.
     """
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    Dataset.from_dict({"prompt": ["a", "b"]}).save_to_disk("set")
+    assert texts("set") == ["a", "b"]
+    assert texts("set", split="test[1:]") == ["b"]
     write("set/state.json", raw=b"{}")
-    write("set/dataset_info.json", raw=b"{}")
-    write("set/data-00000-of-00001.arrow", raw=b"")
-    assert "written by save_to_disk" in refusal("set") and "to_parquet" in refusal("set")
+    assert "set: written by save_to_disk, but its state.json names no files" in refusal("set")
 
 
 # --- what is there, not what was there ------------------------------------------------------------
@@ -293,7 +299,7 @@ def test_another_process_reads_it_again_too_and_needs_no_home(here: Path) -> Non
     """
     reads = (
         "from learners.data.reading import read\nfrom learners.settings import PromptData\n"
-        "print(read(PromptData(path='p.jsonl'), ['prompt']).rows[0]['prompt'])"
+        "print(next(iter(read(PromptData(path='p.jsonl')))).values['prompt'])"
     )
 
     def read(home: str) -> str:
@@ -313,98 +319,41 @@ def test_another_process_reads_it_again_too_and_needs_no_home(here: Path) -> Non
     assert not [name for name in os.listdir(here / "tmp") if name.startswith("quatuor")]
 
 
-@pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders into which files were converted, all of which are now large."""
-    from datasets import DatasetBuilder
-
-    from learners.data import reading
-
-    done: list[str] = []
-    convert = DatasetBuilder._download_and_prepare
-
-    def counted(builder: Any, *args: Any, **how: Any) -> Any:
-        done.append(builder._output_dir)
-        return convert(builder, *args, **how)
-
-    monkeypatch.setattr(reading, "IN_MEMORY", 1)
-    monkeypatch.setattr(DatasetBuilder, "_download_and_prepare", counted)
-    return done
-
-
-def test_large_files_are_converted_once(
-    texts: Callable[..., list[str]], conversions: list[str], here: Path
-) -> None:
-    """huggingface/datasets#2956 and #444 again: kept by what is there, not by path and time."""
-    before = os.stat(write("p.jsonl", "old"))
-    assert texts("p.jsonl") == texts("p.jsonl") == ["old"]
-    os.utime("p.jsonl")
-    os.rename("p.jsonl", "q.jsonl")
-    assert texts("q.jsonl") == ["old"] and len(conversions) == 1
-    assert conversions[0].startswith(str(here.parent / "cache" / "quatuor"))
-
-    write("p.jsonl", "new")
-    os.utime("p.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert texts("p.jsonl") == ["new"] and texts("q.jsonl") == ["old"]
-    assert len(conversions) == 2
-    assert texts("p.jsonl", split="test") == ["new"]
-    assert texts("p.jsonl", split="test[:1]") == ["new"] and len(conversions) == 3
-
-
-def test_other_splits_of_the_same_files_are_others(
-    texts: Callable[..., list[str]], conversions: list[str]
-) -> None:
+def test_other_splits_of_the_same_files_are_others(texts: Callable[..., list[str]]) -> None:
     """No public report known to us: the same files in the same order, one with another name now."""
     for name, text in {"train-1": "a", "train-2": "b", "test-3": "c"}.items():
         write(f"set/{name}.jsonl", text)
     assert texts("set", split="train+test[:1]") == ["a", "b", "c"]
     os.rename("set/train-2.jsonl", "set/test-2.jsonl")
-    assert texts("set", split="train+test[:1]") == ["a", "b"] and len(conversions) == 2
+    assert texts("set", split="train+test[:1]") == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("set/README.md", b"---\nconfigs:\n- config_name: default\n  data_files: p.jsonl\n---\n"),
-        ("set/q.jsonl", b'{"prompt": "2020-01-01"}\n{"prompt": "2020-01-02"}\n'),
-    ],
-)
-def test_large_folders_and_dates_are_converted_once(
-    texts: Callable[..., list[str]], conversions: list[str], name: str, content: bytes
+def test_text_that_looks_like_a_date_is_text(texts: Callable[..., list[str]]) -> None:
+    """No public report known to us: where all rows look so, Arrow reads dates."""
+    dates = ["2020-01-01", "2020-01-02T03:04:05Z"]
+    assert texts(write("p.jsonl", *dates)) == dates
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_files_need_no_cache_and_leave_nothing(
+    texts: Callable[..., list[str]], here: Path, monkeypatch: pytest.MonkeyPatch, card: bool
 ) -> None:
-    """huggingface/datasets#2956, variants: a folder with a card, and files read in two forms."""
-    write("set/p.jsonl", "2020-01-01")
-    write(name, raw=content)
-    first = texts("set")
-    assert len(conversions) == 2 and set(first) <= {"2020-01-01", "2020-01-02"}
-    assert texts("set") == first and len(conversions) == 2
-
-
-def test_rows_that_were_kept_and_are_damaged_are_not_kept(
-    texts: Callable[..., list[str]], refusal: Callable[..., str], conversions: list[str]
-) -> None:
-    """No public report known to us: one try with an error, not an error for ever."""
-    write("p.jsonl", "a")
-    assert texts("p.jsonl") == ["a"]
-    (rows,) = Path(conversions[0].removesuffix(".incomplete")).glob("*.arrow")
-    rows.write_bytes(rows.read_bytes()[:20])
-    assert "p.jsonl: cannot be read" in refusal("p.jsonl")
-    assert texts("p.jsonl") == ["a"]
-
-
-def test_large_files_are_read_where_no_cache_can_be_written(
-    texts: Callable[..., list[str]],
-    here: Path,
-    conversions: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """tenstorrent/tt-metal#42890: HF_DATASETS_CACHE on a file system that is only read."""
+    """tenstorrent/tt-metal#42890: HF_DATASETS_CACHE on a file system that is only read. Also where
+    the rows are too many to be held as objects.
+    """
     import datasets
 
+    from learners.data import store
+
+    monkeypatch.setattr(store, "AS_OBJECTS", 2)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
-    monkeypatch.setattr(tempfile, "tempdir", str(here))
-    assert texts(write("p.jsonl", "a", "b")) == ["a", "b"]
-    assert os.listdir(here) == ["p.jsonl"] and len(conversions) == 1
+    (here / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "tmp"))
+    write("set/p.jsonl", "a", "b", "c")
+    if card:
+        write("set/README.md", raw=b"---\nconfigs:\n- config_name: x\n  data_files: p.jsonl\n---\n")
+    assert texts("set") == ["a", "b", "c"]
+    assert os.listdir(here / "tmp") == []
 
 
 @pytest.mark.parametrize("change", ["grows", "vanishes"])
@@ -414,38 +363,43 @@ def test_a_file_that_changes_while_it_is_read(
     """jingyaogong/minimind#551 reads a file that ends within a letter, as one does that is still
     being written.
     """
-    import datasets
+    from learners.data import reading
 
-    prepare = datasets.load_dataset_builder
+    parts = reading._parts
 
-    def meanwhile(*args: Any, **where: Any) -> Any:
+    def meanwhile(*args: Any) -> Any:
         if change == "grows":
             write("p.jsonl", "a", "b")
         else:
             os.unlink("p.jsonl")
-        return prepare(*args, **where)
+        return parts(*args)
 
     write("p.jsonl", "a")
-    monkeypatch.setattr(datasets, "load_dataset_builder", meanwhile)
+    monkeypatch.setattr(reading, "_parts", meanwhile)
     assert refusal("p.jsonl").startswith("p.jsonl: changed while it was read")
 
 
-def test_a_full_disk_names_the_way_out(
-    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(
+    texts: Callable[..., list[str]], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """huggingface/datasets#4589 is the same with a cache that may not be written."""
     import datasets
 
+    from learners.data import store
+
     def full(*args: Any, **where: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    write("p.jsonl", "a")
+    cache = datasets.config.HF_DATASETS_CACHE
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
-    assert "no space left in" in refusal("p.jsonl") and "set TMPDIR" in refusal("p.jsonl")
-    monkeypatch.setattr("learners.data.reading.IN_MEMORY", 1)
-    assert f"no space left in {datasets.config.HF_DATASETS_CACHE}/quatuor; set HF_DATA" in refusal(
-        "p.jsonl"
+    assert f"org/name: the cache {cache} is full: No space left on device; set HF_HOME" in refusal(
+        "org/name"
     )
+    monkeypatch.setattr(store, "AS_OBJECTS", 1)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nobody")
+    with pytest.raises(UserError, match="^the cache /proc/nobody cannot be written: .* HF_HOME"):
+        texts(write("p.jsonl", "a"))
 
 
 # --- files that are not what they say -------------------------------------------------------------
@@ -467,7 +421,7 @@ def test_a_full_disk_names_the_way_out(
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n', "p.jsonl:2: half a character"),
         ("p.json", b'[{"prompt": "a"},\n {"prompt": "b"},,]', "p.json:2: not JSON: Expecting"),
         ("p.parquet", b'{"prompt": "a"}\n', "p.parquet: not a parquet file"),
-        ("p.parquet", b"PAR1 and then nothing", "p.parquet: cannot be read (split train): Parquet"),
+        ("p.parquet", b"PAR1 and then nothing", "p.parquet: cannot be read: Parquet magic"),
         (
             "p.jsonl",
             gzip.compress(b'{"prompt": 3}\n', mtime=0),

@@ -443,8 +443,13 @@ def test_a_column_is_listed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "override", "said"),
     [
-        ("sft", "data.response_column=prompt", "data.response_column: 'prompt' is data.prompt_c"),
-        ("rm", "held_out.rejected_column=chosen", "'chosen' is held_out.chosen_column too"),
+        ("sft", "data.response_column=prompt", "data.response_column: 'prompt' is data.columns.p"),
+        (
+            "sft",
+            "data.columns.response=prompt",
+            "data.columns.response: 'prompt' is data.",
+        ),
+        ("rm", "held_out.columns.rejected=chosen", "'chosen' is held_out.columns.chosen too"),
     ],
 )
 def test_prompt_and_answers_are_different_columns(
