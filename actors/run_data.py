@@ -5,10 +5,10 @@ models' files.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from actors.functions import load_function
@@ -129,15 +129,16 @@ class RunData:
         """
         generation = recipe.generation
         most = generation.max_model_tokens or sys.maxsize
+        trained = longest_of(self.prompts)
         problems: list[str] = []
         for key, (model, head) in models.items():
-            prompts: Sequence[Prompt] = self.prompts
+            longest = trained
             asked: list[str] = []
             if key == "actor.model":
-                prompts = self.all_prompts
+                longest = longest_of(self.all_prompts)
                 positions = positions_of(load_config(model))
                 asked = [str(p) for p in position_problems(key, positions, generation)]
-            needed = min(most, longest_of(prompts) + generation.max_new_tokens)
+            needed = min(most, longest + generation.max_new_tokens)
             look = self._unread if head == "score" else length_problems
             problems += asked or look(key, model, needed)
         return problems
@@ -150,24 +151,15 @@ class RunData:
         try:
             reader = Reader.of(model, self.tokenizer, self.template.today)
             read_calibration(load_config(model))
-            if reader.same_ids and (too_long := length_problems(key, model, tokens)):
-                return too_long
-            if not reader.same_ids:
+            if reader.template is None and reader.same_ids:
+                if too_long := length_problems(key, model, tokens):
+                    return too_long
+            elif reader.template is None:
                 end_of_response(reader.tokenizer, reader.encoder)
             for i in reader.unsure_of(self.prompts):
                 prompt = self.prompts[i]
-                _, wrong = reader.read(
-                    Sample(
-                        prompt.ids,
-                        shortest,
-                        prompt.text,
-                        "",
-                        "stop",
-                        prompt.columns,
-                        prompt.conversation,
-                    )
-                )
-                if wrong:
+                said = (prompt.text, "", "stop", prompt.columns, prompt.conversation)
+                if wrong := reader.read(Sample(prompt.ids, shortest, *said))[1]:
                     row = f"row {prompt.row} of {self._source(i)}.path and an empty answer"
                     return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         except UserError as error:
@@ -193,7 +185,7 @@ class RunData:
         if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         prompts = (p.ids for p in self.all_prompts)
-        return vocabulary_problems(key, model, [self.stops, *prompts])
+        return vocabulary_problems(key, model, chain([self.stops], prompts))
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
         """Return the facts about the data that constructors of workers take (`Role.from_data`)."""
@@ -217,12 +209,12 @@ class RunData:
         return [self.prompts[i] for part in rows for i in part]
 
     @property
-    def all_prompts(self) -> list[Prompt]:
+    def all_prompts(self) -> Iterator[Prompt]:
         """Prompts of training and of evaluation."""
-        return [*self.prompts, *self.held_out, *self.test]
+        return chain(self.prompts, self.held_out, self.test)
 
 
-def longest_of(prompts: Sequence[Prompt]) -> int:
+def longest_of(prompts: Iterable[Prompt]) -> int:
     """Return the tokens of the longest prompt."""
     return max(len(prompt.ids) for prompt in prompts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -15,6 +15,8 @@ from learners.data.tokenise import encode_prompt, encode_response, end_of_respon
 from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
+
+AT_ONCE = 10_000  # prompts whose texts are in memory
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,19 @@ class Reader:
             return ([], []), error.problems[0]
         return (prompt, response), self.problem([*prompt, *response])
 
-    def unsure_of(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return which prompts must be looked at to know that the model can read them: all that its
+    def unsure_of(self, prompts: Sequence[Prompt]) -> Iterator[int]:
+        """Yield which prompts must be looked at to know that the model can read them: all that its
         own template renders, and the doubtful ones of the others.
         """
-        rendered = [self.template is not None and p.conversation is not None for p in prompts]
-        read = [i for i, one in enumerate(rendered) if not one]
-        doubtful = {read[i] for i in self.doubtful([prompts[i].text for i in read])}
-        return [i for i, one in enumerate(rendered) if one or i in doubtful]
+        for start in range(0, len(prompts), AT_ONCE):
+            texts: dict[int, str] = {}
+            for i, prompt in enumerate(prompts[start : start + AT_ONCE], start):
+                if self.template is not None and prompt.conversation is not None:
+                    yield i
+                else:
+                    texts[i] = prompt.text
+            places = list(texts)
+            yield from (places[i] for i in self.doubtful(list(texts.values())))
 
     def doubtful(self, texts: Sequence[str]) -> list[int]:
         """Return which texts may be too long or hold unknown letters, in a fraction of the time

@@ -130,7 +130,7 @@ def test_a_response_ends_with_the_templates_turn(
     assert template.stops == [turn_end, EOS]
     monkeypatch.setattr(served.engine, "stop_token_ids", template.stops)
     samples = rollouts(served, asked)
-    assert {s.response_ids[-1] for s in samples if s.finish_reason == "stop"} == {turn_end, EOS}
+    assert turn_end in {s.response_ids[-1] for s in samples if s.finish_reason == "stop"}
     for sample, before in zip(samples, free, strict=True):
         ids = before.response_ids
         end = ids.index(turn_end) + 1 if turn_end in ids else len(ids)
