@@ -18,6 +18,7 @@ from actors.cluster.rows import gather_rows, scatter_rows
 from actors.evaluation import evaluate
 from actors.export import Export
 from actors.loop import conduct
+from actors.mixtures import trained_sources
 from actors.rewards.score import Score
 from actors.rollouts.requests import Sample, requests_for, samples_of
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
@@ -31,7 +32,7 @@ from actors.start import Workers
 from actors.weights.agreement import check_engine_agrees
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.checkpoints import sampling_defaults
-from learners.data.rows import Prompt
+from learners.data.rows import Prompt, Rows
 from learners.experience import Experience, Rollout, mini_batches
 from learners.kl import kl_estimate
 
@@ -73,7 +74,7 @@ class Driver:
         self.total_steps = recipe.step.steps
         make_algorithm = find_algorithm(recipe.algorithm.kind)
         self.algorithm = make_algorithm(recipe.algorithm, recipe.step.group_size)
-        self.export = Export(recipe, self.groups, data.tokenizer)
+        self.export = Export(recipe, self.groups, data.tokenizer, data.stops)
         self.version = 0  # of the weights: the step they were learned in
 
     def begin(self, first: int) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Driver:
         with self.folder.phase("generate", step):
             requests = requests_for(prompts, recipe.generation, group_size, (self.seed, step))
             rollouts = workers.engines.generate(requests, self.deadline_s)
-            samples = samples_of(rollouts, prompts, group_size, self.data.tokenizer)
+            samples = samples_of(rollouts, prompts, group_size, self.data.template)
             batch = Experience.from_rollouts(rollouts)
 
         with self.folder.phase("score", step):
@@ -127,6 +128,8 @@ class Driver:
             batch = with_scores(batch, scores, reasons, recipe.algorithm)
             batch, metrics = self.algorithm.advantages(batch)
             metrics |= rollout_metrics(batch, rollouts, by_source)
+            parts = self.data.prompts.parts
+            metrics |= trained_sources(parts, step, recipe.step, batch, rollouts)
             metrics |= self.alarms.report(step, of_experience(batch, rollouts, by_source, recipe))
         rows = [sample_row(*row) for row in zip(samples, rollouts, scores, strict=True)]
         self.folder.save_samples(step, rows)
@@ -199,10 +202,10 @@ class Driver:
             self.folder.log(step, metrics | seconds, phase="evaluation")
         return metrics
 
-    def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
+    def _evaluate(self, step: int, prompts: Rows[Prompt], name: str) -> dict[str, float]:
         workers = self.workers
         metrics, failures = evaluate(
-            workers.engines, workers.evaluator, prompts, self.recipe, self.data.tokenizer, name
+            workers.engines, workers.evaluator, prompts, self.recipe, self.data.template, name
         )
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
 

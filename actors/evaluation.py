@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from actors.cluster.groups import WorkerError, WorkerGroup
+from actors.mixtures import evaluated_sources
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, samples_of
 from actors.run.metrics import reduce
 from actors.settings import RLRecipe
-from learners.data.rows import Prompt
+from learners.data.rows import Prompt, Rows
+from learners.data.templates import ChatTemplate
 
 
 def evaluate(
     engines: Engines,
     evaluator: WorkerGroup | None,
-    prompts: Sequence[Prompt],
+    prompts: Rows[Prompt],
     recipe: RLRecipe,
-    tokenizer: Any,
+    template: ChatTemplate,
     name: str,
 ) -> tuple[dict[str, float], list[str]]:
     """Score one response per prompt by the evaluation's function, with the same seeds every time.
@@ -28,7 +28,8 @@ def evaluate(
     failed for single responses. Raises WorkerError when it failed for all.
 
     The metrics are `{name}/accuracy_sampled`, `{name}/accuracy_greedy`, the mean lengths in tokens
-    and, where there are any, the share of responses without a score, which count in no mean.
+    and, where there are any, the share of responses without a score, which count in no mean; of a
+    mixture also those of every source.
     """
     metrics: dict[str, float] = {}
     failures: list[str] = []
@@ -40,7 +41,7 @@ def evaluate(
     for kind in ("sampled", "greedy") if recipe.evaluation.greedy else ("sampled",):
         requests = requests_for(prompts, on_policy, 1, seed, greedy=kind == "greedy")
         rollouts = engines.generate(requests, deadline)
-        samples = samples_of(rollouts, prompts, 1, tokenizer)
+        samples = samples_of(rollouts, prompts, 1, template)
         (scores,) = evaluator.call("scores", samples, phase="evaluate", deadline_s=deadline)
         values = [s.value for s in scores if s.value is not None]
         failures += (failed := [s.error for s in scores if s.error is not None])
@@ -53,4 +54,5 @@ def evaluate(
         if len(values) < len(scores):
             metrics[f"{name}/unscorable_{kind}"] = 1 - len(values) / len(scores)
         metrics[f"{name}/length_{kind}"] = fmean(len(r.response_ids) for r in rollouts)
+        metrics |= evaluated_sources(name, kind, prompts.parts, scores, rollouts)
     return metrics, failures

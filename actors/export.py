@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,21 @@ LATE_S = 30.0  # a shared file system may show a new file to other machines so l
 
 class Export:
     """The trained role whose model leaves the run (the Actor, or the only one that there is), and
-    what plain Transformers needs beside its weights.
+    what plain Transformers needs beside its weights. A response of it ends with one of `stops`.
     """
 
-    def __init__(self, recipe: Recipe, groups: Mapping[str, WorkerGroup], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        groups: Mapping[str, WorkerGroup],
+        tokenizer: Any,
+        stops: Sequence[int] = (),
+    ) -> None:
         learners = {name: role for name, role in roles_of(recipe).items() if role.learner}
         self.name, self.role = next(iter(learners.items()))
         self.groups = {name: groups[name] for name in learners}
         self.tokenizer = tokenizer
+        self.stops = stops
         self.deadline_s = recipe.cluster.call_deadline_s
         self.generation: dict[str, Any] = {}  # a reward model generates nothing
 
@@ -43,7 +50,7 @@ class Export:
         assert model is not None
         try:
             if self.role.head == "lm":
-                self.generation = generation_config(model, self.tokenizer)
+                self.generation = generation_config(model, self.tokenizer, self.stops)
             self.write_files(run / MODEL_FILES)
         except UserError:
             raise

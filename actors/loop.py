@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -96,14 +97,15 @@ def conduct(
     resume: Resume | None,
     config_yaml: str | None,
     *,
-    read: Callable[[R], D],
+    read: Callable[[R, date], D],
     start: Callable[[R, D, Placement], W],
     training: Callable[[R, D, W, RunFolder, AlarmLog], Training],
     fingerprints: Callable[[W], Mapping[str, Sequence[str]]] = nothing_frozen,
 ) -> dict[str, Any]:
     """Run a recipe from its data to its summary, and return that.
 
-    `read` reads and checks the data before anything starts, `start` starts the processes,
+    `read` reads and checks the data before anything starts, with the date that templates print (a
+    resumed run renders what it rendered before), `start` starts the processes,
     `fingerprints` are those of its models that are not trained, by role, and `training` is made of
     all of them. `config_yaml` is the recipe's own text, kept with the run for its comments.
     """
@@ -113,7 +115,7 @@ def conduct(
     lock = RunLock(path, take_over=resume is not None and resume.take_over)
     with accounted_for(recipe.run.folder), lock, ExitStack() as stack:
         things = Things(path, resume)
-        data = read(recipe)
+        data = read(recipe, things.today)
         look_at(data, things, recipe)
 
         def opened() -> RunFolder:

@@ -153,7 +153,7 @@ def engine_role(
             "shared": shares_gpus(cluster),
         },
         each=tuple({"seed": derive_seed(seed, "engine", i)} for i in range(generation.engines)),
-        from_data=("max_model_tokens", "eos_token_id"),
+        from_data=("max_model_tokens", "stop_token_ids"),
     )
 
 
@@ -235,4 +235,5 @@ def _reward(section: str, reward: RewardSettings, recipe: RLRecipe) -> Role:
             "device": recipe.cluster.device,
             "measures_noise": recipe.algorithm.compares_groups,
         },
+        from_data=("today",),
     )

@@ -7,15 +7,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from itertools import accumulate
 from typing import Any
 
 from actors.functions import load_function
 from actors.rewards.reading import Reader
 from actors.roles import Head, roles_of
 from actors.rollouts.requests import Sample
-from actors.seeds import rows_of_step
+from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    ends_of_generation,
     generation_config,
     kernel_problems,
     length_problems,
@@ -26,20 +29,36 @@ from learners.checkpoints import (
     vocabulary_problems,
 )
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
+from learners.data.templates import ChatTemplate
 from learners.data.tokenise import end_of_response, tokenizer_digest
 from learners.errors import UserError
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PromptData
 
+ENDLESS = (
+    "no response could end: its tokenizer has no EOS token, no chat template ends an assistant's "
+    "turn with a token, and generation_config.json names none; give the tokenizer an eos_token"
+)
+
 
 @dataclass(frozen=True)
 class RunData:
-    """The tokenizer, and the prompts of training, of the curve and of the test."""
+    """The chat template, and the prompts of training, of the curve and of the test."""
 
-    tokenizer: Any
+    template: ChatTemplate
     prompts: Rows[Prompt]
     held_out: Rows[Prompt]
     test: Rows[Prompt]
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the Actor."""
+        return self.template.tokenizer
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end a response."""
+        return self.template.stops
 
     @property
     def sets(self) -> Mapping[str, Rows[Prompt]]:
@@ -48,25 +67,27 @@ class RunData:
         return {"prompts": self.prompts} | {key: rows for key, rows in evaluation.items() if rows}
 
     @classmethod
-    def load(cls, recipe: RLRecipe) -> RunData:
-        """Read everything. Raises UserError on data, models or functions that cannot serve."""
+    def load(cls, recipe: RLRecipe, today: date | None = None) -> RunData:
+        """Read everything; templates print `today`. Raises UserError on data, models or functions
+        that cannot serve.
+        """
         for name in [r.function for r in recipe.rewards] + [recipe.evaluation.function]:
             if name is not None:
                 load_function(name)
-        tokenizer = load_tokenizer(recipe.actor.model)
-        generation_config(recipe.actor.model, tokenizer)  # the end writes it
+        model = recipe.actor.model
+        tokenizer = load_tokenizer(model)
+        generation_config(model, tokenizer)  # the end writes it
+        template = ChatTemplate(tokenizer, ends_of_generation(model), today)
 
         def read(data: PromptData | tuple[PromptData, ...] | None) -> Rows[Prompt]:
             most = recipe.generation.max_model_tokens
-            return load_prompts(data, tokenizer, None, most) if data else Rows()
+            return load_prompts(data, tokenizer, template, most) if data else Rows()
 
         evaluation = recipe.evaluation
-        data = cls(
-            tokenizer,
-            read(recipe.prompts),
-            read(evaluation.prompts),
-            read(evaluation.test_prompts),
-        )
+        sets = [read(d) for d in (recipe.prompts, evaluation.prompts, evaluation.test_prompts)]
+        if not template.stops:
+            raise UserError(f"actor.model.path: {model.path}: {ENDLESS}")
+        data = cls(template, *sets)
         if problems := data.model_problems(recipe):
             raise UserError(problems)
         return data
@@ -125,25 +146,40 @@ class RunData:
         """Return what keeps a reward model from reading sequences of `tokens` if it reads the
         Actor's ids, or from reading a prompt and the shortest answer in ids of its own.
         """
-        eos = self.tokenizer.eos_token_id
-        shortest = [] if eos is None else [eos]
+        shortest = self.stops[:1]
         try:
-            reader = Reader.of(model, self.tokenizer)
+            reader = Reader.of(model, self.tokenizer, self.template.today)
             read_calibration(load_config(model))
             if reader.same_ids and (too_long := length_problems(key, model, tokens)):
                 return too_long
             if not reader.same_ids:
                 end_of_response(reader.tokenizer, reader.encoder)
-            for i in reader.doubtful([prompt.text for prompt in self.prompts]):
+            for i in reader.unsure_of(self.prompts):
                 prompt = self.prompts[i]
-                sample = Sample(prompt.ids, shortest, prompt.text, "", "stop", prompt.columns)
-                _, wrong = reader.read(sample)
+                _, wrong = reader.read(
+                    Sample(
+                        prompt.ids,
+                        shortest,
+                        prompt.text,
+                        "",
+                        "stop",
+                        prompt.columns,
+                        prompt.conversation,
+                    )
+                )
                 if wrong:
-                    row = f"row {prompt.index + 1} of prompts.path and an empty answer"
+                    row = f"row {prompt.row} of {self._source(i)}.path and an empty answer"
                     return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         except UserError as error:
             return [f"{key}: {problem}" for problem in error.problems]
         return []
+
+    def _source(self, place: int) -> str:
+        """Return the recipe's key of the source of the prompt at this place."""
+        parts = self.prompts.parts
+        last = accumulate(part.size for part in parts)
+        i = next(i for i, end in enumerate(last) if place < end)
+        return f"prompts.{i}" if len(parts) > 1 else "prompts"
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
         """Return the problems a model would have with the token ids that it is to read."""
@@ -156,9 +192,8 @@ class RunData:
         vocabulary = self.tokenizer.get_vocab()
         if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
-        eos = self.tokenizer.eos_token_id
         prompts = (p.ids for p in self.all_prompts)
-        return vocabulary_problems(key, model, [[] if eos is None else [eos], *prompts])
+        return vocabulary_problems(key, model, [self.stops, *prompts])
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
         """Return the facts about the data that constructors of workers take (`Role.from_data`)."""
@@ -166,7 +201,8 @@ class RunData:
         longest = longest_of(self.all_prompts) + generation.max_new_tokens
         return {
             "max_model_tokens": generation.max_model_tokens or longest,
-            "eos_token_id": self.tokenizer.eos_token_id,
+            "stop_token_ids": self.stops,
+            "today": self.template.today,
         }
 
     def total_steps(self, recipe: RLRecipe) -> int:
@@ -174,9 +210,11 @@ class RunData:
         return recipe.step.steps
 
     def prompts_of(self, step: int, count: int, seed: int) -> list[Prompt]:
-        """Return the prompts of a step, from 1: a function of (seed, step)."""
-        rows = rows_of_step(step, count, len(self.prompts), seed, "prompts")
-        return [self.prompts[i] for i in rows]
+        """Return the prompts of a step, from 1: a function of (seed, step). Those of one source are
+        neighbours.
+        """
+        rows = rows_of_mixture(step, count, self.prompts.parts, seed, "prompts")
+        return [self.prompts[i] for part in rows for i in part]
 
     @property
     def all_prompts(self) -> list[Prompt]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from actors.cluster.placement import Placement
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.export import Export
 from actors.loop import conduct
+from actors.mixtures import shares_of_sources
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
 from actors.run.folder import RunFolder
 from actors.run.resume import Resume
-from actors.seeds import rows_of_step
+from actors.seeds import rows_of_mixture
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
 from learners.checkpoints import (
     check_exportable_reward_model,
+    ends_of_generation,
     generation_config,
     is_encoder,
     kernel_problems,
@@ -35,6 +38,8 @@ from learners.checkpoints import (
     vocabulary_problems,
 )
 from learners.data.rows import Example, Rows, load_pairs, load_sft, notices_of
+from learners.data.store import by_part
+from learners.data.templates import ChatTemplate
 from learners.data.tokenise import tokenizer_digest
 from learners.errors import UserError
 from learners.experience import Experience
@@ -64,25 +69,31 @@ class SupervisedData:
     rows: Rows[Any]
     held_out: Rows[Any]
     calibration: Rows[Example]
+    stops: Sequence[int] = ()
 
     @classmethod
-    def load(cls, recipe: SFTRecipe | RMRecipe) -> SupervisedData:
-        """Read and check all data; raise UserError before any model loads."""
+    def load(cls, recipe: SFTRecipe | RMRecipe, today: date | None = None) -> SupervisedData:
+        """Read and check all data; templates print `today`. Raises UserError before any model
+        loads.
+        """
         model = recipe.learner.model
         tokenizer = load_tokenizer(model)
+        encoder = is_encoder(load_config(model))
+        ends = [] if encoder else ends_of_generation(model)
+        template = ChatTemplate(tokenizer, ends, today)
         if isinstance(recipe, SFTRecipe):
             generation_config(model, tokenizer)  # the end writes it
-            held_out = load_sft(recipe.held_out, tokenizer) if recipe.held_out else Rows()
-            rows = load_sft(recipe.data, tokenizer)
-            data = cls(tokenizer, examples_batch, rows, held_out, Rows())
+            held_out: Rows[Any] = Rows()
+            if recipe.held_out:
+                held_out = load_sft(recipe.held_out, tokenizer, template=template)
+            rows = load_sft(recipe.data, tokenizer, template=template)
+            data = cls(tokenizer, examples_batch, rows, held_out, Rows(), template.stops)
         else:
-            config = load_config(model)
-            check_exportable_reward_model(config, tokenizer)
-            encoder = is_encoder(config)
-            pairs = load_pairs(recipe.data, tokenizer, encoder)
-            held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder)
+            check_exportable_reward_model(load_config(model), tokenizer)
+            pairs = load_pairs(recipe.data, tokenizer, encoder, template)
+            held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder, template)
             wanted = recipe.reward_model.calibration
-            calibration = load_sft(wanted, tokenizer, encoder) if wanted else Rows()
+            calibration = load_sft(wanted, tokenizer, encoder, template) if wanted else Rows()
             data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
         problems = _unreadable("learner.model", model, [*data.rows, *data.held_out])
         problems = problems or kernel_problems("learner.model", model)
@@ -161,7 +172,7 @@ class Supervised:
         self.folder = folder
         self.alarms = alarms
         self.total_steps = data.total_steps(recipe)
-        self.export = Export(recipe, self.groups, data.tokenizer)
+        self.export = Export(recipe, self.groups, data.tokenizer, data.stops)
         self.calibrated: dict[str, float] = {}
         self.rows_per_unit = roles_of(recipe)[recipe.kind].rows_per_unit
 
@@ -172,10 +183,10 @@ class Supervised:
         """Take one optimizer step; return its metrics and its tokens."""
         rows = self.data.rows
         size = self.recipe.train.batch_size
-        picked = rows_of_step(step, size, len(rows), self.recipe.run.seed, "rows")
-        batch = self.data.batch_of([rows[i] for i in picked])
+        picked = rows_of_mixture(step, size, rows.parts, self.recipe.run.seed, "rows")
+        batch = self.data.batch_of([rows[i] for part in picked for i in part])
         with self.folder.phase("learn", step):
-            metrics = self.share("train", batch)
+            metrics = self.share("train", batch) | shares_of_sources(rows.parts, picked)
         metrics |= self.alarms.report(step, of_training(metrics))
         return metrics, int(batch.lengths.sum())
 
@@ -185,10 +196,15 @@ class Supervised:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return metrics on the held-out rows, without learning."""
-        if not self.data.held_out:
-            return {}
-        metrics = self.share("evaluate", self.data.batch_of(self.data.held_out))
-        return {f"held_out/{name}": value for name, value in metrics.items()}
+        rows = self.data.held_out
+        sets: dict[str, Sequence[Any]] = {"held_out": rows} if rows else {}
+        if len(rows.parts) > 1:
+            sets |= {f"held_out/{part.name}": own for part, own in by_part(rows.parts, rows)}
+        return {
+            f"{key}/{name}": value
+            for key, own in sets.items()
+            for name, value in self.share("evaluate", self.data.batch_of(own)).items()
+        }
 
     def save(self, folder: Path, step: int) -> None:
         self.call("save", str(folder / "learner"), phase="checkpoint")

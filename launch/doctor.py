@@ -404,7 +404,7 @@ def start_engine(device: str) -> str:
             settings,
             "cuda" if device == "cuda" else "cpu",
             MAX_POSITIONS,
-            eos_token_id=None,
+            stop_token_ids=[],
         )
         ((group,),) = engine.generate([PromptRequest(0, 0, [1, 5, 6, 7], 2, 1.0, 8, seeds=(1, 2))])
         engine.close()

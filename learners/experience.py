@@ -49,7 +49,8 @@ class Rollout:
     """One response as an engine sampled it. `logprobs` are the engine's own, of each response id,
     after temperature.
 
-    `finish_reason` is "stop" (EOS was sampled; it is the last response id) or "length".
+    `finish_reason` is "stop" (a token that ends responses was sampled; it is the last response id)
+    or "length".
     `weight_versions` are those the first and the last token were sampled with. `loss_mask` is False
     on response ids that the policy did not write (such as a tool's answer): read by every model,
     but learned by none. None: it wrote them all. Raises ValueError unless there is one for every

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -79,22 +79,22 @@ class GenerationEngine:
         generation: GenerationSettings,
         device: DeviceType,
         max_model_tokens: int,
-        eos_token_id: int | None,
+        stop_token_ids: Sequence[int],
         shared: bool = False,
         seed: int = 0,
     ) -> None:
         """Start the engine and wait until it is ready; raise what vLLM raises if it cannot start.
 
-        `max_model_tokens` bounds prompt + response. A response ends with `eos_token_id` (None: only
-        by its length), or with another EOS that the model's generation_config.json names. On
-        `shared` GPUs the engine can `sleep`, and weights arrive from an Actor rank on the same GPU.
-        Requests without seeds draw from `seed` and the version of the weights.
+        `max_model_tokens` bounds prompt + response. A response ends with one of `stop_token_ids`,
+        which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, and weights
+        arrive from an Actor rank on the same GPU. Requests without seeds draw from `seed` and the
+        version of the weights.
         """
         self.seed = seed
         self.version = 0
         self.device = device
         self.max_model_tokens = max_model_tokens
-        self.eos_token_id = eos_token_id
+        self.stop_token_ids = list(stop_token_ids)
         self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
@@ -346,7 +346,7 @@ class GenerationEngine:
             temperature=request.temperature,
             max_tokens=request.max_new_tokens,
             seed=request.seeds[sample] if request.seeds else None,
-            stop_token_ids=[] if self.eos_token_id is None else [self.eos_token_id],
+            stop_token_ids=self.stop_token_ids,
             logprobs=0,  # of the sampled token alone
             **request.off_policy_sampling,
         )

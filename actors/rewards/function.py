@@ -7,7 +7,7 @@ import math
 import reprlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Any
@@ -25,12 +25,14 @@ class FunctionReward:
     """Scores from a user's function `f(prompts, responses, **columns) -> list[float | None]`, in a
     process of its own.
 
-    `columns` are the data's answer columns and `finish_reasons`; the function gets those its
-    signature accepts. None marks a response that could not be scored; a number that is not finite
-    raises an alarm. Whatever else goes wrong costs the responses at fault: when the function
-    raises, or gives another number of scores, it is called again for parts of them. So that a
-    server that is away does not take a step's whole time, this ends after `patience_s` without any
-    success, and in any case well before `deadline_s`, after which nobody waits for the scores.
+    `columns` are the data's answer columns, `finish_reasons`, `messages` (each a conversation that
+    ends with the response; None for a raw text prompt), `prompt_ids` and `response_ids`; the
+    function gets those its signature accepts. None marks a response that could not be scored; a
+    number that is not finite raises an alarm. Whatever else goes wrong costs the responses at
+    fault: when the function raises, or gives another number of scores, it is called again for parts
+    of them. So that a server that is away does not take a step's whole time, this ends after
+    `patience_s` without any success, and in any case well before `deadline_s`, after which nobody
+    waits for the scores.
     """
 
     def __init__(
@@ -43,6 +45,12 @@ class FunctionReward:
         parameters = inspect.signature(self.function).parameters
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.accepted = set(parameters)
+        # a source of a mixture may lack a column that another has
+        self.required = [
+            p.name
+            for p in list(parameters.values())[2:]
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
 
     def scores(self, samples: Sequence[Sample]) -> list[Score]:
         """Return one score per sample: without a value where the function gave None, with an error
@@ -70,13 +78,13 @@ class FunctionReward:
             return Score(error=kind_and_words(error))
 
     def _call(self, samples: Sequence[Sample]) -> Any:
-        names = {name for c in samples for name in c.columns}
-        columns = {name: [c.columns.get(name) for c in samples] for name in names}
-        columns["finish_reasons"] = [c.finish_reason for c in samples]
+        columns = dict.fromkeys(name for c in samples for name in c.columns)
+        names = dict.fromkeys([*OFFERED, *columns, *self.required])
+        taken = names if self.takes_all else [name for name in names if name in self.accepted]
         return self.function(
             [c.prompt for c in samples],
             [c.response for c in samples],
-            **{k: v for k, v in columns.items() if self.takes_all or k in self.accepted},
+            **{name: [_offered(c, name) for c in samples] for name in taken},
         )
 
     def _score(self, value: Any) -> Score:
@@ -119,6 +127,26 @@ class FunctionReward:
         done = f"{len(scores)} of {len(samples)} were done after {time.monotonic() - began:.0f} s"
         rest = Score(error=f"{failed.error} (not asked again: {done})")
         return [scores.get(i, rest) for i in range(len(samples))]
+
+
+def _offered(sample: Sample, name: str) -> Any:
+    """Return what a function is given of a sample under a name: our own, or the column's."""
+    own = OFFERED.get(name)
+    return own(sample) if own else sample.columns.get(name)
+
+
+def _messages(sample: Sample) -> list[dict[str, Any]] | None:
+    answered = sample.answered
+    return None if answered is None else [dict(message) for message in answered.messages]
+
+
+OFFERED: dict[str, Callable[[Sample], Any]] = {
+    "finish_reasons": lambda sample: sample.finish_reason,
+    "messages": _messages,
+    "prompt_ids": lambda sample: list(sample.prompt_ids),
+    "response_ids": lambda sample: list(sample.response_ids),
+}
+"""What a function may take beside prompts, responses and the data's columns, of each sample."""
 
 
 def _smaller(part: list[int], alone_s: float, failed_s: float) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import date
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class RewardWorker(FrozenModel):
     """A trained reward model, frozen. Scores are calibrated with the mean and std in its config.
 
     With `measures_noise` it scores a few sequences again, each alone: the same sequence in another
-    batch has another rounding, and scores that differ by no more say nothing.
+    batch has another rounding, and scores that differ by no more say nothing. `today` is the date
+    that its chat template may print.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class RewardWorker(FrozenModel):
         micro_batch_tokens: int,
         device: str,
         measures_noise: bool = False,
+        today: date | None = None,
     ) -> None:
         super().__init__(load_reward_model(model, pad_token_id=None), micro_batch_tokens, device)
-        self.reader = Reader.of(model, load_tokenizer(actor_model))
+        self.reader = Reader.of(model, load_tokenizer(actor_model), today)
         self.calibration = read_calibration(self.model.config)
         self.measures_noise = measures_noise
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from actors.rollouts.requests import Sample
 from learners.checkpoints import is_encoder, load_config, load_tokenizer
-from learners.data.tokenise import encode_prompt, encode_response
+from learners.data.rows import Prompt
+from learners.data.templates import ChatTemplate
+from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
@@ -18,8 +21,10 @@ from learners.settings import ModelSettings
 class Reader:
     """The ids in which a reward model reads prompts and responses, and the ids it can read.
 
-    When its vocabulary is the Actor's (`same_ids`), those are the Actor's own; otherwise texts are
-    tokenised anew for it, and end like a finished response, also those that were truncated.
+    Conversations are rendered by its `template`, if it has one and that is not the Actor's. Else,
+    when its vocabulary is the Actor's (`same_ids`), the ids are the Actor's own; otherwise texts
+    are tokenised anew for it. What is rendered or tokenised anew ends like a finished response,
+    also where that was truncated.
     """
 
     tokenizer: Any
@@ -27,25 +32,39 @@ class Reader:
     same_ids: bool
     positions: int | None
     vocabulary: int | None
+    template: ChatTemplate | None = None
 
     @classmethod
-    def of(cls, model: ModelSettings, actor_tokenizer: Any) -> Reader:
-        """Read the model's config and tokenizer. Raises UserError where they cannot be read."""
+    def of(cls, model: ModelSettings, actor_tokenizer: Any, today: date | None = None) -> Reader:
+        """Read the model's config and tokenizer; its template prints `today`. Raises UserError
+        where they cannot be read.
+        """
         config = load_config(model)
         tokenizer = load_tokenizer(model)
         encoder = is_encoder(config)
+        same_ids = not encoder and tokenizer.get_vocab() == actor_tokenizer.get_vocab()
+        renders = tokenizer.chat_template and not (
+            same_ids and _written_by(tokenizer) == _written_by(actor_tokenizer)
+        )
         return cls(
             tokenizer=tokenizer,
             encoder=encoder,
-            same_ids=not encoder and tokenizer.get_vocab() == actor_tokenizer.get_vocab(),
+            same_ids=same_ids,
             positions=positions_of(config),
             vocabulary=getattr(config.get_text_config(), "vocab_size", None),
+            template=ChatTemplate(tokenizer, today=today) if renders else None,
         )
 
     def ids(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Return the ids of prompt and response. Raises DataError where the model's tokenizer has
-        none to end a response with.
+        none to end a response with, or its template cannot render the conversation.
         """
+        if self.template is not None and sample.answered is not None:
+            (example,) = self.template.examples(sample.answered, "last")
+            if self.encoder:
+                end = end_of_response(self.tokenizer, encoder=True)
+                return encode_prompt(self.tokenizer, example.text), [end]
+            return example.prompt_ids, example.response_ids
         if self.same_ids:
             return sample.prompt_ids, sample.response_ids
         prompt = encode_prompt(self.tokenizer, sample.prompt)
@@ -61,10 +80,19 @@ class Reader:
             return ([], []), error.problems[0]
         return (prompt, response), self.problem([*prompt, *response])
 
+    def unsure_of(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Return which prompts must be looked at to know that the model can read them: all that its
+        own template renders, and the doubtful ones of the others.
+        """
+        rendered = [self.template is not None and p.conversation is not None for p in prompts]
+        read = [i for i, one in enumerate(rendered) if not one]
+        doubtful = {read[i] for i in self.doubtful([prompts[i].text for i in read])}
+        return [i for i, one in enumerate(rendered) if one or i in doubtful]
+
     def doubtful(self, texts: Sequence[str]) -> list[int]:
-        """Return which prompts must be looked at to know that the model can read them, in a
-        fraction of the time that tokenising all would take. A word that cannot be encoded although
-        its letters can is none of them.
+        """Return which texts may be too long or hold unknown letters, in a fraction of the time
+        that tokenising all would take. A word that cannot be encoded although its letters can is
+        none of them.
         """
         every = list(range(len(texts)))
         core = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -92,3 +120,8 @@ class Reader:
         if self.vocabulary is not None and max(ids) >= self.vocabulary:
             return f"token id {max(ids)}, the model knows {self.vocabulary} ids"
         return ""
+
+
+def _written_by(tokenizer: Any) -> tuple[Any, ...]:
+    """Return all that decides what a tokenizer's template writes."""
+    return tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
+from learners.data.conversation import Conversation
 from learners.data.rows import Prompt
+from learners.data.templates import ChatTemplate
 from learners.experience import PromptRequest, Rollout
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished response to be scored, as ids and as text without special tokens, and the data's
-    answer columns.
+    """A finished response to be scored: as ids, and as text without EOS, PAD and the token that
+    ended it, but with every other special token; and the data's answer columns.
+
+    `conversation` is the prompt's (None: raw text); `opened` is text at the end of the rendered
+    prompt that belongs to the assistant's turn, such as an open <think>.
     """
 
     prompt_ids: list[int]
@@ -24,6 +29,22 @@ class Sample:
     response: str
     finish_reason: str
     columns: dict[str, Any]
+    conversation: Conversation | None = None
+    opened: str = ""
+
+    @property
+    def answered(self) -> Conversation | None:
+        """The conversation with the response as the assistant's turn, or in the one that the prompt
+        had begun.
+        """
+        if self.conversation is None:
+            return None
+        *before, last = self.conversation.messages
+        if last["role"] != "assistant":
+            answer = {"role": "assistant", "content": self.opened + self.response}
+            return self.conversation.answered(answer)
+        begun = replace(self.conversation, messages=before)
+        return begun.answered({**last, "content": last.get("content", "") + self.response})
 
 
 def requests_for(
@@ -54,12 +75,16 @@ def requests_for(
 
 
 def samples_of(
-    rollouts: Sequence[Rollout], prompts: Sequence[Prompt], group_size: int, tokenizer: Any
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    group_size: int,
+    template: ChatTemplate,
 ) -> list[Sample]:
-    """Decode rollouts (ordered by request and sample); return them as samples with the text and
-    columns of their prompts.
+    """Decode rollouts (ordered by request and sample); return them as samples with the text,
+    conversation and columns of their prompts.
     """
-    texts = tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    texts = texts_of(rollouts, template.tokenizer)
+    opened = Opened(template)
     rows = [prompts[i // group_size] for i in range(len(rollouts))]
     return [
         Sample(
@@ -69,6 +94,36 @@ def samples_of(
             text,
             rollout.finish_reason,
             row.columns,
+            row.conversation,
+            opened.by(row.conversation),
         )
         for rollout, text, row in zip(rollouts, texts, rows, strict=True)
     ]
+
+
+class Opened:
+    """What a template's generation prompt opens, found once for each of its arguments."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self.found: dict[str, str] = {}
+
+    def by(self, conversation: Conversation | None) -> str:
+        """Return the text that is open at the end of a prompt; nothing if that is raw text."""
+        if conversation is None:
+            return ""
+        arguments = repr(conversation.arguments)
+        if arguments not in self.found:
+            self.found[arguments] = self.template.opened(conversation)
+        return self.found[arguments]
+
+
+def texts_of(rollouts: Sequence[Rollout], tokenizer: Any) -> list[str]:
+    """Return responses as text: without EOS, PAD and the token that ended them, but with all other
+    special tokens, which may be the answer's own marks.
+    """
+    unsaid = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    ended = ((r.response_ids, r.finish_reason == "stop") for r in rollouts)
+    said = [[i for i in (ids[:-1] if end else ids) if i not in unsaid] for ids, end in ended]
+    texts: list[str] = tokenizer.batch_decode(said, skip_special_tokens=False)
+    return texts

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from actors.cluster.placement import Placement
 from actors.roles import engine_role
 from actors.rollouts.generator import Engines
-from actors.rollouts.requests import requests_for
+from actors.rollouts.requests import requests_for, texts_of
 from actors.settings import ClusterSettings, GenerationSettings
 from actors.start import start_groups
-from learners.checkpoints import length_problems, load_tokenizer
+from learners.checkpoints import ends_of_generation, length_problems, load_tokenizer
 from learners.data.rows import Prompt
+from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt
 from learners.errors import UserError
 from learners.settings import ModelSettings
@@ -24,8 +25,8 @@ def sample_responses(
     seed: int,
     cluster: ClusterSettings | None = None,
 ) -> list[str]:
-    """Return one response per prompt, as text without special tokens. Raises UserError where the
-    model has fewer positions than the longest prompt and response need.
+    """Return one response per prompt, as text. Raises UserError where the model has fewer positions
+    than the longest prompt and response need.
     """
     cluster = cluster or ClusterSettings()
     settings = ModelSettings(path=model)
@@ -34,11 +35,12 @@ def sample_responses(
     longest = max(len(r.ids) for r in rows) + generation.max_new_tokens
     if problems := length_problems("model", settings, longest):
         raise UserError(problems)
-    facts = {"max_model_tokens": longest, "eos_token_id": tokenizer.eos_token_id}
+    stops = ChatTemplate(tokenizer, ends_of_generation(settings)).stops
+    facts = {"max_model_tokens": longest, "stop_token_ids": stops}
     roles = {"engine": engine_role(settings, generation, cluster, seed)}
     with Placement(cluster, roles) as placement:
         engines = start_groups(roles, facts, placement)["engine"]
         assert isinstance(engines, Engines)
         requests = requests_for(rows, generation.on_policy(), 1, (seed, "sample"))
         rollouts = engines.generate(requests, cluster.call_deadline_s)
-    return tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    return texts_of(rollouts, tokenizer)

@@ -54,7 +54,7 @@ ALARMS = {  # name, as a pattern: meaning
     "unscorable": "More responses than `alarms.unscorable` have no score.",
     "equal_scores": "All scores of the step are equal: there is nothing to prefer.",
     "no_spread": "In every group all scores are equal: no response has an advantage.",
-    "all_truncated": "No response ended with EOS.",
+    "all_truncated": "No response ended by itself.",
     "zero_gradient": "The Actor's gradient was 0 in every mini-batch.",
     "mismatch": "A token's engine and Actor log-probs differ by more than `alarms.mismatch`.",
     "mean_mismatch": (
@@ -124,6 +124,48 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
         ),
         Metric("score/<source>", "score", "Mean score of one source, before its weight.", "rises"),
     ),
+    "Sources of a mixture, where the data are several": (
+        Metric(
+            "source/<name>/share",
+            "share",
+            "Rows of the step that come from this source of the training data.",
+            "its weight",
+        ),
+        Metric(
+            "source/<name>/score",
+            "score",
+            "As `score/mean`, over the responses to the prompts of this source.",
+            "rises",
+        ),
+        Metric(
+            "source/<name>/length",
+            "tokens",
+            "As `response/length`, over the responses to the prompts of this source.",
+        ),
+        Metric(
+            "<evaluation|test>/<name>/<score|accuracy_sampled|accuracy_greedy>",
+            "score",
+            "Mean score of one source of the prompts: of the sampled responses, and by the"
+            " evaluation's function.",
+            "rises",
+        ),
+        Metric(
+            "<evaluation|test>/<name>/unscorable_<sampled|greedy>",
+            "share",
+            "Responses to the prompts of this source that got no score.",
+            "absent",
+        ),
+        Metric(
+            "<evaluation|test>/<name>/length_<sampled|greedy>",
+            "tokens",
+            "Mean length of the evaluated responses to the prompts of this source.",
+        ),
+        Metric(
+            "held_out/<name>/<loss|accuracy|margin>",
+            "",
+            "As `held_out/loss` and its neighbours, over the held-out rows of this source.",
+        ),
+    ),
     "KL to the Reference": (
         Metric(
             "kl/sequence",
@@ -143,14 +185,14 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
         Metric(
             "response/length",
             "tokens",
-            "Mean length of the responses, EOS included.",
+            "Mean length of the responses, the token that ends them included.",
             headline=3,
             chart="Response length, tokens",
         ),
         Metric(
             "response/truncated",
             "share",
-            "Responses cut at `generation.max_new_tokens`, without EOS.",
+            "Responses cut at `generation.max_new_tokens`, without a token that ends them.",
             "well below 1",
         ),
     ),

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
@@ -31,6 +32,7 @@ Found = Mapping[str, Mapping[str, Any]]
 NAMED = "named"  # the part that says what of the recipe's words the others were found under
 READ = "read"  # the part that says by which other words rows were read
 CODE = "code"  # the part that may differ: most changes of a source file change no number
+TODAY = "today"  # the key of the date that templates print: the day on which the run began
 LONGEST = 60  # of a value in a message, characters
 
 
@@ -49,6 +51,13 @@ class Things:
         if resume:
             self.step, checkpoint = finished_checkpoints(folder)[-1]
             self.before = _read(checkpoint / THINGS_FILE)
+        self.table[TODAY] = {"date": self.today.isoformat()}
+
+    @property
+    def today(self) -> date:
+        """The date that templates print: that on which the run began."""
+        written = self.before.get(TODAY, {}).get("date")
+        return date.fromisoformat(written) if written else date.today()
 
     def add(self, found: Found) -> None:
         """Enter what was found into the table. Raises UserError for what differs from the

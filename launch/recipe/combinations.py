@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
@@ -14,9 +14,17 @@ from actors.roles import roles_of
 from actors.run.metrics import BY_NAME
 from actors.settings import Recipe, RewardSettings, RLRecipe, RMRecipe, SFTRecipe
 from learners.errors import Problem, Rule, problems_of
-from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData
+from learners.settings import (
+    DataSettings,
+    LearnerSettings,
+    ModelSettings,
+    PairData,
+    PromptData,
+    SFTData,
+)
 
 LEAST_GROUP_TEMPERATURE = 0.7
+UNWRITABLE = "{name!r} has control characters; use letters, digits, _ and -"
 USUAL_GROUP = 8
 # columns that are called like their keys unless the recipe names others
 SAID = ("prompt", "response", "chosen", "rejected")
@@ -48,6 +56,8 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(keys, "needs held-out examples: set held_out.path")
     if not isinstance(recipe, RLRecipe):
         yield from problems_of(_distinct_columns(recipe))
+    for key, sources in mixtures_of(recipe).items():
+        yield from problems_of(_mixture(key, sources))
 
 
 def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
@@ -151,16 +161,20 @@ def _rewards(recipe: RLRecipe) -> list[Rule]:
 def _name_rules(key: str, name: str) -> list[Rule]:
     """Require a name that makes a metric of its own, `score/{name}`, and fits on a line."""
     taken = [metric.removeprefix("score/") for metric in BY_NAME if metric.startswith("score/")]
-    unwritable = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
     return [
         (not name.strip(), (key,), "is empty; its scores are logged as score/<name>"),
-        (unwritable, (key,), f"{name!r} has control characters; use letters, digits, _ and -"),
+        (unwritable(name), (key,), UNWRITABLE.format(name=name)),
         (
             name in taken,
             (key,),
             f"{name!r} is taken: score/{name} is a metric of the whole step; choose another name",
         ),
     ]
+
+
+def unwritable(name: str) -> bool:
+    """Tell whether a name would break the line or the metric it stands in."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
 
 
 def _columns(recipe: RLRecipe) -> Iterator[Rule]:
@@ -172,6 +186,26 @@ def _columns(recipe: RLRecipe) -> Iterator[Rule]:
             own = f"{name!r} is what a function is given beside the columns; rename the data's"
             yield name in OWN_COLUMNS, key, own
             yield name in columns[:i], key, f"{name!r} is listed twice"
+
+
+def _mixture(key: str, sources: Sequence[DataSettings]) -> Iterator[Rule]:
+    """Require of several sources names of their own, and weights of all of them or of none."""
+    named = [one.name or str(i) for i, one in enumerate(sources)]
+    weighed = [f"{key}.{i}.weight" for i, one in enumerate(sources) if one.weight is not None]
+    for i, name in enumerate(named):
+        own = f"{key}.{i}.name"
+        before = named[:i].index(name) if name in named[:i] else i
+        taken = f"{name!r} is the name of {key}.{before} too; each source needs a name of its own"
+        yield before != i, (own, f"{key}.{before}.name"), taken
+        yield not name.strip(), (own,), "is empty; it stands in the names of metrics"
+        yield unwritable(name), (own,), UNWRITABLE.format(name=name)
+    missing = [i for i, one in enumerate(sources) if one.weight is None]
+    if weighed and missing:
+        key_missing = f"{key}.{missing[0]}.weight"
+        message = "missing: give every source of the mixture a weight, or none of them"
+        yield True, (key_missing, *weighed), message
+    if weighed and key not in ("prompts", "data"):
+        yield True, tuple(weighed), f"is for training data; of {key} every row is used"
 
 
 def _source(key: str, reward: RewardSettings) -> list[Rule]:
@@ -316,6 +350,20 @@ def models_of(recipe: Recipe) -> dict[str, ModelSettings]:
 
 def data_of(recipe: Recipe) -> Iterator[tuple[str, PromptData | SFTData | PairData]]:
     """Yield every source of the recipe's data sets with its key: data or, in a mixture, data.0."""
+    for key, data in _data_sets(recipe).items():
+        if isinstance(data, tuple):
+            yield from ((f"{key}.{i}", one) for i, one in enumerate(data))
+        elif data is not None:
+            yield key, data
+
+
+def mixtures_of(recipe: Recipe) -> dict[str, tuple[DataSettings, ...]]:
+    """Return the sources of every data set of several, by its key."""
+    return {key: data for key, data in _data_sets(recipe).items() if isinstance(data, tuple)}
+
+
+def _data_sets(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's data sets, each one source, several or none, by key."""
     written: dict[str, Any]
     if isinstance(recipe, RLRecipe):
         evaluation = recipe.evaluation
@@ -325,11 +373,7 @@ def data_of(recipe: Recipe) -> Iterator[tuple[str, PromptData | SFTData | PairDa
         written = {"data": recipe.data, "held_out": recipe.held_out}
     if isinstance(recipe, RMRecipe):
         written["reward_model.calibration"] = recipe.reward_model.calibration
-    for key, data in written.items():
-        if isinstance(data, tuple):
-            yield from ((f"{key}.{i}", one) for i, one in enumerate(data))
-        elif data is not None:
-            yield key, data
+    return written
 
 
 def lacking_gpus(recipe: Recipe) -> str | None:

@@ -23,7 +23,7 @@ from actors.settings import (
     model_sampling_problems,
     position_problems,
 )
-from launch.recipe.combinations import data_of, lacking_gpus, models_of
+from launch.recipe.combinations import OWN_COLUMNS, data_of, lacking_gpus, models_of
 from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
@@ -306,17 +306,19 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
         return
     for i, reward in enumerate(recipe.rewards):
         if reward.function is not None:
-            yield f"rewards.{i}.function", reward.function, _offered(recipe.prompts)
+            yield f"rewards.{i}.function", reward.function, _answer_columns(recipe.prompts)
     evaluation = recipe.evaluation
     scored = [d for d in (evaluation.prompts, evaluation.test_prompts) if d is not None]
     if evaluation.function is not None and scored:
-        columns = set.intersection(*map(_offered, scored))
+        columns = set.intersection(*map(_answer_columns, scored))
         yield "evaluation.function", evaluation.function, columns
 
 
-def _offered(prompts: PromptData | tuple[PromptData, ...]) -> set[str]:
-    """Return the answer columns that every source of prompts has."""
-    return set.intersection(*(set(source.answer_columns) for source in sources_of(prompts)))
+def _answer_columns(data: PromptData | tuple[PromptData, ...]) -> set[str]:
+    """Return the columns that functions are offered: of a mixture those of every source, which are
+    None in the rows of the others.
+    """
+    return {column for source in sources_of(data) for column in source.answer_columns}
 
 
 def _check_signature(name: str, function: Any, columns: set[str]) -> None:
@@ -325,7 +327,7 @@ def _check_signature(name: str, function: Any, columns: set[str]) -> None:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # built-in functions have none to look at
         return
-    offered = columns | {"finish_reasons"}
+    offered = columns.union(OWN_COLUMNS).difference(("prompts", "responses"))
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     given: dict[str, Any] = {n: [] for n in offered if takes_all or n in signature.parameters}
     try:

@@ -18,7 +18,7 @@ IN_MESSAGE = "control tokens inside a message, which could end it"
 
 @dataclass
 class _Kind:
-    """What was seen of one kind: in how many rows, which first, and some of what was found."""
+    """Sightings of one kind: in how many rows, which first, and some of what was found."""
 
     rows: int = 0
     last: str = ""  # the row counted last

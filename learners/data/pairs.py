@@ -1,4 +1,4 @@
-"""Where the prompt of a pair ends: in a column, or where two answers part."""
+"""The end of a pair's prompt: in a column, or where two answers part."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from learners.data.store import Part, Rows
 from learners.data.templates import ChatTemplate, Example
 from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
-from learners.settings import DataSettings, PairData, PromptData, SFTData, sources_of
+from learners.settings import PairData, PromptData, SFTData, sources_of
 
 T = TypeVar("T")
-D = TypeVar("D", bound=DataSettings)
+D = TypeVar("D", PromptData, SFTData, PairData)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Prompt:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """What must be the same for a resumed run."""
+        """Parts that must be the same for a resumed run."""
         names = ("index", "ids", "text", "columns")
         return {name: getattr(self, name) for name in names}
 
@@ -64,7 +64,7 @@ class Pair:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """What must be the same for a resumed run."""
+        """Parts that must be the same for a resumed run."""
         return {
             "prompt_ids": self.chosen.prompt_ids,
             "chosen_ids": self.chosen.response_ids,

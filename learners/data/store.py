@@ -148,6 +148,17 @@ class _EncodedRows:
         self._batches = [stream.read_next_batch() for _ in range(self._written)]
 
 
+def by_part(
+    parts: Sequence[Part], values: Sequence[T], per_row: int = 1
+) -> Iterator[tuple[Part, Sequence[T]]]:
+    """Yield the parts of a data set, each with its own of the values, `per_row` for each row."""
+    start = 0
+    for part in parts:
+        end = start + part.size * per_row
+        yield part, values[start:end]
+        start = end
+
+
 # --- where it lies --------------------------------------------------------------------------------
 
 REMEDY = "set HF_HOME (or HF_DATASETS_CACHE alone) to a folder with room that can be written"

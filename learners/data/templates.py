@@ -72,7 +72,7 @@ class Example:
 
     @property
     def compared(self) -> dict[str, Any]:
-        """What must be the same for a resumed run."""
+        """Parts that must be the same for a resumed run."""
         same: dict[str, Any] = {"prompt_ids": self.prompt_ids, "response_ids": self.response_ids}
         if 0 in self.loss_mask:
             same["loss_mask"] = self.loss_mask.hex()
@@ -159,7 +159,7 @@ class ChatTemplate:
 
     @cached_property
     def _text_arguments(self) -> bool:
-        """Whether a tool call's arguments must be JSON text: the template neither writes an object
+        """True where a call's arguments must be JSON text: the template neither writes an object
         as JSON itself, nor JSON text a second time.
         """
         written: list[bool] = []

@@ -5,13 +5,20 @@ ever.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from actors.rollouts.requests import texts_of
+from learners.data.conversation import Conversation
+from learners.data.templates import ChatTemplate
 from learners.experience import PromptRequest, Rollout
 from tests.actors.tiny_models import EOS, THREADS, VOCAB, Served, logprobs, save_model, start_engine
 
@@ -88,6 +95,53 @@ def test_groups_are_complete(served: Served) -> None:
         # the EOS stays, with a log-prob
         assert (sample.finish_reason == "stop") == (sample.response_ids[-1] == EOS)
     assert {s.finish_reason for s in samples} == {"stop", "length"}
+
+
+def chat_tokenizer(turn_end: int, answer: int) -> Any:
+    """A word for every id, two of them special: the end of the template's turns, and a mark."""
+    names = {0: "<pad>", 1: "<bos>", EOS: "<eos>", turn_end: "<end>", answer: "<answer>"}
+    words = {names.get(i, f"t{i}"): i for i in range(VOCAB)}
+    core = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<end>", "<answer>"],
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+def test_a_response_ends_with_the_templates_turn(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is not EOS: it stays the last id, as EOS does, and is not part of the text."""
+    asked = [request(i, size=8) for i in range(4)]
+    free = rollouts(served, asked)
+    common = Counter(i for s in free for i in set(s.response_ids[:-1]) if i > EOS).most_common(2)
+    turn_end, answer = (token for token, _ in common)
+    template = ChatTemplate(chat_tokenizer(turn_end, answer))
+    template.prompt(Conversation([{"role": "user", "content": "t5"}]))
+    assert template.stops == [turn_end, EOS]
+    monkeypatch.setattr(served.engine, "stop_token_ids", template.stops)
+    samples = rollouts(served, asked)
+    assert {s.response_ids[-1] for s in samples if s.finish_reason == "stop"} == {turn_end, EOS}
+    for sample, before in zip(samples, free, strict=True):
+        ids = before.response_ids
+        end = ids.index(turn_end) + 1 if turn_end in ids else len(ids)
+        assert sample.response_ids == ids[:end] and len(sample.logprobs) == end
+        assert (sample.finish_reason == "stop") == (sample.response_ids[-1] in template.stops)
+    texts = texts_of(samples, template.tokenizer)
+    assert not any("<end>" in text or "<eos>" in text for text in texts)
+    assert any("<answer>" in text for text in texts)
+    for sample, text in zip(samples, texts, strict=True):
+        said = sample.response_ids[: -1 if sample.finish_reason == "stop" else None]
+        assert len(text.split()) == len([i for i in said if i])  # all words but <pad>
 
 
 def test_the_same_seed_gives_the_same_sample_in_any_company(served: Served) -> None:

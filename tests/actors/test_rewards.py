@@ -24,7 +24,8 @@ def exact(prompts: list[str], responses: list[str], answer: list[str]) -> list[f
 
 
 def everything(prompts: list[str], responses: list[str], **columns: list) -> list[float | None]:
-    assert set(columns) == {"answer", "finish_reasons"}
+    own = {"finish_reasons", "messages", "prompt_ids", "response_ids"}
+    assert set(columns) == {"answer", *own}
     return [None if reason == "length" else math.nan for reason in columns["finish_reasons"]]
 
 

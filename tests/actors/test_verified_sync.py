@@ -133,7 +133,7 @@ def stage(
         "generation": generation,
         "device": "cpu",
         "max_model_tokens": MAX_TOKENS,
-        "eos_token_id": EOS,
+        "stop_token_ids": [EOS],
     }
     engines.gather(engines.start(arguments, DEADLINE), "start", DEADLINE)
     yield Stage(engines, actor, str(path), request.param == "tied")

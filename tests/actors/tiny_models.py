@@ -58,7 +58,7 @@ def save_model(folder: Path, seed: int, tied: bool) -> Any:
 
 def start_engine(folder: Path) -> GenerationEngine:
     generation = GenerationSettings(threads=THREADS, kv_cache_gib=0.125, max_concurrent=64)
-    return GenerationEngine(ModelSettings(path=str(folder)), generation, "cpu", MAX_TOKENS, EOS)
+    return GenerationEngine(ModelSettings(path=str(folder)), generation, "cpu", MAX_TOKENS, [EOS])
 
 
 def logprobs(model: Any, ids: list[int], temperature: float = 1.0) -> torch.Tensor:

@@ -752,6 +752,34 @@ def test_combinations(place: Path, kind: str, overrides: list[str], told: str) -
     assert len(found) == 1 and told in found[0], found
 
 
+def mixture(*sources: str) -> str:
+    return f"[{', '.join(sources)}]"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("name: b", "name: b", "prompts.1.name: 'b' is the name of prompts.0 too"),
+        ("name: '1'", "limit: 2", "prompts.1.name: '1' is the name of prompts.0 too"),
+        ("name: ' '", "limit: 2", "prompts.0.name: is empty"),
+        ("weight: 2", "limit: 2", "prompts.1.weight: missing: give every source"),
+    ],
+)
+def test_sources_of_a_mixture_have_names_of_their_own_and_all_a_weight_or_none(
+    place: Path, first: str, second: str, told: str
+) -> None:
+    sources = mixture(f"{{path: a.jsonl, {first}}}", f"{{path: b.jsonl, {second}}}")
+    found = problems("grpo.yaml", f"prompts={sources}", files=False)
+    assert len(found) == 1 and told in found[0], found
+
+
+def test_weights_are_for_training(place: Path) -> None:
+    weighed = mixture("{path: a.jsonl, weight: 2}", "{path: b.jsonl, weight: 1}")
+    (line,) = problems("rm.yaml", f"held_out={weighed}", files=False)
+    assert "held_out.0.weight: is for training data; of held_out every row is used" in line
+    assert not problems("rm.yaml", f"data={weighed}", files=False)
+
+
 def test_distorted_sampling_is_accepted_where_its_tokens_are_weighed(place: Path) -> None:
     recipe = load_recipe(
         "grpo.yaml", ["generation.top_p=0.9", "algorithm.rollout_correction.kind=token_truncate"]

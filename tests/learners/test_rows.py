@@ -63,8 +63,8 @@ def write(tmp_path):
     return write
 
 
-def read_rows(data, columns):
-    return read(data, columns).rows
+def read_rows(data):
+    return [row.values for row in read(data)]
 
 
 def ids(text):
@@ -185,12 +185,15 @@ def test_bad_prompts_are_named(plain, write, value, problem):
 def test_long_prompts_are_refused_or_dropped(plain, write):
     path = write({"prompt": "ab"}, {"prompt": "abc"}, {"prompt": "cd"})
     with pytest.raises(DataError) as error:
-        load_prompts(PromptData(path=path, max_prompt_tokens=2), plain)
+        load_prompts(PromptData(path=path, max_prompt_tokens=2, long_prompts="refuse"), plain)
     assert "row 2" in one_line(error) and "3 tokens" in one_line(error)
-    prompts = load_prompts(PromptData(path=path, max_prompt_tokens=2, long_prompts="drop"), plain)
+    data = PromptData(path=path, max_prompt_tokens=2, max_dropped=0.4)
+    prompts = load_prompts(data, plain)
     assert [p.index for p in prompts] == [0, 2] and prompts.dropped == {"too long": 1}
+    with pytest.raises(DataError, match=r"1 of 3 prompts .* max_prompt_tokens 2; at most 5% may"):
+        load_prompts(PromptData(path=path, max_prompt_tokens=2), plain)
     with pytest.raises(DataError, match="no row can be used: 3 too long"):
-        load_prompts(PromptData(path=path, max_prompt_tokens=1, long_prompts="drop"), plain)
+        load_prompts(PromptData(path=path, max_prompt_tokens=1), plain)
 
 
 # --- SFT examples and pairs -----------------------------------------------------------------------
@@ -198,14 +201,15 @@ def test_long_prompts_are_refused_or_dropped(plain, write):
 
 def test_sft_examples(plain, write):
     path = write({"q": "ab", "a": "cd"}, {"q": "ab", "a": "cdefg"})
-    data = SFTData(path=path, prompt_column="q", response_column="a", max_tokens=5)
+    data = SFTData(path=path, columns={"prompt": "q", "response": "a"}, max_tokens=5)
     examples = load_sft(data, plain)
     assert [(e.prompt_ids, e.response_ids) for e in examples] == [(ids("ab"), [*ids("cd"), EOS])]
     assert examples.dropped == {"too long": 1}
 
 
 @pytest.mark.parametrize(
-    ("value", "problem"), [("", "response is empty"), (None, "must be text, not NoneType")]
+    ("value", "problem"),
+    [("", "response is empty"), (None, "must be text, or a list of messages, not NoneType")],
 )
 def test_empty_answers_are_refused(plain, write, value, problem):
     path = write({"prompt": "a", "response": "b"}, {"prompt": "a", "response": value})
@@ -221,8 +225,10 @@ def test_pairs(plain, write):
         {"prompt": "a", "chosen": "b", "rejected": "cdefg", "m": 1},
         {"prompt": "a", "chosen": "b", "rejected": "", "m": 1},
     )
-    pairs = load_pairs(PairData(path=path, margin_column="m", max_tokens=4), plain, encoder=False)
-    assert [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.margin) for p in pairs] == [
+    pairs = load_pairs(
+        PairData(path=path, columns={"margin": "m"}, max_tokens=4), plain, encoder=False
+    )
+    assert [tuple(p.compared.values()) for p in pairs] == [
         (ids("a"), [*ids("b"), EOS], [*ids("c"), EOS], 2.0),
         (ids("a"), [*ids("b"), EOS], [EOS], 1.0),
     ]
@@ -233,10 +239,11 @@ def test_pairs(plain, write):
 def test_pairs_for_an_encoder(bert, write):
     path = write({"prompt": "a", "chosen": "b", "rejected": "c"})
     pair = load_pairs(PairData(path=path), bert, encoder=True)[0]
-    assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == (
+    assert tuple(pair.compared.values()) == (
         [CLS, *ids("a")],
         [*ids("b"), SEP],
         [*ids("c"), SEP],
+        0.0,
     )
 
 
@@ -245,7 +252,7 @@ def test_bad_pairs_are_named(plain, write, column, value):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "m": 1.5}
     path = write(row, {**row, column: value})
     with pytest.raises(DataError) as error:
-        load_pairs(PairData(path=path, margin_column="m"), plain, encoder=False)
+        load_pairs(PairData(path=path, columns={"margin": "m"}), plain, encoder=False)
     assert f"row 2: {column} must be" in one_line(error)
 
 
@@ -255,39 +262,33 @@ def test_bad_pairs_are_named(plain, write, column, value):
 def test_a_file_is_whatever_split_is_asked_for(write):
     path = write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     for split, count in [("train", 3), ("test", 3), ("train[:2]", 2)]:
-        assert len(read_rows(PromptData(path=path, split=split), ["prompt"])) == count
-    assert len(read_rows(PromptData(path=path, limit=2), ["prompt"])) == 2
-    assert len(read_rows(PromptData(path=path, limit=9), ["prompt"])) == 3
+        assert len(read_rows(PromptData(path=path, split=split))) == count
+    assert len(read_rows(PromptData(path=path, limit=2))) == 2
+    assert len(read_rows(PromptData(path=path, limit=9))) == 3
 
 
 def test_parquet_and_folders(write, tmp_path):
     from datasets import Dataset
 
     Dataset.from_list([{"prompt": "p"}]).to_parquet(tmp_path / "rows.parquet")
-    assert read_rows(PromptData(path=str(tmp_path / "rows.parquet")), ["prompt"])["prompt"][:] == [
-        "p"
-    ]
+    assert read_rows(PromptData(path=str(tmp_path / "rows.parquet"))) == [{"prompt": "p"}]
     write({"prompt": "a"}, name="folder/train.jsonl")
     write({"prompt": "b"}, name="folder/test.jsonl")
     for split, expected in [("train", ["a"]), ("test", ["b"])]:
-        assert (
-            read_rows(PromptData(path=str(tmp_path / "folder"), split=split), ["prompt"])["prompt"][
-                :
-            ]
-            == expected
-        )
+        rows = read_rows(PromptData(path=str(tmp_path / "folder"), split=split))
+        assert [row["prompt"] for row in rows] == expected
     with pytest.raises(DataError, match="split validation"):
-        read_rows(PromptData(path=str(tmp_path / "folder"), split="validation"), ["prompt"])
+        read_rows(PromptData(path=str(tmp_path / "folder"), split="validation"))
 
 
 def test_a_tilde_is_the_home_folder(write, monkeypatch):
     monkeypatch.setenv("HOME", str(Path(write({"prompt": "a"})).parent))
-    assert read_rows(PromptData(path="~/rows.jsonl"), ["prompt"])["prompt"][:] == ["a"]
+    assert read_rows(PromptData(path="~/rows.jsonl")) == [{"prompt": "a"}]
 
 
 def test_changed_files_are_read_again(write):
-    assert read_rows(PromptData(path=write({"prompt": "a"})), ["prompt"])["prompt"][:] == ["a"]
-    assert read_rows(PromptData(path=write({"prompt": "b"})), ["prompt"])["prompt"][:] == ["b"]
+    assert read_rows(PromptData(path=write({"prompt": "a"}))) == [{"prompt": "a"}]
+    assert read_rows(PromptData(path=write({"prompt": "b"}))) == [{"prompt": "b"}]
 
 
 def test_dates_stay_the_text_they_are(plain, write):
@@ -298,11 +299,14 @@ def test_dates_stay_the_text_they_are(plain, write):
     assert [p.columns["answer"] for p in prompts] == ["2024-01-01", "2024-01-02 10:00:00"]
 
 
-def test_missing_columns_are_named(write):
+def test_missing_columns_are_named(plain, write):
     path = write({"question": "a", "answer": "b"})
     with pytest.raises(DataError) as error:
-        read_rows(PromptData(path=path), ["prompt", "answer"])
-    assert one_line(error) == f"{path}: columns ['prompt'] missing; it has ['question', 'answer']"
+        load_prompts(PromptData(path=path, answer_columns=("answer",)), plain)
+    assert one_line(error) == (
+        f"{path}: it has the columns ['question', 'answer'], and is read by prompt (or messages): "
+        "name others, perhaps `columns: {prompt: question}`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,8 +314,8 @@ def test_missing_columns_are_named(write):
     [
         ("absent.jsonl", None, "no such file or folder"),
         ("some/where/absent", None, "no such file or folder"),
-        ("rows.csv", "prompt\na\n", "must be one of"),
-        ("folder/readme.txt", "", "holds no .jsonl, .json, .parquet files"),
+        ("rows.txt", "prompt\na\n", "must be one of"),
+        ("folder/readme.txt", "", r"holds no .jsonl, .json, .*\.parquet.* files"),
         ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "broken.jsonl:2: not a line of JSON"),
         ("broken.parquet", "PAR", "not a parquet file"),
         ("empty.jsonl", "", "the file is empty"),
@@ -325,5 +329,5 @@ def test_unreadable_data_is_one_line(tmp_path, name, content, problem):
         path.write_text(content)
     target = path.parent if name.startswith("folder/") else path
     with pytest.raises(DataError, match=problem) as error:
-        read_rows(PromptData(path=str(target)), ["prompt"])
+        read_rows(PromptData(path=str(target)))
     assert str(target) in one_line(error)

@@ -530,8 +530,8 @@ def test_the_engine_reads_what_we_count(
     settings = ModelSettings(path=str(tmp_path), attention="eager")
     generation = GenerationSettings(threads=1, kv_cache_gib=0.125, max_concurrent=8)
     with pytest.raises(UserError, match=f"generation.max_model_tokens: .* has {limit} positions"):
-        GenerationEngine(settings, generation, "cpu", limit + 1, None)
-    engine = GenerationEngine(settings, generation, "cpu", limit, None)
+        GenerationEngine(settings, generation, "cpu", limit + 1, [])
+    engine = GenerationEngine(settings, generation, "cpu", limit, [])
     request = PromptRequest(0, 0, [1, 5, 9], 2, 1.0, limit, (3, 4))
     (samples,) = [group for groups in engine.generate([request]) for group in groups]
     engine.close()

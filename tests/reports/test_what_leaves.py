@@ -49,6 +49,7 @@ from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 from learners.checkpoints import (
     Calibration,
+    ends_of_generation,
     generation_config,
     load_causal_lm,
     load_config,
@@ -188,6 +189,20 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_exported(
     assert generation_config(settings, TOKENIZER) == file | {"eos_token_id": ends}
     again = load_file(export / "model.safetensors")
     assert again and all(torch.equal(model.state_dict()[name], t) for name, t in again.items())
+
+
+def test_the_end_of_a_templates_turns_ends_answers_of_the_export_too(tmp_path: Path) -> None:
+    """Gemma, Phi-3: turns end with another token than the tokenizer's EOS, and were trained so."""
+    settings = made("qwen3", tmp_path / "base")
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 1}))
+    assert ends_of_generation(settings) == [1]
+    stops = [9, 5, 1]
+    assert generation_config(settings, TOKENIZER, stops)["eos_token_id"] == [1, 5, 9]
+    file.unlink()
+    assert ends_of_generation(settings) == [1]  # the config.json's
+    written = generation_config(settings, TOKENIZER, stops)
+    assert written["eos_token_id"] == [1, 5, 9] and written["pad_token_id"] == 0
 
 
 @pytest.mark.parametrize("with_file", [True, False])

@@ -704,7 +704,7 @@ def test_an_engine_without_room_names_the_recipes_key(
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     small = GenerationSettings(kv_cache_gib=0.00001, max_concurrent=8, threads=1)
     with pytest.raises(UserError, match=r"^generation.kv_cache_gib: .* `generation.kv_cache_gib`"):
-        GenerationEngine(ModelSettings(path=str(tmp_path)), small, "cpu", MAX_TOKENS, None)
+        GenerationEngine(ModelSettings(path=str(tmp_path)), small, "cpu", MAX_TOKENS, [])
 
 
 class Writer:
