@@ -6,6 +6,7 @@ import json
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -576,6 +577,35 @@ def test_what_is_wrong_in_a_list_of_sources_is_named_by_its_place(
     assert all("0.path: missing" in line for line in more)
 
 
+@pytest.mark.parametrize(
+    ("kind", "row", "told"),
+    [
+        ("grpo", {"question": "1+1=", "answer": "2"}, "is read by prompt (or messages): name oth"),
+        ("sft", {"prompt": "1+1=", "text": "2"}, "is read by messages (or conversations), or pro"),
+        ("rm", {"prompt": "1+1=", "chosen": "2"}, "is read by chosen with rejected"),
+        ("sft", {"conversations": []}, ""),
+        ("sft", {"prompt": [], "completion": []}, ""),
+        ("rm", {"chosen": [], "rejected": []}, ""),
+    ],
+)
+def test_columns_of_json_lines_are_recognised_in_the_first_row(
+    place: Path, kind: str, row: dict[str, Any], told: str
+) -> None:
+    """Tools may come in later rows; other formats are left to the reading of all rows."""
+    for name in ("rows.jsonl", "rows.csv"):
+        Path(name).write_text(json.dumps(row) + "\n")
+    for section in ("prompts",) if kind == "grpo" else ("data", "held_out"):
+        columns = f"{section}.columns={{tools: functions}}"
+        found = problems(f"{kind}.yaml", f"{section}={{path: rows.jsonl}}", columns, files=True)
+        found = [line for line in found if "cannot be called" not in line]
+        if told:
+            assert found[0].startswith(f"command line: {section}.path: rows.jsonl: it has the col")
+            assert told in found[0]
+        assert len(found) == bool(told)
+        words = f"{section}={{path: rows.csv}}"
+        assert not any("rows.csv" in line for line in problems(f"{kind}.yaml", words))
+
+
 def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
     sources = "data=[{path: pairs.jsonl, columns: {response: chosen}}, {path: no.jsonl}, "
     sources += "{path: pairs.jsonl, columns: {response: better}}]"
@@ -824,8 +854,8 @@ def test_reward_names_are_unique(place: Path) -> None:
         ("sft", 'run.folder="a\\0b"', "null byte"),
         ("sft", f"learner.model.path={LONG}", "no such model folder"),
         ("sft", f"data.path={LONG}", "no such data file"),
-        ("sft", "data.path=rewards_of_test.py", "must be one of .jsonl, .json, .parquet"),
-        ("sft", "data.path=empty", "the folder holds no .jsonl, .json, .parquet files"),
+        ("sft", "data.path=rewards_of_test.py", "must be one of .jsonl, .json, .csv, "),
+        ("sft", "data.path=empty", "the folder holds no .jsonl, .json, .csv, "),
         ("sft", "data.path=empty.parquet", "the file is empty"),
     ],
 )
