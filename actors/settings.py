@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.errors import Problem, Rule, problems_of
@@ -250,14 +250,42 @@ class ReferenceSettings(Settings):
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward")
 
 
+USUAL_GROUP = 8
+MINI_BATCH = 128
+
+
 class StepSettings(Settings):
     """The batch arithmetic of one step."""
 
     steps: PositiveInt = Field(100, description="steps of the run")
     prompts_per_step: PositiveInt = Field(128, description="prompts generated for in one step")
-    group_size: PositiveInt = Field(1, description="responses per prompt")
-    mini_batch_size: PositiveInt = Field(128, description="sequences per optimizer step")
+    group_size: PositiveInt = Field(
+        1,
+        description=f"responses per prompt; {USUAL_GROUP} by default where groups are compared",
+    )
+    mini_batch_size: PositiveInt = Field(
+        MINI_BATCH,
+        description="sequences per optimizer step; by default at most a whole step",
+    )
     ppo_epochs: PositiveInt = Field(1, description="passes over the step's experience")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_step(cls, values: Any) -> Any:
+        """Take a step with fewer sequences than the usual mini-batch as one mini-batch."""
+        if not isinstance(values, dict) or "mini_batch_size" in values:
+            return values
+        names = ("prompts_per_step", "group_size")
+        sizes = [values.get(name, cls.model_fields[name].default) for name in names]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            return values  # which is said of them
+        return {**values, "mini_batch_size": min(MINI_BATCH, math.prod(sizes))}
+
+
+class GroupStepSettings(StepSettings):
+    """The same where responses to one prompt are compared with each other."""
+
+    group_size: PositiveInt = Field(USUAL_GROUP, description="responses per prompt")
 
 
 class AlarmSettings(Settings):
@@ -341,7 +369,7 @@ class RLRecipe(Settings):
     kind: str = "rl"
     run: RunSettings
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-    step: StepSettings
+    step: StepSettings = Field(default_factory=StepSettings)
     actor: LearnerSettings
     critic: LearnerSettings | None = None
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
@@ -383,16 +411,19 @@ Recipe = SFTRecipe | RMRecipe | RLRecipe
 
 @cache
 def rl_recipe(algorithm: str, kind: str = "rl") -> type[RLRecipe]:
-    """Return the recipe class of an algorithm: its own settings, and a critic if it needs one.
+    """Return the recipe class of an algorithm: its own settings, its defaults of a step, and a
+    critic if it needs one.
 
     `kind` is the recipes' own `kind`. Raises UserError when there is no such algorithm.
     """
     settings = find_algorithm(algorithm).Settings
+    step = GroupStepSettings if settings.compares_groups else StepSettings
     this_kind: Any = Literal.__getitem__(kind)
     return create_model(
         f"RLRecipe[{algorithm}]",
         __base__=RLRecipe,
         kind=(this_kind, kind),
+        step=(step, Field(default_factory=step)),
         critic=(LearnerSettings, ...) if settings.needs_critic else (None, None),
         algorithm=(settings, Field(default_factory=lambda: settings(kind=algorithm))),
     )

@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
 from actors.run.metrics import BY_NAME
-from actors.settings import Recipe, RewardSettings, RLRecipe, RMRecipe, SFTRecipe
+from actors.settings import (
+    USUAL_GROUP,
+    Recipe,
+    RewardSettings,
+    RLRecipe,
+    RMRecipe,
+    SFTRecipe,
+)
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import LearnerSettings, ModelSettings, PairData, PromptData, SFTData
 
 LEAST_GROUP_TEMPERATURE = 0.7
-USUAL_GROUP = 8
 # what a reward function is given beside the answer columns
 OWN_COLUMNS = ("prompts", "responses", "finish_reasons")
 

@@ -111,6 +111,7 @@ def changes(recipe: Recipe) -> dict[str, str]:
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
         and not key.startswith(MAY_CHANGE)
+        and not key.endswith(".model.like")  # for plan
         and (key.endswith(".path") or not key.startswith(told))
     }
 

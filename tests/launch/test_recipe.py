@@ -254,7 +254,7 @@ def test_a_recipe_for_another_command(place: Path) -> None:
             "actor=",
             "command line: actor: must be a section of keys, not nothing: set actor.model.path",
         ),
-        ("step=", "must be a section of keys, not nothing: write step: {} for its defaults"),
+        ("step=", "must be a section of keys, not nothing; leave the key out"),
         ("actor.modle.path=x", "command line: actor.modle: unknown key; did you mean actor.model?"),
         ("bogus.key=1", "command line: bogus: unknown key; known here: kind, run, cluster"),
         (
@@ -360,7 +360,7 @@ def test_only_what_every_recipe_must_say_is_required() -> None:
     ("kind", "overrides", "given", "key"),
     [
         ("grpo", ["step.prompts_per_step=9"], "(step.prompts_per_step)", "step.mini_batch_size"),
-        ("grpo", ["step={mini_batch_size: 7}"], "", "step.group_size"),
+        ("grpo", ["step={mini_batch_size: 7}"], "", "step.mini_batch_size"),
         ("grpo", ["rewards.00.weight=0"], "", "rewards.0.weight"),
         ("ppo", ["rewards.0.kind=function"], "(rewards.0.kind)", "rewards.0.model"),
         ("sft", ["train.evaluate_every=2", "learner.zero_stage=2"], "", "train.evaluate_every"),
