@@ -200,11 +200,26 @@ class Driver:
         return metrics
 
     def _evaluate(self, step: int, prompts: Sequence[Prompt], name: str) -> dict[str, float]:
-        workers = self.workers
+        def keep(kind: str, *answers: Any) -> None:
+            rows = [sample_row(*row) for row in zip(*answers, strict=True)]
+            self.folder.save_answers(name, step, kind, rows)
+
+        engines = self.workers.engines
         metrics, failures = evaluate(
-            workers.engines, workers.evaluator, prompts, self.recipe, self.data.tokenizer, name
+            engines, self.judge, prompts, self.recipe, self.data.tokenizer, name, keep
         )
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
+
+    def judge(self, samples: Sequence[Sample]) -> Sequence[Score]:
+        """Return the scores of evaluated samples: by the evaluation's function or, where there is
+        none, by the recipe's rewards.
+        """
+        evaluator = self.workers.evaluator
+        if evaluator is None:
+            return self.workers.rewards.alone(samples)
+        deadline_s = self.deadline_s
+        (scores,) = evaluator.call("scores", samples, phase="evaluate", deadline_s=deadline_s)
+        return scores
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint from which the run goes on as if it had never stopped."""

@@ -112,6 +112,8 @@ class RunData:
         for key, (model, head) in models.items():
             prompts: Sequence[Prompt] = self.prompts
             asked: list[str] = []
+            if head == "score" and recipe.evaluation.function is None:
+                prompts = self.all_prompts  # which it judges too
             if key == "actor.model":
                 prompts = self.all_prompts
                 positions = positions_of(load_config(model))

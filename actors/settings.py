@@ -319,7 +319,10 @@ class EvaluationSettings(Settings):
     test_prompts: PromptData | None = Field(
         None, description="prompts evaluated before and after the run only"
     )
-    function: str | None = Field(None, description="true score of a response, as module:function")
+    function: str | None = Field(
+        None,
+        description="true score of a response, as module:function; null: the sum of the rewards",
+    )
     every_steps: int = Field(
         0, ge=0, description="steps between evaluations; 0: only before and after"
     )

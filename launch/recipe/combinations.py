@@ -217,11 +217,6 @@ def _evaluation(recipe: RLRecipe) -> list[Rule]:
             ("evaluation.every_steps", "evaluation.prompts"),
             "needs held-out prompts: set evaluation.prompts.path",
         ),
-        (
-            prompts and settings.function is None,
-            (*(f"evaluation.{k}" for k in prompts[:1]), function),
-            "needs the true score of a response: set evaluation.function to module:function",
-        ),
         _function_name(function, settings.function),
         (
             settings.function is not None and not prompts,

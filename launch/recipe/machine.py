@@ -291,9 +291,15 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
             yield f"rewards.{i}.function", reward.function, set(recipe.prompts.answer_columns)
     evaluation = recipe.evaluation
     scored = [d for d in (evaluation.prompts, evaluation.test_prompts) if d is not None]
-    if evaluation.function is not None and scored:
-        columns = set.intersection(*(set(d.answer_columns) for d in scored))
+    if not scored:
+        return
+    columns = set.intersection(*(set(d.answer_columns) for d in scored))
+    if evaluation.function is not None:
         yield "evaluation.function", evaluation.function, columns
+        return
+    for i, reward in enumerate(recipe.rewards):  # which then judge the evaluation
+        if reward.function is not None:
+            yield f"rewards.{i}.function", reward.function, columns
 
 
 def _check_signature(name: str, function: Any, columns: set[str]) -> None:
@@ -311,5 +317,5 @@ def _check_signature(name: str, function: Any, columns: set[str]) -> None:
         have = ", ".join(sorted(offered))
         raise UserError(
             f"{name}: cannot be called with prompts, responses and the columns {have}: {error}; "
-            "see prompts.answer_columns"
+            "see answer_columns of prompts and of the evaluation's prompts"
         ) from None

@@ -580,11 +580,6 @@ def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict)
             "algorithm.old_logprobs: engine leaves nothing to correct",
         ),
         ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
-        (
-            "ppo",
-            ["evaluation.prompts.path=p.jsonl"],
-            "evaluation.prompts: needs the true score of a response",
-        ),
         ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to score"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
     ],
