@@ -236,13 +236,14 @@ class Driver:
         self.version = state["version"]
         self.algorithm.load_state(state["algorithm"])
 
-    def complete_model(self) -> None:
+    def complete_model(self) -> dict[str, float]:
         """Leave the Actor as it is: all of it was trained."""
+        return {}
 
-    def end(self) -> dict[str, Any]:
+    def end(self, step: int) -> dict[str, Any]:
         """Check that the frozen models have not changed, and evaluate the Actor."""
         self.workers.check_frozen()
-        return {"after": self.evaluate_all(self.total_steps)}
+        return {"after": self.evaluate_all(step)}
 
 
 def with_scores(

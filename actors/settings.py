@@ -337,8 +337,24 @@ class RunSettings(Settings):
         3, description="stop, with a checkpoint, at this many steps skipped for NaN"
     )
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep")
-    samples_every_steps: int = Field(1, ge=0, description="steps between saved samples; 0: none")
-    samples_per_step: PositiveInt = Field(8, description="rollouts saved each time")
+    final_checkpoint: bool = Field(
+        True, description="save a checkpoint at the end too, from which --resume goes on"
+    )
+    keep_best: str | None = Field(
+        None,
+        description="metric of the evaluations by which the best model is kept and becomes model/, "
+        "such as evaluation/score or held_out/loss; null: off",
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="stop after so many evaluations without a better run.keep_best; null: never",
+    )
+    samples_every_steps: int = Field(
+        1, ge=0, description="steps between saved samples; 0: none, also of evaluations"
+    )
+    samples_per_step: PositiveInt = Field(
+        8, description="rollouts saved each time, spread over the step's prompts"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard event files")
     wandb_project: str | None = Field(None, description="Weights & Biases project; null: off")
     progress: bool = Field(True, description="show progress bars")
@@ -352,6 +368,11 @@ class SupervisedRecipe(Settings):
     learner: LearnerSettings
     train: TrainSettings = Field(default_factory=TrainSettings)
 
+    @property
+    def evaluates(self) -> bool:
+        """True when the run is evaluated between its steps, not only at its end."""
+        return self.train.evaluate_every > 0
+
 
 class SFTRecipe(SupervisedRecipe):
     kind: Literal["sft"] = "sft"
@@ -359,8 +380,19 @@ class SFTRecipe(SupervisedRecipe):
     held_out: SFTData | None = Field(None, description="examples to measure on; null: none")
 
 
+class RMRunSettings(RunSettings):
+    """A reward model is best before it knows its pairs by heart."""
+
+    keep_best: str | None = Field(
+        "held_out/accuracy",
+        description="metric of the evaluations by which the best model is kept and becomes model/; "
+        "null: off",
+    )
+
+
 class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
+    run: RMRunSettings
     data: PairData
     held_out: PairData
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
@@ -385,14 +417,24 @@ class RLRecipe(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
     @property
+    def evaluates(self) -> bool:
+        """True when the run is evaluated between its steps, not only before and after."""
+        return self.evaluation.every_steps > 0
+
+    @property
     def sequences_per_step(self) -> int:
         return self.step.prompts_per_step * self.step.group_size
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step."""
+        mini_batches = math.ceil(self.sequences_per_step / self.step.mini_batch_size)
+        return self.step.ppo_epochs * mini_batches
+
+    @property
     def updates(self) -> int:
         """Optimizer steps of the whole run."""
-        mini_batches = math.ceil(self.sequences_per_step / self.step.mini_batch_size)
-        return self.step.steps * self.step.ppo_epochs * mini_batches
+        return self.step.steps * self.updates_per_step
 
     @property
     def max_logprob_diff(self) -> float:

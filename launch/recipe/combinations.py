@@ -44,6 +44,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(keys, "needs held-out examples: set held_out.path")
     if not isinstance(recipe, RLRecipe):
         yield from problems_of(_distinct_columns(recipe))
+    yield from problems_of(_best(recipe))
 
 
 def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
@@ -223,6 +224,53 @@ def _evaluation(recipe: RLRecipe) -> list[Rule]:
             (function, "evaluation.prompts", "evaluation.test_prompts"),
             "has nothing to score: set evaluation.prompts.path or evaluation.test_prompts.path",
         ),
+    ]
+
+
+def _best(recipe: Recipe) -> list[Rule]:
+    """Require evaluations by which a model can be the best, where one is to be kept."""
+    every = "evaluation.every_steps" if isinstance(recipe, RLRecipe) else "train.evaluate_every"
+    best = recipe.run.keep_best
+    patience = recipe.run.patience
+    asked = best is not None and best != type(recipe.run).model_fields["keep_best"].default
+    there = _comparable(recipe)
+    between = f"needs evaluations between the steps: set {every}"
+    return [
+        (
+            best is not None and best not in there,
+            ("run.keep_best",),
+            f"{best!r} is no metric by which this recipe's evaluations tell the better model; "
+            f"there are {', '.join(there)}",
+        ),
+        (asked and not recipe.evaluates, ("run.keep_best", every), between),
+        (
+            patience is not None and best is None,
+            ("run.patience", "run.keep_best"),
+            "needs a metric that must get better: set run.keep_best",
+        ),
+        (
+            patience is not None and best is not None and not asked and not recipe.evaluates,
+            ("run.patience", every),
+            between,
+        ),
+    ]
+
+
+def _comparable(recipe: Recipe) -> list[str]:
+    """Return the metrics of the recipe's evaluations of which a better value is known."""
+    if isinstance(recipe, SFTRecipe):
+        return ["held_out/loss"]
+    found = [name for name, metric in BY_NAME.items() if metric.better]
+    if isinstance(recipe, RMRecipe):
+        return [name for name in found if name.startswith("held_out/")]
+    left_out = [
+        *(["accuracy"] if recipe.evaluation.function is None else []),
+        *([] if recipe.evaluation.greedy else ["greedy"]),
+    ]
+    return [
+        name
+        for name in found
+        if name.startswith("evaluation/") and not any(word in name for word in left_out)
     ]
 
 
