@@ -834,6 +834,15 @@ def test_reward_functions(place: Path, name: str, told: str) -> None:
     assert told in found and "\n" not in found
 
 
+def test_rewards_that_judge_the_evaluation_need_its_columns(place: Path) -> None:
+    """Without a function of its own, the evaluation is scored by the rewards."""
+    held_out = "evaluation.prompts={path: prompts.jsonl, answer_columns: [answer]}"
+    assert not problems("grpo.yaml", held_out)
+    (found,) = problems("grpo.yaml", "evaluation.prompts.path=prompts.jsonl")
+    assert found.startswith("rewards.0.function: ") and "'answer'" in found
+    assert "see answer_columns of prompts and of the evaluation's prompts" in found
+
+
 def test_reasoning_gym_rows_are_scored_by_the_package(tmp_path: Path) -> None:
     from launch.tasks.reasoning_gym import rows, score
 
