@@ -309,9 +309,15 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
             yield f"rewards.{i}.function", reward.function, _answer_columns(recipe.prompts)
     evaluation = recipe.evaluation
     scored = [d for d in (evaluation.prompts, evaluation.test_prompts) if d is not None]
-    if evaluation.function is not None and scored:
-        columns = set.intersection(*map(_answer_columns, scored))
+    if not scored:
+        return
+    columns = set.intersection(*map(_answer_columns, scored))
+    if evaluation.function is not None:
         yield "evaluation.function", evaluation.function, columns
+        return
+    for i, reward in enumerate(recipe.rewards):  # which then judge the evaluation
+        if reward.function is not None:
+            yield f"rewards.{i}.function", reward.function, columns
 
 
 def _answer_columns(data: PromptData | tuple[PromptData, ...]) -> set[str]:
@@ -336,5 +342,5 @@ def _check_signature(name: str, function: Any, columns: set[str]) -> None:
         have = ", ".join(sorted(offered))
         raise UserError(
             f"{name}: cannot be called with prompts, responses and the columns {have}: {error}; "
-            "see prompts.answer_columns"
+            "see answer_columns of prompts and of the evaluation's prompts"
         ) from None

@@ -258,7 +258,7 @@ def test_a_recipe_for_another_command(place: Path) -> None:
             "actor=",
             "command line: actor: must be a section of keys, not nothing: set actor.model.path",
         ),
-        ("step=", "must be a section of keys, not nothing: write step: {} for its defaults"),
+        ("step=", "must be a section of keys, not nothing; leave the key out"),
         ("actor.modle.path=x", "command line: actor.modle: unknown key; did you mean actor.model?"),
         ("bogus.key=1", "command line: bogus: unknown key; known here: kind, run, cluster"),
         (
@@ -364,7 +364,7 @@ def test_only_what_every_recipe_must_say_is_required() -> None:
     ("kind", "overrides", "given", "key"),
     [
         ("grpo", ["step.prompts_per_step=9"], "(step.prompts_per_step)", "step.mini_batch_size"),
-        ("grpo", ["step={mini_batch_size: 7}"], "", "step.group_size"),
+        ("grpo", ["step={mini_batch_size: 7}"], "", "step.mini_batch_size"),
         ("grpo", ["rewards.00.weight=0"], "", "rewards.0.weight"),
         ("ppo", ["rewards.0.kind=function"], "(rewards.0.kind)", "rewards.0.model"),
         ("sft", ["train.evaluate_every=2", "learner.zero_stage=2"], "", "train.evaluate_every"),
@@ -738,11 +738,6 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
             "algorithm.old_logprobs: engine leaves nothing to correct",
         ),
         ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
-        (
-            "ppo",
-            ["evaluation.prompts.path=p.jsonl"],
-            "evaluation.prompts: needs the true score of a response",
-        ),
         ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to score"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
     ],
@@ -1028,6 +1023,15 @@ def test_local_paths_and_hub_names(place: Path) -> None:
 def test_reward_functions(place: Path, name: str, told: str) -> None:
     (found,) = problems("grpo.yaml", f"rewards.0.function={name}")
     assert told in found and "\n" not in found
+
+
+def test_rewards_that_judge_the_evaluation_need_its_columns(place: Path) -> None:
+    """Without a function of its own, the evaluation is scored by the rewards."""
+    held_out = "evaluation.prompts={path: prompts.jsonl, answer_columns: [answer]}"
+    assert not problems("grpo.yaml", held_out)
+    (found,) = problems("grpo.yaml", "evaluation.prompts.path=prompts.jsonl")
+    assert found.startswith("rewards.0.function: ") and "'answer'" in found
+    assert "see answer_columns of prompts and of the evaluation's prompts" in found
 
 
 def test_reasoning_gym_rows_are_scored_by_the_package(tmp_path: Path) -> None:

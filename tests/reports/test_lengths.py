@@ -346,6 +346,10 @@ def test_a_critic_with_fewer_positions_than_the_actor(run_place: Path) -> None:
     task.write_rows(run_place / "long.jsonl", [{"prompt": "1" * 99 + "=", "answer": "2"}])
     longer = [EVALUATED[0].replace("prompts.jsonl", "long.jsonl"), EVALUATED[1]]
     assert load(run_place, *roomy, *longer, "generation.max_new_tokens=50", kind="ppo")
+    # but where no function judges them, the rewards do
+    judged = [roomy[0], longer[0], "generation.max_new_tokens=50"]
+    with pytest.raises(UserError, match=r"^rewards\.0\.model: .* 64 positions, .* up to 151"):
+        load(run_place, *judged, kind="ppo")
 
 
 def test_rows_of_an_encoder_reward_model(tmp_path: Path) -> None:
