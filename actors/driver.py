@@ -203,11 +203,26 @@ class Driver:
         return metrics
 
     def _evaluate(self, step: int, prompts: Rows[Prompt], name: str) -> dict[str, float]:
-        workers = self.workers
+        def keep(kind: str, *answers: Any) -> None:
+            rows = [sample_row(*row) for row in zip(*answers, strict=True)]
+            self.folder.save_answers(name, step, kind, rows)
+
+        engines = self.workers.engines
         metrics, failures = evaluate(
-            workers.engines, workers.evaluator, prompts, self.recipe, self.data.template, name
+            engines, self.judge, prompts, self.recipe, self.data.template, name, keep
         )
         return metrics | self.alarms.report(step, of_evaluation(name, failures))
+
+    def judge(self, samples: Sequence[Sample]) -> Sequence[Score]:
+        """Return the scores of evaluated samples: by the evaluation's function or, where there is
+        none, by the recipe's rewards.
+        """
+        evaluator = self.workers.evaluator
+        if evaluator is None:
+            return self.workers.rewards.alone(samples)
+        deadline_s = self.deadline_s
+        (scores,) = evaluator.call("scores", samples, phase="evaluate", deadline_s=deadline_s)
+        return scores
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint from which the run goes on as if it had never stopped."""
@@ -224,13 +239,14 @@ class Driver:
         self.version = state["version"]
         self.algorithm.load_state(state["algorithm"])
 
-    def complete_model(self) -> None:
+    def complete_model(self) -> dict[str, float]:
         """Leave the Actor as it is: all of it was trained."""
+        return {}
 
-    def end(self) -> dict[str, Any]:
+    def end(self, step: int) -> dict[str, Any]:
         """Check that the frozen models have not changed, and evaluate the Actor."""
         self.workers.check_frozen()
-        return {"after": self.evaluate_all(self.total_steps)}
+        return {"after": self.evaluate_all(step)}
 
 
 def with_scores(

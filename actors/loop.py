@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -15,12 +16,26 @@ from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
 from actors.export import Export
 from actors.roles import roles_of
-from actors.run.alarms import AlarmLog
-from actors.run.folder import MODEL_FILES, RunFolder, finished_checkpoints, to_disk
+from actors.run.alarms import Alarm, AlarmLog
+from actors.run.best import Best
+from actors.run.folder import (
+    MODEL_FILES,
+    RunFolder,
+    complete_or_absent,
+    finished_checkpoints,
+    to_disk,
+)
 from actors.run.lock import RunLock
 from actors.run.outcome import EndError, accounted_for, disk_trouble, leave_at_the_end
 from actors.run.progress import say
-from actors.run.resume import Resume, fewer_steps
+from actors.run.resume import (
+    Resume,
+    bent_schedules,
+    fewer_steps,
+    nothing_left,
+    read_state,
+    write_state,
+)
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import interrupted, stepping, stop_requested
 from actors.run.things import Things, found_by, weights_of
@@ -78,13 +93,15 @@ class Training(Protocol):
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
 
-    def complete_model(self) -> None:
-        """Add to the trained model what only the end can tell: a reward model's calibration. When
-        this fails, the model is exported without.
+    def complete_model(self) -> dict[str, float]:
+        """Add to the trained model what belongs to its weights as they are now, a reward model's
+        calibration, and return it as metrics. When this fails, the model is exported without.
         """
 
-    def end(self) -> dict[str, Any]:
-        """Do what the exported model does not depend on; return the end of the summary."""
+    def end(self, step: int) -> dict[str, Any]:
+        """Do what the exported model of the last step does not depend on; return the end of the
+        summary.
+        """
 
 
 def nothing_frozen(workers: Any) -> dict[str, list[str]]:
@@ -149,8 +166,13 @@ def look_at(data: Data, things: Things, recipe: Recipe) -> None:
         say(f"notice: {line}")
     things.add(found_by(recipe, data.tokenizer, data.sets))
     things.check_accepted(loaded=False)
-    for problem in fewer_steps(recipe, data.total_steps(recipe), things.step):
-        raise UserError(str(problem))
+    total = data.total_steps(recipe)
+    for find in (fewer_steps, nothing_left) if things.checkpoint else ():
+        for problem in find(recipe, total, things.step):
+            raise UserError(str(problem))
+    before = read_state(things.checkpoint).get("total_steps", total) if things.checkpoint else total
+    if bent := bent_schedules(recipe, total, before, things.step):
+        say(f"notice: {bent}")
 
 
 class Loop:
@@ -164,6 +186,7 @@ class Loop:
         self.folder = folder
         self.alarms = alarms
         self.clock = clock
+        self.best = Best(recipe, folder, alarms)
 
     def run(self, resume: bool) -> dict[str, Any]:
         """Do all steps, evaluations and checkpoints; return the run's summary."""
@@ -173,6 +196,7 @@ class Loop:
         self.rehearse_end(range(first, total + 1))
         self.log_seconds("start", first - 1)
         summary = training.begin(first)
+        self.best.judge(0, summary.get("before", {}), self.write_whole)
         stepping()
         for step in self.folder.progress(range(first, total + 1), total, self.recipe.kind):
             metrics = self.step(step)
@@ -184,9 +208,15 @@ class Loop:
                 raise self.alarms.stop(step)
             if stopping:
                 raise interrupted(step, stopping)
+            if self.best.exhausted and step < total:
+                idle = self.best.without_gain
+                say(f"stopped after step {step} of {total}: {idle} evaluations without gain")
+                summary["evaluations_without_gain"] = idle
+                break
+        last = step if first <= total else total
         self.folder.still_ours()
-        summary |= self.end(total)
-        self.log_seconds("wall", total)
+        summary |= {"steps": last} | self.end(last)
+        self.log_seconds("wall", last)
         return summary
 
     def rehearse_end(self, steps: range) -> None:
@@ -198,7 +228,10 @@ class Loop:
         export.rehearse(run)
         settings = self.recipe.run
         there = len(finished_checkpoints(run))
-        if wrong := no_room(run, bytes_needed(*export.disk_bytes(), settings, steps, there)):
+        model, checkpoint = export.disk_bytes()
+        needed = bytes_needed(model, checkpoint, settings, steps, there)
+        needed += 2 * model if self.best.metric else 0  # the best so far, and a better one
+        if wrong := no_room(run, needed):
             raise UserError(
                 f"run.folder: {wrong} for the model and checkpoints: make room, choose another "
                 "folder, or lower run.keep_checkpoints"
@@ -210,19 +243,62 @@ class Loop:
         """
         model = self.folder.path / "model"
         incomplete = ""
+        figures: dict[str, float] = {}
         try:
-            self.training.complete_model()
+            figures = self.training.complete_model()
         except Exception as error:
             incomplete = in_a_line(error)
         self.export(model, step)
         if incomplete:
             raise EndError(f"{incomplete}: the model was exported uncalibrated, to {model}")
         leave_at_the_end(f"the model is complete, in {model}; its last evaluation is missing")
+        summary: dict[str, Any] = {}
+        failed: Exception | None = None
         try:
-            return self.training.end()
+            summary = self.training.end(step)
+            evaluated = summary.get("after", summary)
+            self.best.judge(step, evaluated, lambda folder: self.copy(model, folder, figures))
+            summary |= self.best.settle(step, model)
         except Exception as error:
-            reason = self.reason(error)
-            raise EndError(f"{reason}: the model is complete, in {model}") from error
+            failed = error
+        summary |= self.keep_last(step)
+        if failed:
+            raise EndError(f"{self.reason(failed)}: the model is complete, in {model}") from failed
+        return summary
+
+    def write_whole(self, folder: Path) -> dict[str, float]:
+        """Write the model as it is between two steps; return what belongs to its weights alone."""
+        figures = self.training.complete_model()
+        self.training.export.write_model(folder)
+        return figures
+
+    def copy(self, model: Path, folder: Path, figures: dict[str, float]) -> dict[str, float]:
+        """Copy an exported model."""
+        with complete_or_absent(folder) as draft:
+            shutil.copytree(model, draft, dirs_exist_ok=True)
+        return figures
+
+    def keep_last(self, step: int) -> dict[str, float]:
+        """Save the last step, from which a longer run can go on; return the metrics of an alarm
+        where that fails, as on a full disk: the model is there.
+        """
+        if not self.recipe.run.final_checkpoint:
+            return {}
+        if failed := self.save_last(step):
+            what = f"{failed}: the model is complete, but --resume cannot go on from this step"
+            return self.alarms.report(step, [Alarm("final_checkpoint", what)])
+        return {}
+
+    def save_last(self, step: int) -> str:
+        """Save the last step unless it has a checkpoint; return in words why that failed."""
+        if step in dict(finished_checkpoints(self.folder.path)):
+            return ""
+        try:
+            with self.folder.phase("checkpoint", step), self.folder.checkpoint(step) as path:
+                self.save(path, step)
+        except Exception as error:
+            return self.reason(error)
+        return ""
 
     def export(self, model: Path, step: int) -> None:
         """Write the model or, when that fails, a checkpoint of it. Raises EndError that says where
@@ -244,13 +320,8 @@ class Loop:
         are.
         """
         run = self.folder.path
-        failed = ""
-        if step not in dict(finished_checkpoints(run)):
-            try:
-                with self.folder.checkpoint(step) as path:
-                    self.save(path, step)
-            except Exception as error:
-                failed = f"a checkpoint could not be saved either ({self.reason(error)}); "
+        failed = self.save_last(step)
+        failed = f"a checkpoint could not be saved either ({failed}); " if failed else ""
         if not (saved := finished_checkpoints(run)):
             return f"{failed}there is no earlier one: the weights are lost"
         newest, path = saved[-1]
@@ -271,6 +342,7 @@ class Loop:
         if self.training.evaluation_due(step):
             with self.folder.phase("evaluate", step):
                 metrics |= self.training.evaluate(step)
+                metrics |= self.best.judge(step, metrics, self.write_whole)
         return metrics
 
     def record(self, step: int, metrics: dict[str, float], checkpoint: bool) -> None:
@@ -289,10 +361,13 @@ class Loop:
         """Write a checkpoint's files to disk: the training's, and what makes a model of them."""
         self.training.save(path, step)
         self.training.export.write_files(path / MODEL_FILES)
+        state = {"total_steps": self.training.total_steps, "best": self.best.state()}
+        write_state(path, state)
         to_disk(path)
 
     def restore(self) -> int:
         """Load the newest checkpoint and return its step."""
         step, path = finished_checkpoints(self.folder.path)[-1]  # RunFolder.check wants one
         self.training.load(path)
+        self.best.load(read_state(path).get("best", {}))
         return step

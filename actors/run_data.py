@@ -134,8 +134,10 @@ class RunData:
         for key, (model, head) in models.items():
             longest = trained
             asked: list[str] = []
-            if key == "actor.model":
+            judges = head == "score" and recipe.evaluation.function is None
+            if judges or key == "actor.model":
                 longest = longest_of(self.all_prompts)
+            if key == "actor.model":
                 positions = positions_of(load_config(model))
                 asked = [str(p) for p in position_problems(key, positions, generation)]
             needed = min(most, longest + generation.max_new_tokens)

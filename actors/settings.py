@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
 from learners.errors import Problem, Rule, problems_of
@@ -251,14 +251,42 @@ class ReferenceSettings(Settings):
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens in one forward")
 
 
+USUAL_GROUP = 8
+MINI_BATCH = 128
+
+
 class StepSettings(Settings):
     """The batch arithmetic of one step."""
 
     steps: PositiveInt = Field(100, description="steps of the run")
     prompts_per_step: PositiveInt = Field(128, description="prompts generated for in one step")
-    group_size: PositiveInt = Field(1, description="responses per prompt")
-    mini_batch_size: PositiveInt = Field(128, description="sequences per optimizer step")
+    group_size: PositiveInt = Field(
+        1,
+        description=f"responses per prompt; {USUAL_GROUP} by default where groups are compared",
+    )
+    mini_batch_size: PositiveInt = Field(
+        MINI_BATCH,
+        description="sequences per optimizer step; by default at most a whole step",
+    )
     ppo_epochs: PositiveInt = Field(1, description="passes over the step's experience")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_step(cls, values: Any) -> Any:
+        """Take a step with fewer sequences than the usual mini-batch as one mini-batch."""
+        if not isinstance(values, dict) or "mini_batch_size" in values:
+            return values
+        names = ("prompts_per_step", "group_size")
+        sizes = [values.get(name, cls.model_fields[name].default) for name in names]
+        if not all(type(size) is int and size > 0 for size in sizes):
+            return values  # which is said of them
+        return {**values, "mini_batch_size": min(MINI_BATCH, math.prod(sizes))}
+
+
+class GroupStepSettings(StepSettings):
+    """The same where responses to one prompt are compared with each other."""
+
+    group_size: PositiveInt = Field(USUAL_GROUP, description="responses per prompt")
 
 
 class AlarmSettings(Settings):
@@ -292,7 +320,10 @@ class EvaluationSettings(Settings):
     test_prompts: Sources[PromptData] | None = Field(
         None, description="prompts evaluated before and after the run only"
     )
-    function: str | None = Field(None, description="true score of a response, as module:function")
+    function: str | None = Field(
+        None,
+        description="true score of a response, as module:function; null: the sum of the rewards",
+    )
     every_steps: int = Field(
         0, ge=0, description="steps between evaluations; 0: only before and after"
     )
@@ -307,8 +338,24 @@ class RunSettings(Settings):
         3, description="stop, with a checkpoint, at this many steps skipped for NaN"
     )
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep")
-    samples_every_steps: int = Field(1, ge=0, description="steps between saved samples; 0: none")
-    samples_per_step: PositiveInt = Field(8, description="rollouts saved each time")
+    final_checkpoint: bool = Field(
+        True, description="save a checkpoint at the end too, from which --resume goes on"
+    )
+    keep_best: str | None = Field(
+        None,
+        description="metric of the evaluations by which the best model is kept and becomes model/, "
+        "such as evaluation/score or held_out/loss; null: off",
+    )
+    patience: PositiveInt | None = Field(
+        None,
+        description="stop after so many evaluations without a better run.keep_best; null: never",
+    )
+    samples_every_steps: int = Field(
+        1, ge=0, description="steps between saved samples; 0: none, also of evaluations"
+    )
+    samples_per_step: PositiveInt = Field(
+        8, description="rollouts saved each time, spread over the step's prompts"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard event files")
     wandb_project: str | None = Field(None, description="Weights & Biases project; null: off")
     progress: bool = Field(True, description="show progress bars")
@@ -322,6 +369,11 @@ class SupervisedRecipe(Settings):
     learner: LearnerSettings
     train: TrainSettings = Field(default_factory=TrainSettings)
 
+    @property
+    def evaluates(self) -> bool:
+        """True when the run is evaluated between its steps, not only at its end."""
+        return self.train.evaluate_every > 0
+
 
 class SFTRecipe(SupervisedRecipe):
     kind: Literal["sft"] = "sft"
@@ -331,8 +383,19 @@ class SFTRecipe(SupervisedRecipe):
     )
 
 
+class RMRunSettings(RunSettings):
+    """A reward model is best before it knows its pairs by heart."""
+
+    keep_best: str | None = Field(
+        "held_out/accuracy",
+        description="metric of the evaluations by which the best model is kept and becomes model/; "
+        "null: off",
+    )
+
+
 class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
+    run: RMRunSettings
     data: Sources[PairData] = Field(description="pairs to learn; a list of sections: a mixture")
     held_out: Sources[PairData] = Field(description="pairs to measure on")
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
@@ -344,7 +407,7 @@ class RLRecipe(Settings):
     kind: str = "rl"
     run: RunSettings
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-    step: StepSettings
+    step: StepSettings = Field(default_factory=StepSettings)
     actor: LearnerSettings
     critic: LearnerSettings | None = None
     reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
@@ -359,14 +422,24 @@ class RLRecipe(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
     @property
+    def evaluates(self) -> bool:
+        """True when the run is evaluated between its steps, not only before and after."""
+        return self.evaluation.every_steps > 0
+
+    @property
     def sequences_per_step(self) -> int:
         return self.step.prompts_per_step * self.step.group_size
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step."""
+        mini_batches = math.ceil(self.sequences_per_step / self.step.mini_batch_size)
+        return self.step.ppo_epochs * mini_batches
+
+    @property
     def updates(self) -> int:
         """Optimizer steps of the whole run."""
-        mini_batches = math.ceil(self.sequences_per_step / self.step.mini_batch_size)
-        return self.step.steps * self.step.ppo_epochs * mini_batches
+        return self.step.steps * self.updates_per_step
 
     @property
     def max_logprob_diff(self) -> float:
@@ -388,16 +461,19 @@ Recipe = SFTRecipe | RMRecipe | RLRecipe
 
 @cache
 def rl_recipe(algorithm: str, kind: str = "rl") -> type[RLRecipe]:
-    """Return the recipe class of an algorithm: its own settings, and a critic if it needs one.
+    """Return the recipe class of an algorithm: its own settings, its defaults of a step, and a
+    critic if it needs one.
 
     `kind` is the recipes' own `kind`. Raises UserError when there is no such algorithm.
     """
     settings = find_algorithm(algorithm).Settings
+    step = GroupStepSettings if settings.compares_groups else StepSettings
     this_kind: Any = Literal.__getitem__(kind)
     return create_model(
         f"RLRecipe[{algorithm}]",
         __base__=RLRecipe,
         kind=(this_kind, kind),
+        step=(step, Field(default_factory=step)),
         critic=(LearnerSettings, ...) if settings.needs_critic else (None, None),
         algorithm=(settings, Field(default_factory=lambda: settings(kind=algorithm))),
     )

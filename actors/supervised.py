@@ -212,10 +212,12 @@ class Supervised:
     def load(self, folder: Path) -> None:
         self.call("load", str(folder / "learner"), phase="restore")
 
-    def complete_model(self) -> None:
-        """Set the mean and std of a reward model's scores from the calibration responses."""
+    def complete_model(self) -> dict[str, float]:
+        """Set the mean and std of a reward model's scores from the calibration responses; return
+        them.
+        """
         if not self.data.calibration:
-            return
+            return {}
         batch = examples_batch(self.data.calibration)
         pending = scatter_rows(self.group, "infer", batch)
         scores = gather_rows(pending, batch, "calibrate", self.recipe.cluster.call_deadline_s)
@@ -223,10 +225,10 @@ class Supervised:
         std = float(scores.std(correction=0))
         self.call("calibrate", mean, std, phase="calibrate")
         self.calibrated = {"calibration/mean": mean, "calibration/std": std}
+        return self.calibrated
 
-    def end(self) -> dict[str, Any]:
+    def end(self, last: int) -> dict[str, Any]:
         """Evaluate; return and log the metrics."""
-        last = self.total_steps
         with self.folder.phase("evaluate", last):
             summary = self.evaluate(last)
         summary |= {f"dropped/{why}": float(n) for why, n in self.data.rows.dropped.items()}

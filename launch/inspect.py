@@ -98,7 +98,7 @@ def trained_of(piece: Any) -> list[int]:
 
 @dataclass
 class Numbers:
-    """What was counted in the rows of a source, in their order."""
+    """Facts about the rows of a source, in their order."""
 
     lengths: array[int] = field(default_factory=lambda: array("L"))  # tokens
     numbers: array[int] = field(default_factory=lambda: array("L"))  # in their files, from 1

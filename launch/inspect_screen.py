@@ -1,4 +1,4 @@
-"""What `quatuor inspect` prints."""
+"""`quatuor inspect` on the terminal."""
 
 from __future__ import annotations
 

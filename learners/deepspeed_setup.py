@@ -1,8 +1,7 @@
-"""DeepSpeed as we use it: process group, sharded loading, configuration, optimizer and schedule."""
+"""DeepSpeed as we use it: process group, sharded loading, configuration and optimizer."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -131,19 +130,3 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return torch.optim.AdamW(
         groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
     )
-
-
-def schedule(settings: OptimizerSettings, total_steps: int) -> Any:
-    """Return a function from optimizer step i to a factor of the peak learning rate: linear
-    warm-up, then constant, linear or cosine decay.
-    """
-
-    def factor(i: int) -> float:
-        warm = min(1.0, (i + 1) / (settings.warmup_steps + 1))
-        if settings.schedule == "constant" or i < settings.warmup_steps:
-            return warm
-        done = min(1.0, (i - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
-        left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        return settings.final_fraction + (1 - settings.final_fraction) * left
-
-    return factor

@@ -24,11 +24,11 @@ from learners.deepspeed_setup import (
     deepspeed_config,
     load_sharded,
     make_optimizer,
-    schedule,
     start_process_group,
 )
 from learners.experience import Experience, map_rows
 from learners.losses import Stats
+from learners.schedules import schedule
 from learners.settings import LearnerSettings, Rank
 from learners.weights import TrainedWeights
 

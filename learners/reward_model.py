@@ -67,6 +67,11 @@ class RewardModelLearner(Learner):
     def loss_denominator(self, shard: Experience) -> float:
         return len(shard) / 2
 
+    def train(self, shard: Experience) -> dict[str, float]:
+        """Take one optimizer step. A calibration belongs to the weights as they were before."""
+        forget_calibration(self.model.config)
+        return super().train(shard)
+
     def remember_tokenizer(self, digest: str) -> None:
         """Store the digest of the tokenizer in the model's config: an evaluator compares it with
         that of its own texts.

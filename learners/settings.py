@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
@@ -92,9 +100,25 @@ class Rank:
     timeout_s: float = 1800.0
 
 
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def full_dtype(name: Any) -> Any:
+    """Return the name that torch has for a dtype."""
+    return SHORT_DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+DType = Annotated[Literal["float32", "bfloat16"], BeforeValidator(full_dtype)]
+
+
 class ModelSettings(Settings):
     path: DiskPath = Field(description="folder of a Hugging Face model, or a hub name")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+    like: DiskPath | None = Field(
+        None,
+        description="folder or hub name of a model of the same shape, for plan while there is "
+        "none at path yet",
+    )
+    dtype: DType = Field("float32", description="dtype of the weights (fp32, bf16)")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention kernel"
     )

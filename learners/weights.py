@@ -111,6 +111,10 @@ class TrainedWeights:
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint here that it can read")
         torch.set_rng_state(client["rng"])
+        # saved is the rate for a run as long as it was to be then
+        plan = self.engine.lr_scheduler
+        for i, group in enumerate(plan.optimizer.param_groups):
+            group["lr"] = plan.base_lrs[i] * plan.lr_lambdas[i](plan.last_epoch)
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}

@@ -1,5 +1,5 @@
-"""What Ray needs of the machine it starts on: a folder where the paths of its sockets are short
-enough, and a token. Ray itself is not imported.
+"""Folder and token that Ray needs where it starts: paths short enough for its sockets, and a place
+to keep the token. Ray itself is not imported.
 """
 
 from __future__ import annotations

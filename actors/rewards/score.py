@@ -53,6 +53,11 @@ class Rewards:
             for group in self.groups
         ]
 
+    def alone(self, samples: Sequence[Sample]) -> list[Score]:
+        """Return the weighted sums of samples that are compared with no neighbours."""
+        single = Rewards(self.settings, self.groups, self.deadline_s)
+        return single.gather(single.submit(samples), samples)[0]
+
     def gather(
         self, pending: Sequence[Sequence[Any]], samples: Sequence[Sample]
     ) -> tuple[list[Score], dict[str, list[Score]]]:

@@ -30,8 +30,10 @@ class RunFolder:
 
     `config.yaml`, `config-until-step-*.yaml` (replaced by a resume), `metrics.jsonl` (one
     object per line: step, phase, time in Unix seconds, and the metrics by name), `alarms.jsonl`
-    (one object per line: step, name, message), `samples/step-*.jsonl`, `timeline.json` (Chrome
-    trace events), `tensorboard/`, `model_files/`, `checkpoints/step-*/`, `model/`.
+    (one object per line: step, name, message), `samples/step-*.jsonl` (of training) and
+    `samples/<evaluation|test>-step-*-<sampled|greedy>.jsonl` (every answer to the held-out or the
+    test prompts), `timeline.json` (Chrome trace events), `tensorboard/`, `model_files/`,
+    `checkpoints/step-*/`, `best/step-*/` (with `run.keep_best`), `model/`, `summary.json`.
     """
 
     def __init__(
@@ -154,15 +156,25 @@ class RunFolder:
         (self.path / "notices.txt").write_text(text, "utf-8", "backslashreplace")
 
     def save_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep the first `samples_per_step` rows of every `samples_every_steps`-th step, nothing of
-        the others.
+        """Keep `samples_per_step` rows of every `samples_every_steps`-th step, nothing of the
+        others. They are spread evenly: neighbours answer the same prompt.
         """
-        if not self.settings.samples_every_steps or step % self.settings.samples_every_steps:
-            return
+        every = self.settings.samples_every_steps
+        if every and step % every == 0:
+            count = min(len(rows), self.settings.samples_per_step)
+            kept = [rows[i * len(rows) // count] for i in range(count)]
+            self._write_samples(_name(step), kept)
+
+    def save_answers(self, name: str, step: int, kind: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep all answers of the evaluation `name` after a step: `kind` is sampled or greedy."""
+        if self.settings.samples_every_steps:
+            self._write_samples(f"{name}-{_name(step)}-{kind}", rows)
+
+    def _write_samples(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        lines = [_json(row) + "\n" for row in rows[: self.settings.samples_per_step]]
-        (folder / f"{_name(step)}.jsonl").write_text("".join(lines))
+        text = "".join(_json(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:

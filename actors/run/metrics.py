@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Metric:
     `pattern` is a name; in it `<a|b>` stands for either word and `<word>` for any text, such as a
     source's name. `reduction` makes one number of a step's mini-batches: "mean", "max", "count"
     (adds up), or "" where a step has only one. `headline` is the position in the progress line,
-    `chart` the title on the demo's page.
+    `chart` the title on the demo's page. `better` says which of two values is, where that can be
+    told: then `run.keep_best` may name the metric.
     """
 
     pattern: str
@@ -31,6 +33,7 @@ class Metric:
     reduction: str = ""
     headline: int | None = None
     chart: str | None = None
+    better: Literal["", "higher", "lower"] = ""
 
     @property
     def names(self) -> list[str]:
@@ -64,6 +67,9 @@ ALARMS = {  # name, as a pattern: meaning
     "entropy_low": "Entropy below `alarms.least_entropy`: the Actor hardly explores.",
     "entropy_high": "Entropy above `alarms.most_entropy`: the Actor is close to noise.",
     "ignored_sampling": "The model's own sampling defaults are not applied; told before step 1.",
+    "fallen": "The metric of `run.keep_best` has fallen clearly below the best.",
+    "best_not_kept": "The best model so far could not be calibrated or written.",
+    "final_checkpoint": "The checkpoint at the end could not be saved; the model is complete.",
     "distorted_sampling": (
         "Responses are not sampled from the policy's own distribution and are weighed; told before"
         " step 1."
@@ -73,12 +79,21 @@ ALARMS = {  # name, as a pattern: meaning
 FAMILIES: dict[str, tuple[Metric, ...]] = {
     "Held-out prompts: what the Actor really scores": (
         Metric(
+            "evaluation/score",
+            "score",
+            "Mean score of the sampled responses to the held-out prompts: by the evaluation's"
+            " function, or where there is none the weighted sum of the recipe's rewards.",
+            "rises",
+            better="higher",
+        ),
+        Metric(
             "evaluation/accuracy_sampled",
             "score",
             "Mean score by the evaluation's function, one sampled response per held-out prompt.",
             "rises",
             headline=4,
             chart="True accuracy, sampled (validation prompts)",
+            better="higher",
         ),
         Metric(
             "evaluation/accuracy_greedy",
@@ -86,6 +101,13 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "Mean score by the evaluation's function, one greedy response per held-out prompt.",
             "rises",
             chart="True accuracy, greedy (validation prompts)",
+            better="higher",
+        ),
+        Metric(
+            "test/score",
+            "score",
+            "The same as `evaluation/score` on the test prompts, only before and after a run.",
+            "higher after than before",
         ),
         Metric(
             "test/accuracy_<sampled|greedy>",
@@ -400,15 +422,29 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "1 when loss or gradient was not finite and nothing was learned.",
             "0",
         ),
-        Metric("held_out/loss", "nats", "The loss on the held-out rows.", "falls", headline=7),
+        Metric(
+            "held_out/loss",
+            "nats",
+            "The loss on the held-out rows.",
+            "falls",
+            headline=7,
+            better="lower",
+        ),
         Metric(
             "held_out/accuracy",
             "share",
             "Reward model: held-out pairs whose chosen answer scores higher.",
             "rises from 0.5",
             headline=8,
+            better="higher",
         ),
-        Metric("held_out/margin", "score", "Reward model: mean held-out margin.", "above 0"),
+        Metric(
+            "held_out/margin",
+            "score",
+            "Reward model: mean held-out margin.",
+            "above 0",
+            better="higher",
+        ),
         Metric(
             "calibration/<mean|std>",
             "score",

@@ -48,9 +48,10 @@ class Things:
         self.accept = resume.accept if resume else ()
         self.differ: set[str] = set()
         self.step = 0
+        self.checkpoint: Path | None = None
         if resume:
-            self.step, checkpoint = finished_checkpoints(folder)[-1]
-            self.before = _read(checkpoint / THINGS_FILE)
+            self.step, self.checkpoint = finished_checkpoints(folder)[-1]
+            self.before = _read(self.checkpoint / THINGS_FILE)
         self.table[TODAY] = {"date": self.today.isoformat()}
 
     @property

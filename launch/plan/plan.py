@@ -94,10 +94,12 @@ def read_models(recipe: Recipe, document: Document | None = None) -> dict[str, M
         if role.model is None:
             continue
         path = role.model.path
+        like = role.model.like
         try:
-            shapes[path] = shapes.get(path) or find_shape(path)
+            shapes[path] = shapes.get(path) or find_shape(path, like)
         except UserError as error:
-            problems.append(Problem((f"{role.model_key}.path",), error.problems[0]))
+            key = "like" if error.problems[0].startswith(f"{like}: ") else "path"
+            problems.append(Problem((f"{role.model_key}.{key}",), error.problems[0]))
             continue
         found[role.name] = Model(role, role.model, shapes[path])
         if shapes[path].encoder and role.head != "score":

@@ -138,16 +138,19 @@ def uneven(shape: Shape, parallel: int) -> list[str]:
     ]
 
 
-def find_shape(path: str) -> Shape:
-    """Return the shape of a model. Raises UserError when it is nowhere to be read or makes no
-    sense.
+def find_shape(path: str, like: str | None = None) -> Shape:
+    """Return the shape of a model, of the one that it is `like` while it does not exist. Raises
+    UserError when it is nowhere to be read or makes no sense.
     """
     config = read_json(Path(path) / "config.json") or _cached(path) or _tabled(path)
+    if config is None and like is not None:
+        return find_shape(like)
     if config is None:
         raise UserError(
             f"{path}: its shape is not known here: no config.json in that folder or in the "
             "hub's cache, "
-            f"nor an entry in {TABLE.name}; name a model of the same shape, such as Qwen/Qwen3-8B"
+            f"nor an entry in {TABLE.name}; name a model of the same shape, such as Qwen/Qwen3-8B, "
+            "there or in the model's like"
         )
     try:
         return read_shape(config)
@@ -296,8 +299,11 @@ def _cached(path: str) -> dict[str, Any] | None:
 
 
 def _tabled(path: str) -> dict[str, Any] | None:
+    """Return the table's entry of a model, which may also be named without its organisation."""
     table = model_table()
-    entry = table.get(path, table.get(SAME_SHAPE.sub("", path)))
+    plain = SAME_SHAPE.sub("", path)
+    short = next((name for name in table if name.rpartition("/")[2] == plain), plain)
+    entry = table.get(path, table.get(plain, table.get(short)))
     return table[entry] if isinstance(entry, str) else entry
 
 

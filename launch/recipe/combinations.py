@@ -12,7 +12,14 @@ from typing import Any
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
 from actors.roles import roles_of
 from actors.run.metrics import BY_NAME
-from actors.settings import Recipe, RewardSettings, RLRecipe, RMRecipe, SFTRecipe
+from actors.settings import (
+    USUAL_GROUP,
+    Recipe,
+    RewardSettings,
+    RLRecipe,
+    RMRecipe,
+    SFTRecipe,
+)
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import (
     DataSettings,
@@ -25,7 +32,6 @@ from learners.settings import (
 
 LEAST_GROUP_TEMPERATURE = 0.7
 UNWRITABLE = "{name!r} has control characters; use letters, digits, _ and -"
-USUAL_GROUP = 8
 # columns that are called like their keys unless the recipe names others
 SAID = ("prompt", "response", "chosen", "rejected")
 # what a reward function is given beside the answer columns
@@ -58,6 +64,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from problems_of(_distinct_columns(recipe))
     for key, sources in mixtures_of(recipe).items():
         yield from problems_of(_mixture(key, sources))
+    yield from problems_of(_best(recipe))
 
 
 def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
@@ -252,17 +259,59 @@ def _evaluation(recipe: RLRecipe) -> list[Rule]:
             ("evaluation.every_steps", "evaluation.prompts"),
             "needs held-out prompts: set evaluation.prompts.path",
         ),
-        (
-            prompts and settings.function is None,
-            (*(f"evaluation.{k}" for k in prompts[:1]), function),
-            "needs the true score of a response: set evaluation.function to module:function",
-        ),
         _function_name(function, settings.function),
         (
             settings.function is not None and not prompts,
             (function, "evaluation.prompts", "evaluation.test_prompts"),
             "has nothing to score: set evaluation.prompts.path or evaluation.test_prompts.path",
         ),
+    ]
+
+
+def _best(recipe: Recipe) -> list[Rule]:
+    """Require evaluations by which a model can be the best, where one is to be kept."""
+    every = "evaluation.every_steps" if isinstance(recipe, RLRecipe) else "train.evaluate_every"
+    best = recipe.run.keep_best
+    patience = recipe.run.patience
+    asked = best is not None and best != type(recipe.run).model_fields["keep_best"].default
+    there = _comparable(recipe)
+    between = f"needs evaluations between the steps: set {every}"
+    return [
+        (
+            best is not None and best not in there,
+            ("run.keep_best",),
+            f"{best!r} is no metric by which this recipe's evaluations tell the better model; "
+            f"there are {', '.join(there)}",
+        ),
+        (asked and not recipe.evaluates, ("run.keep_best", every), between),
+        (
+            patience is not None and best is None,
+            ("run.patience", "run.keep_best"),
+            "needs a metric that must get better: set run.keep_best",
+        ),
+        (
+            patience is not None and best is not None and not asked and not recipe.evaluates,
+            ("run.patience", every),
+            between,
+        ),
+    ]
+
+
+def _comparable(recipe: Recipe) -> list[str]:
+    """Return the metrics of the recipe's evaluations of which a better value is known."""
+    if isinstance(recipe, SFTRecipe):
+        return ["held_out/loss"]
+    found = [name for name, metric in BY_NAME.items() if metric.better]
+    if isinstance(recipe, RMRecipe):
+        return [name for name in found if name.startswith("held_out/")]
+    left_out = [
+        *(["accuracy"] if recipe.evaluation.function is None else []),
+        *([] if recipe.evaluation.greedy else ["greedy"]),
+    ]
+    return [
+        name
+        for name in found
+        if name.startswith("evaluation/") and not any(word in name for word in left_out)
     ]
 
 

@@ -27,7 +27,7 @@ from launch.recipe.combinations import OWN_COLUMNS, data_of, lacking_gpus, model
 from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
-from learners.data.files import DataFiles, find_files, json_lines, read_json
+from learners.data.files import DataFiles, find_files, format_of, json_lines, read_json
 from learners.data.shapes import recognised
 from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
@@ -37,7 +37,6 @@ from learners.settings import ModelSettings, PairData, PromptData, SFTData, sour
 
 Data = PromptData | SFTData | PairData
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -224,17 +223,18 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         return
     lacking = list(_lacking(key, data, rows))
     yield from lacking
-    for file, row in rows.items() if not lacking else ():
+    tools = [data.columns.tools] if data.columns.tools else []
+    for row in rows.values() if not lacking else ():
         try:
-            recognised(data, list(row))
+            recognised(data, [*row, *tools])
         except UserError as error:
-            yield Problem(named, f"{file}: {error.problems[0]}")
+            yield Problem((*named, f"{key}.columns"), error.problems[0])
             break
 
 
 def _first_rows(files: DataFiles) -> dict[str, dict[str, Any]]:
     """Return the first row of every file of JSON lines. Raises UserError on what is none."""
-    lines = [file for file in files.all if file.lower().endswith(JSON_LINES)]
+    lines = [file for file in files.all if format_of(file) == "json"]
     first = {file: next(json_lines(file, empty=bool(files.folder)), None) for file in lines}
     return {file: numbered[1] for file, numbered in first.items() if numbered}
 
@@ -309,9 +309,15 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
             yield f"rewards.{i}.function", reward.function, _answer_columns(recipe.prompts)
     evaluation = recipe.evaluation
     scored = [d for d in (evaluation.prompts, evaluation.test_prompts) if d is not None]
-    if evaluation.function is not None and scored:
-        columns = set.intersection(*map(_answer_columns, scored))
+    if not scored:
+        return
+    columns = set.intersection(*map(_answer_columns, scored))
+    if evaluation.function is not None:
         yield "evaluation.function", evaluation.function, columns
+        return
+    for i, reward in enumerate(recipe.rewards):  # which then judge the evaluation
+        if reward.function is not None:
+            yield f"rewards.{i}.function", reward.function, columns
 
 
 def _answer_columns(data: PromptData | tuple[PromptData, ...]) -> set[str]:
@@ -336,5 +342,5 @@ def _check_signature(name: str, function: Any, columns: set[str]) -> None:
         have = ", ".join(sorted(offered))
         raise UserError(
             f"{name}: cannot be called with prompts, responses and the columns {have}: {error}; "
-            "see prompts.answer_columns"
+            "see answer_columns of prompts and of the evaluation's prompts"
         ) from None

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from actors.run.folder import finished_checkpoints
-from actors.run.resume import Resume, differing, fewer_steps
+from actors.run.resume import Resume, differing, fewer_steps, nothing_left
 from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import data_of, models_of
 from launch.recipe.document import Document, flat, in_words
@@ -26,6 +26,8 @@ from learners.errors import Problem, UserError, first_wrong
 MAY_CHANGE = (
     "run.checkpoint",
     "run.keep",
+    "run.final",
+    "run.patience",
     "run.samples",
     "run.tensorboard",
     "run.wandb",
@@ -67,7 +69,9 @@ def resume_problems(recipe: Recipe, resume: Resume) -> Iterator[Problem]:
     yield from _changed(recipe, resume.accept)
     steps = recipe.step.steps if isinstance(recipe, RLRecipe) else recipe.train.steps
     done, _ = finished_checkpoints(Path(recipe.run.folder))[-1]
-    yield from fewer_steps(recipe, done if steps is None else steps, done)
+    if steps is not None:  # else the data tell
+        yield from fewer_steps(recipe, steps, done)
+        yield from nothing_left(recipe, steps, done)
 
 
 def _changed(recipe: Recipe, accept: Collection[str]) -> Iterator[Problem]:
@@ -114,6 +118,7 @@ def changes(recipe: Recipe) -> dict[str, str]:
         if old.get(key) != new.get(key)
         and not key.startswith(MAY_CHANGE)
         and not key.endswith(MAY_CHANGE_OF_DATA)
+        and not key.endswith(".model.like")  # for plan
         and (key.endswith(".path") or not key.startswith(told))
     }
 

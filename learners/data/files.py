@@ -39,7 +39,8 @@ PACKED = {
     ".xz": b"\xfd7zXZ\x00",
     ".zst": b"\x28\xb5\x2f\xfd",
 }
-TEXT = ("json", "csv")  # the formats that may be packed: the others are packed inside
+# and how files of the formats begin that are no text, and are not packed but inside
+BEGINS = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
 # what lies beside rows: descriptions by `datasets`, and a model's
 NOT_ROWS = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", ".huggingface.yaml")
@@ -150,7 +151,8 @@ def _saved_to_disk(folder: str, split: str) -> DataFiles | None:
 
 def _saved_files(folder: str) -> list[str]:
     state = read_json(Path(folder, "state.json")) or {}
-    files = [os.path.join(folder, str(file["filename"])) for file in state.get("_data_files", ())]
+    named = state.get("_data_files") or ()
+    files = [os.path.join(folder, str(file["filename"])) for file in named]
     if not files:
         raise DataError(
             f"{folder}: written by save_to_disk, but its state.json names no files: write it again"
@@ -282,18 +284,11 @@ def check_file(file: str, empty: bool = False) -> None:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     if not head and not empty:
         raise DataError(f"{file}: the file is empty")
-    packing = os.path.splitext(suffix_of(file))[1]
-    begins: dict[str, tuple[bytes, ...]] = {
-        "parquet": (b"PAR1",),
-        "arrow": (b"ARROW1", b"\xff\xff\xff\xff"),
-    }
-    wanted = (PACKED[packing],) if packing else begins.get(of, (b"",))
-    if (head or of not in TEXT) and not head.startswith(wanted):
-        raise DataError(f"{file}: not {_a(packing or of)} file, whatever its name says")
-
-
-def _a(name: str) -> str:
-    return f"an {name}" if name == "arrow" else f"a {name}"
+    kind = os.path.splitext(suffix_of(file))[1] or of
+    begins = (PACKED[kind],) if kind in PACKED else BEGINS.get(kind, (b"",))
+    if (head or of in BEGINS) and not head.startswith(begins):
+        name = "an Arrow" if kind == "arrow" else f"a {kind}"
+        raise DataError(f"{file}: not {name} file, whatever its name says")
 
 
 def format_of(file: str) -> str:
@@ -302,7 +297,7 @@ def format_of(file: str) -> str:
     """
     suffix, packing = os.path.splitext(suffix_of(file))
     of = FORMATS.get(suffix, "")
-    return "" if packing and of not in TEXT else of
+    return "" if packing and of in BEGINS else of
 
 
 def suffix_of(file: str) -> str:

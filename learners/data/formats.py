@@ -167,7 +167,7 @@ def _records(file: str, cells: Any) -> Iterator[tuple[int, list[str]]]:
                 yield line, values
             line = cells.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}:{line}: not CSV: {in_a_line(error)}") from None
+        raise DataError(f"{file}:{line}: not a line of CSV: {in_a_line(error)}") from None
 
 
 def _checked_header(file: str, line: int, names: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from learners.data.files import (
     split_names,
 )
 from learners.data.formats import BATCH, arrow_errors, count_rows, rows_of
-from learners.data.store import REMEDY, unwritable
+from learners.data.store import REMEDY, cache_folder, unwritable
 from learners.errors import DataError, in_a_line
 from learners.settings import DataSettings
 
@@ -393,11 +393,12 @@ def _cache_problem(error: BaseException) -> str:
     """Return what is wrong with the folders in which data of the hub are kept; nothing when the
     error is another.
     """
-    from datasets import config
-    from huggingface_hub import constants
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folders = [str(config.HF_DATASETS_CACHE), constants.HF_HUB_CACHE]
-    for cause in (error, error.__cause__, error.__context__):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    folders = [cache_folder(), HF_HUB_CACHE]
+    causes = [error, error.__cause__, error.__context__]
+    system = [cause for cause in causes if isinstance(cause, OSError)]
+    for cause in system:
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{folders[0]} is full: {cause.strerror}; {REMEDY}"
-    return next((problem for folder in folders if (problem := unwritable(folder))), "")
+    return next((problem for f in folders if system and (problem := unwritable(f))), "")

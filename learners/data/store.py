@@ -164,6 +164,14 @@ def by_part(
 REMEDY = "set HF_HOME (or HF_DATASETS_CACHE alone) to a folder with room that can be written"
 
 
+def cache_folder() -> str:
+    """Return the folder in which `datasets` keeps its own, without importing it for that."""
+    from huggingface_hub.constants import HF_HOME
+
+    folder = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    return os.path.expanduser(folder)
+
+
 def unwritable(folder: str) -> str:
     """Return why nothing can be written in a folder, in one line; nothing when it can."""
     try:
@@ -178,9 +186,7 @@ def _nameless_file() -> tuple[str, IO[bytes]]:
     """Return a folder, that of `datasets` or, where nothing can be written there, the one for
     temporary files, and a file in it that nobody else sees.
     """
-    from datasets import config
-
-    cache = str(config.HF_DATASETS_CACHE)
+    cache = cache_folder()
     problem = unwritable(cache)
     try:
         folder = tempfile.gettempdir() if problem else cache

@@ -146,7 +146,9 @@ def test_what_an_algorithm_and_its_learners_report_is_registered(kind: str) -> N
 
 def test_what_sft_and_reward_models_report_is_registered() -> None:
     sft = learner(SFTLearner, [[-1.0], [-2.0]])
-    rm = learner(RewardModelLearner, [1.0, 0.0], reward_model=RewardModelSettings())
+    model = SimpleNamespace(config=SimpleNamespace())
+    settings = RewardModelSettings()
+    rm = learner(RewardModelLearner, [1.0, 0.0], reward_model=settings, model=model)
     names = {*sft.train(BATCH), *rm.train(BATCH)}
     names |= {f"held_out/{name}" for name in {*sft.evaluate(BATCH), *rm.evaluate(BATCH)}}
     assert {"skipped_updates", "held_out/margin"} <= names

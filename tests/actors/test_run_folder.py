@@ -65,8 +65,24 @@ def test_samples_are_kept_at_their_interval(tmp_path: Path) -> None:
         )
     files = sorted((folder.path / "samples").iterdir())
     assert [f.name for f in files] == ["step-000002.jsonl", "step-000004.jsonl"]
-    assert lines(files[0])[2] == {"prompt": "größer", "score": None, "ids": [1, 2]}
-    assert len(lines(files[0])) == 3
+    assert lines(files[0])[2] == {"prompt": "größer", "score": None, "ids": [1, 3]}
+    assert [row["ids"][1] for row in lines(files[0])] == [0, 1, 3]
+    folder.save_answers("evaluation", 5, "greedy", [{"prompt": str(i)} for i in range(9)])
+    folder.settings = settings(tmp_path, samples_every_steps=0)
+    folder.save_answers("evaluation", 6, "greedy", [{"prompt": "unwanted"}])
+    folder.save_samples(6, [{"prompt": "unwanted"}])
+    (answers,) = {*(folder.path / "samples").iterdir()} - {*files}
+    assert answers.name == "evaluation-step-000005-greedy.jsonl" and len(lines(answers)) == 9
+
+
+def test_samples_are_of_as_many_prompts_as_there_may_be(tmp_path: Path) -> None:
+    folder = RunFolder.open(settings(tmp_path), "")
+    for step, (prompts, group) in enumerate([(32, 8), (4, 4), (1, 3), (0, 8)], start=1):
+        folder.save_samples(step, [{"p": p, "k": k} for p in range(prompts) for k in range(group)])
+        kept = lines(folder.path / "samples" / f"step-{step:06d}.jsonl")
+        assert len(kept) == min(8, prompts * group)
+        assert len({row["p"] for row in kept}) == min(8, prompts)
+        assert len({(row["p"], row["k"]) for row in kept}) == len(kept)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

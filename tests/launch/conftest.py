@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,23 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for kind, recipe in recipes().items():
         (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return tmp_path
+
+
+@pytest.fixture
+def real(place: Path) -> Path:
+    """The recipes of `place` with a real tokenizer and models that could load."""
+    from launch.tasks import unique_digits as task
+
+    for name in ("decoder", "reward_model"):
+        task.make_tokenizer(place / name)
+        config = json.loads((place / name / "config.json").read_text())
+        small = {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "head_dim": 16,
+        }
+        config |= {**small, "num_key_value_heads": 1, "intermediate_size": 16, "pad_token_id": 0}
+        (place / name / "config.json").write_text(json.dumps(config))
+    return place

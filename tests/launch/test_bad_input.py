@@ -139,26 +139,6 @@ def test_a_resume_may_go_on_for_longer(place: Path) -> None:
 # --- known once data and tokenizers are read, before any model loads ------------------------------
 
 
-@pytest.fixture
-def real(place: Path) -> Path:
-    """The recipes of `place` with a real tokenizer and models that could load."""
-    from launch.tasks import unique_digits as task
-
-    for name in ("decoder", "reward_model"):
-        task.make_tokenizer(place / name)
-        config = json.loads((place / name / "config.json").read_text())
-        small = {
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "head_dim": 16,
-        }
-        config |= {**small, "num_key_value_heads": 1, "intermediate_size": 16, "pad_token_id": 0}
-        (place / name / "config.json").write_text(json.dumps(config))
-    return place
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:no", "nowhere.invalid:6379"])
 def test_a_cluster_that_does_not_answer(real: Path, told: Told, address: str) -> None:
     """Seconds, not Ray's own minute of trying."""
@@ -199,7 +179,18 @@ def write_prompts(place: Path, *prompts: Any) -> None:
     ("prompts", "override", "said"),
     [
         (["1+1=", ""], "run.seed=0", "row 2: the prompt is empty"),
-        (["1+1=", "0123456789" * 4], "prompts.max_prompt_tokens=20", "set long_prompts: drop"),
+        (
+            ["1+1=", "0123456789" * 4],
+            "prompts.max_prompt_tokens=20",
+            "prompts.jsonl: 1 of 2 prompts are too long for max_prompt_tokens 20; at most 5% may "
+            "be dropped (max_dropped)",
+        ),
+        (
+            ["1+1=", "0123456789" * 4],
+            ["prompts.max_prompt_tokens=20", "prompts.long_prompts=refuse"],
+            "row 2: the prompt has 41 tokens, too many for max_prompt_tokens 20; raise it, or set "
+            "long_prompts: drop",
+        ),
         (
             ["0123456789" * 4],
             ["prompts.max_prompt_tokens=20", "prompts.long_prompts=drop"],
@@ -215,6 +206,7 @@ def write_prompts(place: Path, *prompts: Any) -> None:
     ],
     ids=[
         "empty",
+        "too many too long",
         "too long",
         "all too long",
         "chat without template",

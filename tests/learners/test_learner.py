@@ -253,7 +253,7 @@ def train_save_and_export(rank, role, settings, batch, folder):
 
 
 def factors(rank, settings, steps, total_steps):
-    from learners.deepspeed_setup import schedule
+    from learners.schedules import schedule
 
     factor = schedule(settings, total_steps)
     return [factor(i) for i in range(steps)]

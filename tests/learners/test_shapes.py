@@ -625,6 +625,8 @@ def test_a_prompt_repeated_inside_both_answers_is_taken_off(chosen, rejected, ex
 def test_a_word_is_not_cut():
     said = pair({"prompt": "Hi", "chosen": "Hill", "rejected": "Hippo"})
     assert texts(said) == ("Hi", "Hill", "Hippo") and not said.notice
+    said = pair({"prompt": "1+1=", "chosen": "1+1=2", "rejected": "1+1=3"})
+    assert texts(said) == ("1+1=", "2", "3") and said.notice
 
 
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"

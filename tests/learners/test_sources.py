@@ -29,10 +29,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Work in an empty folder, where no cache can be written."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
-    datasets.disable_progress_bars()
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -139,8 +136,8 @@ def test_csv_holds_texts_as_they_are_written():
     [
         ("prompt,n\na,1\nb\n", "p.csv:3: 1 cells, but 2 columns: prompt, n"),
         ("prompt,n\na,1\n\nb,1,2\n", "p.csv:4: 3 cells, but 2 columns"),
-        ('prompt,n\na,"1"2\n', "p.csv:2: not CSV: ',' expected after '\"'"),
-        ('prompt,n\na,1\nb,"2\n', "p.csv:3: not CSV: unexpected end of data"),
+        ('prompt,n\na,"1"2\n', "p.csv:2: not a line of CSV: ',' expected after '\"'"),
+        ('prompt,n\na,1\nb,"2\n', "p.csv:3: not a line of CSV: unexpected end of data"),
         (b"prompt,n\na,1\n\xe9,2\n", "p.csv:3: cannot be read as UTF-8 text"),
         ("prompt,prompt\na,1\n", "p.csv:1: columns named twice: 'prompt'"),
         ("prompt\n", "p.csv: no rows in split train"),
@@ -215,8 +212,9 @@ def test_parquet_and_arrow_are_read_without_a_cache():
 
 def test_a_folder_of_save_to_disk_is_read(here):
     """Also its free-form JSON, which is text in Arrow."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, disable_progress_bars
 
+    disable_progress_bars()
     tools = [[{"b": 0}, {"c": "x"}], []]
     rows = Dataset.from_dict({"prompt": ["a", "b"], "tools": tools}, on_mixed_types="use_json")
     rows.save_to_disk("one")
@@ -274,6 +272,8 @@ def hub(here, monkeypatch):
     """Keep a data set of the hub with two configurations where `datasets` does; no network."""
     import datasets
 
+    datasets.disable_progress_bars()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(here / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(here / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("de", "en"):
@@ -294,6 +294,7 @@ def test_a_hub_set_with_configurations(hub, monkeypatch):
     assert places_of("org/name", configuration="en", split="a[1:]") == ["org/name: row 2"]
     assert "Unknown split" in refusal("org/name", configuration="de", split="c")
     assert "configurations in the cache: de, en" in refusal("org/name", split="a")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nobody"))
     assert (
         "org/name: the cache /proc/nobody cannot be written: No such file or directory; set HF"
@@ -344,7 +345,11 @@ def test_where_names_the_condition_that_leaves_nothing():
     )
 
 
-def test_a_seed_gives_an_order_which_limit_cuts():
+@pytest.mark.parametrize("as_objects", [10, 10_000])
+def test_a_seed_gives_an_order_which_limit_cuts(here, monkeypatch, as_objects):
+    """Whether or not the rows that are shuffled fit memory."""
+    monkeypatch.setattr(store, "AS_OBJECTS", as_objects)
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
     write("p.jsonl", [{"prompt": str(i), "even": i % 2 == 0} for i in range(50)])
     everything = prompts_of("p.jsonl", shuffle=1)
     assert everything != prompts_of("p.jsonl") and sorted(everything, key=int) == prompts_of(

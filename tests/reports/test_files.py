@@ -54,6 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in; what `datasets` caches stays out of the home folder."""
     import datasets
 
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -341,12 +342,10 @@ def test_files_need_no_cache_and_leave_nothing(
     """tenstorrent/tt-metal#42890: HF_DATASETS_CACHE on a file system that is only read. Also where
     the rows are too many to be held as objects.
     """
-    import datasets
-
     from learners.data import store
 
     monkeypatch.setattr(store, "AS_OBJECTS", 2)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     (here / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(here / "tmp"))
     write("set/p.jsonl", "a", "b", "c")
@@ -390,13 +389,13 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(
     def full(*args: Any, **where: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    cache = datasets.config.HF_DATASETS_CACHE
+    cache = os.environ["HF_DATASETS_CACHE"]
     monkeypatch.setattr(datasets, "load_dataset_builder", full)
     assert f"org/name: the cache {cache} is full: No space left on device; set HF_HOME" in refusal(
         "org/name"
     )
     monkeypatch.setattr(store, "AS_OBJECTS", 1)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nobody")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/proc/nobody")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nobody")
     with pytest.raises(UserError, match="^the cache /proc/nobody cannot be written: .* HF_HOME"):
         texts(write("p.jsonl", "a"))

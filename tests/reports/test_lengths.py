@@ -287,21 +287,18 @@ def test_a_prompt_that_leaves_no_room_is_named_before_anything_starts(run_place:
     """
     small = ["generation.max_new_tokens=4", "generation.max_model_tokens=9"]
     with pytest.raises(UserError) as refused:
-        load(run_place, *small)
+        load(run_place, *small, "prompts.long_prompts=refuse")
     assert str(refused.value) == (
-        "prompts.jsonl: row 2: the prompt has 9 tokens, which leaves no room for an answer in "
-        "generation.max_model_tokens 9; raise it, or set prompts.long_prompts: drop"
+        "prompts.jsonl: row 2: the prompt has 9 tokens, too many for generation.max_model_tokens "
+        "9, answer included; raise it, or set long_prompts: drop"
     )
-    data = load(run_place, *small, "prompts.long_prompts=drop")
+    with pytest.raises(UserError, match="1 of 3 prompts are too long for generation.max_model_tok"):
+        load(run_place, *small)
+    data = load(run_place, *small, "prompts.max_dropped=0.4")
     assert [p.index for p in data.prompts] == [0, 2]
     assert data.prompts.dropped == {"too long": 1}
-    with pytest.raises(UserError, match="no prompt is shorter than generation.max_model_tokens 5"):
-        load(
-            run_place,
-            "prompts.long_prompts=drop",
-            "generation.max_new_tokens=4",
-            "generation.max_model_tokens=5",
-        )
+    with pytest.raises(UserError, match="no row can be used: 3 too long"):
+        load(run_place, "generation.max_new_tokens=4", "generation.max_model_tokens=5")
     # one token of an answer is an answer: it ends by its length
     assert len(load(run_place, *small[:1], "generation.max_model_tokens=10").prompts) == 3
 
@@ -309,9 +306,9 @@ def test_a_prompt_that_leaves_no_room_is_named_before_anything_starts(run_place:
 def test_prompts_of_the_evaluation_too(run_place: Path) -> None:
     """verl-project/verl #2069: a filter that some prompts do not pass through."""
     small = ["generation.max_new_tokens=4", "generation.max_model_tokens=9", *EVALUATED]
-    with pytest.raises(UserError, match=r"row 2: .* set evaluation.prompts.long_prompts: drop"):
-        load(run_place, *small, "prompts.long_prompts=drop")
-    dropped = ["prompts.long_prompts=drop", "evaluation.prompts.long_prompts=drop"]
+    with pytest.raises(UserError, match="1 of 3 prompts are too long"):
+        load(run_place, *small, "prompts.max_dropped=0.4")
+    dropped = ["prompts.max_dropped=0.4", "evaluation.prompts.max_dropped=0.4"]
     assert [p.index for p in load(run_place, *small, *dropped).held_out] == [0, 2]
 
 
@@ -349,6 +346,10 @@ def test_a_critic_with_fewer_positions_than_the_actor(run_place: Path) -> None:
     task.write_rows(run_place / "long.jsonl", [{"prompt": "1" * 99 + "=", "answer": "2"}])
     longer = [EVALUATED[0].replace("prompts.jsonl", "long.jsonl"), EVALUATED[1]]
     assert load(run_place, *roomy, *longer, "generation.max_new_tokens=50", kind="ppo")
+    # but where no function judges them, the rewards do
+    judged = [roomy[0], longer[0], "generation.max_new_tokens=50"]
+    with pytest.raises(UserError, match=r"^rewards\.0\.model: .* 64 positions, .* up to 151"):
+        load(run_place, *judged, kind="ppo")
 
 
 def test_rows_of_an_encoder_reward_model(tmp_path: Path) -> None:
