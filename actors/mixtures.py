@@ -1,4 +1,4 @@
-"""What a run tells of the single sources of a mixture; nothing where there is only one source."""
+"""Metrics of the single sources of a mixture; none where there is only one source."""
 
 from __future__ import annotations
 

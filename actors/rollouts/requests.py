@@ -102,7 +102,7 @@ def samples_of(
 
 
 class Opened:
-    """What a template's generation prompt opens, found once for each of its arguments."""
+    """Text that a template's generation prompt opens, found once for each of its arguments."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template

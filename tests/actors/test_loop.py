@@ -85,7 +85,12 @@ def test_reinforcement_leaves_after_its_step(
         evaluator=None,
     )
     data: Any = SimpleNamespace(
-        prompts=SimpleNamespace(dropped={}), held_out=[], test=[], tokenizer=None
+        prompts=SimpleNamespace(dropped={}),
+        held_out=[],
+        test=[],
+        tokenizer=None,
+        template=None,
+        stops=[],
     )
     monkeypatch.setattr(driver, "check_engine_agrees", lambda *_: 0.0)
     monkeypatch.setattr(driver.Driver, "step", signalled_in_step(2))
