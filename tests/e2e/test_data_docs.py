@@ -18,7 +18,7 @@ from actors import driver, supervised
 from launch.recipe.read import load_recipe
 from tests.learners.test_templates import GEMMA, make_tokenizer
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(240)]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 END = "<end_of_turn>"
