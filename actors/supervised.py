@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class SupervisedData:
             wanted = recipe.reward_model.calibration
             calibration = load_sft(wanted, tokenizer, encoder, template) if wanted else Rows()
             data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
-        problems = _unreadable("learner.model", model, [*data.rows, *data.held_out])
+        problems = _unreadable("learner.model", model, data.rows, data.held_out)
         problems = problems or kernel_problems("learner.model", model)
         if problems := problems or _uncalibratable(model, data.calibration):
             raise UserError(problems)
@@ -118,10 +119,10 @@ class SupervisedData:
         return train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
 
 
-def _unreadable(key: str, model: ModelSettings, rows: Sequence[Any]) -> list[str]:
+def _unreadable(key: str, model: ModelSettings, *data_sets: Sequence[Any]) -> list[str]:
     """Return why the model could not read the rows: too few positions, or unknown ids."""
-    problems = length_problems(key, model, max(row.tokens for row in rows))
-    ids = (part for row in rows for part in row.parts)
+    problems = length_problems(key, model, max(row.tokens for row in chain(*data_sets)))
+    ids = (part for row in chain(*data_sets) for part in row.parts)
     return problems or vocabulary_problems(key, model, ids)
 
 

@@ -275,6 +275,15 @@ def test_data_that_changed_are_refused_before_anything_starts(
     assert "data.path: rows.jsonl: rows: 10 (" in line and "--accept data.path" in line
 
 
+def test_a_finished_run_is_refused_in_a_line(place: Path, told: Callable[..., list[str]]) -> None:
+    """By the recipe alone where it counts steps, else by the data. No public report known to us."""
+    Path("runs/sft/summary.json").write_text(json.dumps({"steps": STEP}))
+    for overrides, key in (([f"train.steps={STEP}"], "train.steps"), ([], "train.epochs")):
+        (line,) = told("sft", *overrides)
+        assert f"{key}: the run has ended after step {STEP}, its model is in runs/sft/model" in line
+        assert line.endswith(f"give more than {STEP} steps to go on")
+
+
 def test_what_is_accepted_is_said_and_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The next checkpoint is made of what was accepted, and is resumed without a word.
 
