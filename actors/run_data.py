@@ -187,7 +187,10 @@ class RunData:
         if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         prompts = (p.ids for p in self.all_prompts)
-        return vocabulary_problems(key, model, chain([self.stops], prompts))
+        ends = "responses end (tokenizer, template, generation_config.json) with"
+        return vocabulary_problems(key, model, [self.stops], ends) or vocabulary_problems(
+            key, model, prompts
+        )
 
     def facts(self, recipe: RLRecipe) -> dict[str, Any]:
         """Return the facts about the data that constructors of workers take (`Role.from_data`)."""

@@ -199,7 +199,9 @@ def _read_generation_config(path: str) -> dict[str, Any] | None:
             raise ValueError(f"generation_config.json is no JSON object: {error}") from error
 
 
-def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[int]]) -> list[str]:
+def vocabulary_problems(
+    key: str, model: ModelSettings, ids: Iterable[Sequence[int]], holder: str = "the data hold"
+) -> list[str]:
     """Return a problem in a list if the model has no embedding for some of these ids, else [].
 
     Some tokenizers know more tokens than their model; only ids that the data use count. A model
@@ -209,7 +211,7 @@ def vocabulary_problems(key: str, model: ModelSettings, ids: Iterable[Sequence[i
     last = max(map(max, filter(None, ids)))
     if size is None or size > last:
         return []
-    return [f"{key}: {model.path} knows {size} ids, the data hold ids up to {last}"]
+    return [f"{key}: {model.path} knows {size} ids, {holder} ids up to {last}"]
 
 
 def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:

@@ -363,7 +363,7 @@ def test_an_encoder_is_calibrated_on_texts_that_end_as_its_own_do(tmp_path: Path
     make_encoder(tmp_path / "base")
     data = supervised_data(tmp_path, [ROW, {**ROW, "response": "21"}])
     ends = {row.response_ids[-1] for row in data.calibration}
-    assert ends == {data.tokenizer.sep_token_id} == {data.rows[0].chosen_ids[-1]}
+    assert ends == {data.tokenizer.sep_token_id} == {data.rows[0].chosen.ids[-1]}
 
 
 # --- room on the disk -----------------------------------------------------------------------------
