@@ -65,9 +65,13 @@ def _in_numbers(
     yield f"special tokens: {special or 'none'}"
     if again := repeated(own):
         yield f"repeated: {len(again)} rows are, id for id, earlier ones: {_numbers(again)}"
-    for other in every if source.key in MEASURED_ON else ():
-        if other.key in TRAINED_ON and (seen := also_in(own, counted[other.name])):
-            yield f"trained on: {len(seen)} rows are, id for id, in {other.name}: {_numbers(seen)}"
+    for other in every:
+        earlier = other.key == source.key and other.places.stop <= source.places.start
+        trained = other.key in TRAINED_ON and source.key in MEASURED_ON
+        seen = also_in(own, counted[other.name]) if earlier or trained else []
+        if seen:
+            word = "trained on" if trained else "repeated"
+            yield f"{word}: {len(seen)} rows are, id for id, in {other.name}: {_numbers(seen)}"
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -76,7 +76,7 @@ def test_pairs_have_two_texts_each(shown: Callable[..., tuple[str, Any]]) -> Non
 
 
 def test_prompts_of_a_mixture_and_of_the_evaluation(shown: Callable[..., tuple[str, Any]]) -> None:
-    write("more.jsonl", pair("2+2="), pair("3+3="))
+    write("more.jsonl", pair("2+2="), pair("3+3="), pair("1+1="))
     write("test.jsonl", pair("3+3="), pair("4+4="))
     mixture = "{path: prompts.jsonl, answer_columns: [answer]}, {path: more.jsonl, "
     mixture = f"prompts=[{mixture}answer_columns: [answer]}}]"
@@ -84,10 +84,11 @@ def test_prompts_of_a_mixture_and_of_the_evaluation(shown: Callable[..., tuple[s
     printed, found = shown("grpo.yaml", *words)
     names = ["prompts.0", "prompts.1", "evaluation.test_prompts"]
     assert [source["name"] for source in found["sources"]] == names
-    assert [len(source["rows"]) for source in found["sources"]] == [1, 2, 2]
-    assert [row["row"] for row in found["sources"][1]["rows"]] == [1, 2]
+    assert [len(source["rows"]) for source in found["sources"]] == [1, 3, 2]
+    assert [row["row"] for row in found["sources"][1]["rows"]] == [1, 2, 3]
     assert all(not any(r["trained"]) for source in found["sources"] for r in source["rows"])
     assert "trained on: 1 rows are, id for id, in prompts.1: row 1" in printed
+    assert "repeated: 1 rows are, id for id, in prompts.0: row 3" in printed
     assert printed.count("trained on") == 1 and "«" not in printed
 
 
