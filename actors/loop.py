@@ -250,6 +250,7 @@ class Loop:
             incomplete = in_a_line(error)
         self.export(model, step)
         if incomplete:
+            self.keep_last(step)
             raise EndError(f"{incomplete}: the model was exported uncalibrated, to {model}")
         leave_at_the_end(f"the model is complete, in {model}; its last evaluation is missing")
         summary: dict[str, Any] = {}

@@ -477,6 +477,7 @@ def test_a_model_is_exported_though_its_calibration_fails(tmp_path: Path) -> Non
     ):
         run_to_the_end(tmp_path, Trained({"calibrate"}))
     assert (tmp_path / "run" / "model").is_dir()
+    assert [step for step, _ in finished_checkpoints(tmp_path / "run")] == [3]
 
 
 @pytest.mark.parametrize("every", [0, 3])
