@@ -224,9 +224,9 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
     lacking = list(_lacking(key, data, rows))
     yield from lacking
     tools = [data.columns.tools] if data.columns.tools else []
-    for row in rows.values() if not lacking else ():
+    for file, row in rows.items() if not lacking else ():
         try:
-            recognised(data, [*row, *tools])
+            recognised(data.model_copy(update={"path": file}), [*row, *tools])
         except UserError as error:
             yield Problem((*named, f"{key}.columns"), error.problems[0])
             break
@@ -321,10 +321,10 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
 
 
 def _answer_columns(data: PromptData | tuple[PromptData, ...]) -> set[str]:
-    """Return the columns that functions are offered: of a mixture those of every source, which are
-    None in the rows of the others.
+    """Return the columns that functions may demand: of a mixture those that all sources have. Of
+    others they get None for the rows of a source without them.
     """
-    return {column for source in sources_of(data) for column in source.answer_columns}
+    return set.intersection(*(set(source.answer_columns) for source in sources_of(data)))
 
 
 def _check_signature(name: str, function: Any, columns: set[str]) -> None:

@@ -144,7 +144,7 @@ def test_the_check_reads_the_files_that_the_run_reads(here: Path) -> None:
     write("set/train/1.jsonl", "a")
     write("set/train/2.jsonl", raw=b'{"promt": "b"}\n')
     (problem,) = _data_file("prompts", PromptData(path="set"))
-    assert "set/train/2.jsonl has no column 'prompt'; did you mean 'promt'?" in problem.message
+    assert "set/train/2.jsonl" in problem.message and "{prompt: promt}" in problem.message
     write("set/train/2.jsonl", "b")
     assert not list(_data_file("prompts", PromptData(path="set")))
     write("set/extra.jsonl", "c")
@@ -645,7 +645,7 @@ def test_what_was_noticed_is_said_before_anything_starts(
             recipe,
             None,
             "",
-            read=lambda recipe: SimpleNamespace(
+            read=lambda recipe, today: SimpleNamespace(
                 notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1
             ),
             start=start,
