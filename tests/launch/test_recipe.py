@@ -621,7 +621,7 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
     ]
     (line,) = problems("grpo.yaml", *mixed)
     assert (
-        "cannot be called with prompts, responses and the columns finish_reasons: missing" in line
+        "exact: cannot be called with" in line and "missing a required argument: 'answer'" in line
     )
 
 
