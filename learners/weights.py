@@ -107,14 +107,20 @@ class TrainedWeights:
                 f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
                 "same layout"
             )
+        plan = self.engine.lr_scheduler
+        base = plan.base_lrs
+        asked = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in plan.optimizer.param_groups
+        ]
         path, client = self.engine.load_checkpoint(folder, tag="state")
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint here that it can read")
         torch.set_rng_state(client["rng"])
-        # saved is the rate for a run as long as it was to be then
-        plan = self.engine.lr_scheduler
+        # what is saved are the rates and decays of that recipe, for a run as long as that was to be
+        plan.base_lrs = base
         for i, group in enumerate(plan.optimizer.param_groups):
-            group["lr"] = plan.base_lrs[i] * plan.lr_lambdas[i](plan.last_epoch)
+            group |= asked[i] | {"lr": base[i] * plan.lr_lambdas[i](plan.last_epoch)}
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}

@@ -782,6 +782,22 @@ def test_a_loaded_engine_continues_bit_by_bit(ranks, settings_of, batches, tmp_p
         assert torch.equal(weights_again, weights)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loaded_engine_steps_as_its_recipe_says_now(ranks, settings_of, batches, tmp_path, stage):
+    """The optimizer's saved groups brought the old rate and decay back, whatever was accepted."""
+    settings = settings_of("ppo", stage, optimizer=ADAMW)
+    ranks[1].run(save_and_continue, settings, batches["ppo"], str(tmp_path))
+    weights = {}
+    for decay in (0.0, 0.9):
+        now = ADAMW.model_copy(update={"learning_rate": 1e-2, "weight_decay": decay})
+        settings = settings_of("ppo", stage, optimizer=now)
+        ((metrics, weights[decay]),) = ranks[1].run(
+            load_and_continue, settings, batches["ppo"], str(tmp_path)
+        )
+        assert [step["learning_rate"] for step in metrics] == [1e-2] * 2
+    assert not torch.equal(weights[0.0], weights[0.9])
+
+
 def test_another_layout_is_refused_in_one_line(ranks, settings_of, batches, tmp_path):
     folder = str(tmp_path)
     ranks[2].run(save_and_continue, settings_of("ppo", 2), batches["ppo"], folder)
