@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from learners.data.conversation import Conversation, Preference, Said
+from learners.data.files import some
 from learners.data.notices import Notices
 from learners.data.reading import read
 from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
@@ -15,7 +16,7 @@ from learners.data.store import Part, Rows
 from learners.data.templates import ChatTemplate, Example
 from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
-from learners.settings import PairData, PromptData, SFTData, sources_of
+from learners.settings import DataSettings, PairData, PromptData, SFTData, sources_of
 
 T = TypeVar("T")
 D = TypeVar("D", PromptData, SFTData, PairData)
@@ -146,6 +147,7 @@ class _Loader:
         self.row = 0
         self.notices = Notices(tokenizer)
         self.max_model_tokens: int | None = None
+        self.raw = 0  # texts of the source that no template renders
 
     def load(
         self,
@@ -156,8 +158,11 @@ class _Loader:
         rows: Rows[T] = Rows()
         for i, one in enumerate(sources_of(data)):
             source = read(one)
-            names = recognised(one, source.columns)
+            names: dict[str, str] = recognised(one, source.columns)
             self.notices = Notices(self.tokenizer)
+            self.raw = 0
+            if one.template_arguments:
+                self.template.check_arguments(one.template_arguments)
             part = Part(one.name or str(i), one.weight)
             for row in source:
                 self.place = row.place
@@ -177,9 +182,26 @@ class _Loader:
                 check_dropped(one, part, self._limit(one)[1])
             rows.close_part(part)
             rows.notices += [source.notice] if source.notice else []
+            rows.notices += self._of_source(one, [*names.values()], source.columns, part.size)
             rows.notices += self.notices.lines(one.path, part.size)
         rows.notices += self.template.notices
         return rows
+
+    def _of_source(
+        self, data: DataSettings, read_columns: Sequence[str], columns: Sequence[str], size: int
+    ) -> Iterator[str]:
+        """Yield lines about a source: columns that are not read, texts that no template renders."""
+        known = {*read_columns, *data.where}
+        known |= {*data.answer_columns} if isinstance(data, PromptData) else set()
+        if unread := [column for column in columns if column not in known]:
+            yield f"{data.path}: columns not read: {some(unread)}"
+        if not self.raw or not self.template.source or self.encoder:
+            return
+        what = "all" if self.raw >= size else f"{self.raw} of {size}"
+        yield (
+            f"{data.path}: {what} rows are text that is read as it stands, although the tokenizer "
+            "has a chat template; apply_template: true renders it as turns"
+        )
 
     # --- one kind of row each ---------------------------------------------------------------------
 
@@ -202,7 +224,10 @@ class _Loader:
             return
         self.notices.see(self.place, column, text, ids)
         columns = {name: row[name] for name in data.answer_columns}
+        if empty := [name for name, value in columns.items() if value is None]:
+            self.notices.note("null in answer columns", self.place, empty[0], empty)
         conversation = None if isinstance(said, str) else said
+        self.raw += conversation is None
         yield Prompt(self.index, ids, text, columns, self.row, conversation)
 
     def _limit(self, data: PromptData) -> tuple[int, str]:
@@ -279,6 +304,7 @@ class _Loader:
 
     def _text(self, prompt: str, answer: str, columns: tuple[str, str]) -> Example:
         """Return a text prompt with its answer, which ends with EOS ([SEP] on an encoder)."""
+        self.raw += 1
         text, ids = self._prompt(prompt, columns[0])
         with _about(columns[1]):
             answered = encode_response(self.tokenizer, answer, self.encoder)

@@ -17,11 +17,16 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
+from jinja2 import Environment, meta
+
 from learners.data.conversation import Conversation
 from learners.data.tokenise import encode_text, end_of_response, said
 from learners.errors import DataError
 
 Messages = Sequence[dict[str, Any]]
+# what a template is given beside arguments of its own
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
+GIVEN |= {"raise_exception", "continue_final_message"}
 ASKED = {"role": "user", "content": "question"}
 PROBES = ("Quatuor", "quatuor")  # answers that begin with different letters
 # Ends of turns as models commonly write them; the tokenizer's own are known to it.
@@ -100,6 +105,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.ends = list(ends)
         self.today = today or date.today()
+        self.lost_tools = False  # tools of the data, of which the template writes nothing
         self.used = False  # a conversation of the data was rendered
         self.opens: dict[str, int] = {}  # by what the generation prompt opens: examples without it
 
@@ -158,21 +164,37 @@ class ChatTemplate:
         return re.search(r"\{%-?\s*generation\b", self.source) is not None
 
     @cached_property
-    def _text_arguments(self) -> bool:
-        """True where a call's arguments must be JSON text: the template neither writes an object
-        as JSON itself, nor JSON text a second time.
+    def _written_calls(self) -> list[str]:
+        """Text of a call whose arguments are an object, and of one whose arguments are JSON text;
+        nothing where the template raises.
         """
-        written: list[bool] = []
+        texts = []
         for arguments in ({"argument": "value"}, '{"argument": "value"}'):
             function = {"name": "function", "arguments": arguments}
             call = {"id": "abcdefghi", "type": "function", "function": function}
             calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
             try:
-                text = self._rendered([ASKED, calling])
+                texts.append(self._rendered([ASKED, calling]))
             except Exception:  # whatever the template raises for arguments of this kind
-                text = ""
-            written.append(re.search(r'"argument"\s*:\s*"value"', text) is not None)
-        return written == [False, True]
+                texts.append("")
+        return texts
+
+    @cached_property
+    def variables(self) -> set[str]:
+        """The names of what the template is given."""
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source)
+        return meta.find_undeclared_variables(environment.parse(plain))
+
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raise DataError on an argument that the template never looks at."""
+        for name in arguments if self.source else ():
+            if name not in self.variables:
+                known = sorted(self.variables - GIVEN - set(self.tokenizer.special_tokens_map))
+                there = f"it looks at {', '.join(known)}" if known else "it has none"
+                raise DataError(
+                    f"template_arguments: the chat template never looks at {name}; {there}"
+                )
 
     def opened(self, conversation: Conversation) -> str:
         """Return what the generation prompt opens that a rendered turn does not begin with, such
@@ -196,6 +218,8 @@ class ChatTemplate:
                 f"the chat template ends an assistant's turn with {name(end)}, not with the "
                 f"tokenizer's EOS {self.tokenizer.eos_token}: it is learned, and ends responses"
             )
+        if self.lost_tools:
+            lines.append("the chat template writes nothing of the tools that the data name")
         if "strftime_now" in self.source:
             lines.append(
                 f"the chat template prints today's date: it is {self.today} for the whole run, "
@@ -226,7 +250,8 @@ class ChatTemplate:
                 "chat messages, but the tokenizer has no chat template: give the model one "
                 "(template: FILE)"
             )
-        given = self._with_text_arguments(messages) if _calls(messages) else messages
+        given = self._with_calls(messages) if _calls(messages) else messages
+        self.lost_tools |= bool(tools) and "tools" not in self.variables
         try:
             return self._rendered(
                 given,
@@ -244,8 +269,19 @@ class ChatTemplate:
         )
         return text
 
-    def _with_text_arguments(self, messages: Messages) -> Messages:
-        return [_with_text_arguments(m) for m in messages] if self._text_arguments else messages
+    def _with_calls(self, messages: Messages) -> Messages:
+        """Return messages with arguments of calls as the template writes them as JSON, once. Raises
+        DataError where it writes none.
+        """
+        if all("value" not in text for text in self._written_calls):
+            raise DataError(
+                "a turn calls a tool, and the chat template writes no calls: give the model one "
+                "that does (template: FILE)"
+            )
+        as_json = [re.search(r'"argument"\s*:\s*"value"', text) for text in self._written_calls]
+        if as_json[1] and not as_json[0]:
+            return [_with_text_arguments(message) for message in messages]
+        return messages
 
     def prompt(self, conversation: Conversation, going_on: bool = False) -> tuple[str, list[int]]:
         """Return text and ids of a conversation that the assistant is to answer; with `going_on`,
@@ -344,7 +380,8 @@ class ChatTemplate:
         """Return where the last generation marker of the conversation up to a turn lies."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = list(self._with_text_arguments(conversation.messages[: index + 1]))
+        messages = conversation.messages[: index + 1]
+        messages = list(self._with_calls(messages)) if _calls(messages) else messages
         _, (spans,) = render_jinja_template(
             [messages],
             tools=conversation.tools,

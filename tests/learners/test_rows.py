@@ -149,6 +149,16 @@ def test_chat_prompts_are_what_the_template_renders(plain, write):
     assert rendered["input_ids"] == prompts[1].ids
 
 
+def test_what_is_not_read_and_not_rendered_is_noticed(plain, write):
+    path = write({"prompt": "a", "answer": "1", "x": 1, "y": 2}, {"prompt": "b", "answer": None})
+    assert load_prompts(PromptData(path=path, answer_columns=("answer",)), plain).notices == [
+        f"{path}: columns not read: x, y",
+        f"{path}: all rows are text that is read as it stands, although the tokenizer has a chat "
+        "template; apply_template: true renders it as turns",
+        f"{path}: 1 of 2 rows hold null in answer columns: 'answer'; row 2 (answer)",
+    ]
+
+
 def test_a_template_decides_about_bos_itself(write):
     path = write({"prompt": [{"role": "user", "content": "a"}]})
     for template, expected in [(TEMPLATE, ids("azy")), ("<bos>" + TEMPLATE, [BOS, *ids("azy")])]:

@@ -281,3 +281,31 @@ def test_a_conversation_that_the_assistant_begins():
     tokenizer = make_tokenizer(CHATML)
     (example,) = ChatTemplate(tokenizer).examples(Conversation(CHAT[1:]))
     assert trained(None, tokenizer, example) == ["4<|im_end|>", "five<|im_end|>"]
+
+
+def test_calls_and_tools_that_a_template_leaves_out_are_not_lost_silently():
+    call = CALL | {"function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    template = ChatTemplate(make_tokenizer(CHATML))
+    with pytest.raises(DataError, match="writes no calls"):
+        template.examples(Conversation(chat))
+    template.prompt(Conversation(CHAT[:1], tools=[{"type": "function"}]))
+    assert any("nothing of the tools" in line for line in template.notices)
+
+
+def test_calls_in_another_form_than_json_are_written_as_the_template_does():
+    form = "{{ c.function.name }}({{ c.function.arguments.items() | first | join('=') }})"
+    source = CHATML.replace("<|im_end|>", CALLS.replace("{{ X }}", form) + "<|im_end|>", 1)
+    tokenizer = make_tokenizer(source)
+    call = CALL | {"function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(chat))
+    assert trained(None, tokenizer, example) == ["add(a=1)<|im_end|>"]
+
+
+def test_an_argument_that_the_template_never_looks_at_is_refused():
+    source = CHATML + "{% if thinking %}{% generation %}hm{% endgeneration %}{% endif %}"
+    template = ChatTemplate(make_tokenizer(source))
+    template.check_arguments({"thinking": False})
+    with pytest.raises(DataError, match="never looks at thinkin; it looks at thinking$"):
+        template.check_arguments({"thinkin": False})
