@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from learners.data.conversation import Conversation, Preference, Said
+from learners.data.example import Example
 from learners.data.files import some
 from learners.data.notices import Notices
 from learners.data.reading import read
 from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
 from learners.data.store import Part, Rows
-from learners.data.templates import ChatTemplate, Example
+from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt, encode_response, end_of_response
 from learners.errors import DataError
 from learners.settings import DataSettings, PairData, PromptData, SFTData, sources_of
@@ -289,17 +290,16 @@ class _Loader:
             else:
                 going_on = going_on and said.messages[-1]["role"] == "assistant"
                 text, ids = self.template.prompt(said, going_on)
+            self._check_bos(ids)
         if not text or not ids:
             raise DataError("the prompt is empty")
-        self._check_bos(ids)
         return text, ids
 
     def _check_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
         if bos is not None and list(ids[:2]) == [bos] * 2:
             raise DataError(
-                f"the prompt begins with {self.tokenizer.bos_token} twice; leave BOS to the "
-                "tokenizer"
+                f"begins with {self.tokenizer.bos_token} twice; leave BOS to the tokenizer"
             )
 
     def _text(self, prompt: str, answer: str, columns: tuple[str, str]) -> Example:
@@ -320,8 +320,9 @@ class _Loader:
         """Return a conversation as examples."""
         with _about(column):
             made = self.template.examples(conversation, train_on, rewritten, self.row)
+            for example in made:
+                self._check_bos(example.ids)
         for example in made:
-            self._check_bos(example.ids)
             self.notices.see(self.place, column, example.text, example.ids)
         for message in conversation.messages:
             self.notices.see_message(self.place, column, message)

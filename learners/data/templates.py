@@ -14,74 +14,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal
 
 from jinja2 import Environment, meta
 
 from learners.data.conversation import Conversation
-from learners.data.tokenise import encode_text, end_of_response, said
+from learners.data.example import Example, Span, encode_spans
+from learners.data.tokenise import encode_text, end_of_response
 from learners.errors import DataError
 
 Messages = Sequence[dict[str, Any]]
 # what a template is given beside arguments of its own
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"}
-GIVEN |= {"raise_exception", "continue_final_message"}
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+GIVEN |= {"strftime_now", "raise_exception", "chat_template", "tokenize", "return_dict"}
 ASKED = {"role": "user", "content": "question"}
 PROBES = ("Quatuor", "quatuor")  # answers that begin with different letters
 # Ends of turns as models commonly write them; the tokenizer's own are known to it.
 MARKERS = re.compile(r"</s>|<eos>|<\|\w+\|>|<(?:start|end)_of_turn>")
+MARK = re.compile(r"<[^<>\s]+>")  # tokens that look like one, special or not
 
 
 @dataclass(frozen=True)
-class Example:
-    """Text to learn from, its ids, and of each id whether it is learned (1) or only read (0).
-    `row` is counted from 1 in its file.
+class _End:
+    """The token that ends an assistant's turn (None: the template writes none), its text where the
+    last turn's rendering has it, and all that is written behind the last turn.
     """
 
-    row: int
+    id: int | None
     text: str
-    ids: list[int]
-    trained: bytes
-
-    @property
-    def first(self) -> int:
-        """Position of the first trained token."""
-        return self.trained.index(1)
-
-    @property
-    def end(self) -> int:
-        """Position after the last trained token: what comes then moves nothing."""
-        return self.trained.rindex(1) + 1
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self.ids[: self.first]
-
-    @property
-    def response_ids(self) -> list[int]:
-        return self.ids[self.first : self.end]
-
-    @property
-    def loss_mask(self) -> bytes:
-        """1 for every id of `response_ids` that is learned."""
-        return self.trained[self.first : self.end]
-
-    @property
-    def parts(self) -> tuple[list[int], ...]:
-        return self.prompt_ids, self.response_ids
-
-    @property
-    def tokens(self) -> int:
-        return self.end
-
-    @property
-    def compared(self) -> dict[str, Any]:
-        """Parts that must be the same for a resumed run."""
-        same: dict[str, Any] = {"prompt_ids": self.prompt_ids, "response_ids": self.response_ids}
-        if 0 in self.loss_mask:
-            same["loss_mask"] = self.loss_mask.hex()
-        return same
+    after: str
 
 
 @dataclass(frozen=True)
@@ -89,95 +50,97 @@ class _Turn:
     """Text of a conversation up to an assistant's turn, and where in it the turn lies."""
 
     text: str
-    start: int
-    end: int
+    spans: tuple[Span, ...]
 
     def __str__(self) -> str:
-        return self.text[: self.end]
+        return self.text[: self.spans[-1][1]]
 
 
 class ChatTemplate:
     """A tokenizer's chat template. `ends` are ids at which its model stops besides (those of its
     generation_config.json), `today` is the date that templates may print.
+
+    It learns what it does from the first conversation that it renders, since a template may insist
+    on a system turn, or on arguments.
     """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int] = (), today: date | None = None) -> None:
         self.tokenizer = tokenizer
         self.ends = list(ends)
         self.today = today or date.today()
+        self.first: Conversation | None = None  # of the data, that was rendered
         self.lost_tools = False  # tools of the data, of which the template writes nothing
-        self.used = False  # a conversation of the data was rendered
         self.opens: dict[str, int] = {}  # by what the generation prompt opens: examples without it
+        self._found: dict[str, _End] = {}  # by the source of the template
 
     # --- what the template is ---------------------------------------------------------------------
 
     @property
     def source(self) -> str:
-        """The template itself; nothing where there is none."""
+        """The template itself, or all that the tokenizer has; nothing where there is none."""
         written = self.tokenizer.chat_template
         return "".join(written.values()) if isinstance(written, dict) else written or ""
 
-    @cached_property
+    def _source_for(self, conversation: Conversation) -> str:
+        """Return the template that renders a conversation: some tokenizers have one for tools."""
+        return str(self.tokenizer.get_chat_template(tools=conversation.tools))
+
+    @property
     def turn_end(self) -> int | None:
-        """The id that ends an assistant's turn; None where the template writes none. Raises
-        DataError where it writes one that the tokenizer has no token for.
+        """The id that ends an assistant's turn; None before a conversation was rendered, and where
+        the template writes none. Raises DataError where it writes one that the tokenizer has no
+        token for.
         """
-        if not self.source:
-            return None
-        ids = encode_text(self.tokenizer, self._after)
-        known = {*self.ends, self.tokenizer.eos_token_id, *self.tokenizer.added_tokens_decoder}
-        if (end := next((i for i in ids if i in known), None)) is not None:
-            return end
-        if marker := MARKERS.search(self._after):
+        return None if self.first is None else self._end(self.first).id
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end a response, those of rendered conversations first."""
+        if self.first is not None:
+            self._end(self.first)
+        ends = (*(end.id for end in self._found.values()), self.tokenizer.eos_token_id, *self.ends)
+        return [end for end in dict.fromkeys(ends) if end is not None]
+
+    def _end(self, conversation: Conversation) -> _End:
+        source = self._source_for(conversation)
+        if source not in self._found:
+            self._found[source] = self._find_end(conversation)
+        return self._found[source]
+
+    def _find_end(self, conversation: Conversation) -> _End:
+        asked = _asked(conversation)
+        after = self._behind([*asked, _answer(PROBES[0])], conversation)
+        if (end := self._first_end(after)) is not None:
+            name = self.tokenizer.convert_ids_to_tokens(end)
+            return _End(end, name if name in after else "", after)
+        if marker := MARKERS.search(after):
             raise DataError(
                 f"the chat template ends an assistant's turn with {marker[0]!r}, which is no token "
                 "of the tokenizer: no response could end; add the token, or give another template"
             )
-        follows = self.render([ASKED, _answer(PROBES[0]), ASKED]).rpartition(PROBES[0])[2]
-        first = next((i for i in encode_text(self.tokenizer, follows) if i in known), None)
         # the beginning of the next turn ends this one only where the model is known to stop there
-        return first if first in (*self.ends, self.tokenizer.eos_token_id) else None
+        follows = self._behind([*asked, _answer(PROBES[0]), ASKED], conversation)
+        first = self._first_end(follows)
+        known = (*self.ends, self.tokenizer.eos_token_id)
+        return _End(first if first in known else None, "", after)
 
-    @cached_property
-    def _after(self) -> str:
-        """The text behind an answer that is the last turn."""
-        text = self.render([ASKED, _answer(PROBES[0])])
+    def _behind(self, messages: Messages, conversation: Conversation) -> str:
+        """Return the text behind the answer that is a probe."""
+        text = self.render(messages, conversation.tools, conversation.arguments)
         if PROBES[0] not in text:
             raise DataError("the chat template leaves out what the assistant says")
         return text.rpartition(PROBES[0])[2]
 
-    @cached_property
-    def _end_text(self) -> str:
-        """The text of `turn_end`, if the last turn's rendering has it."""
-        end = self.turn_end
-        text = "" if end is None else self.tokenizer.convert_ids_to_tokens(end)
-        return text if text in self._after else ""
-
-    @property
-    def stops(self) -> list[int]:
-        """The ids that end a response, that of conversations first if there were any."""
-        ends = (self.turn_end if self.used else None, self.tokenizer.eos_token_id, *self.ends)
-        return [end for end in dict.fromkeys(ends) if end is not None]
-
-    @cached_property
-    def _marked(self) -> bool:
-        return re.search(r"\{%-?\s*generation\b", self.source) is not None
-
-    @cached_property
-    def _written_calls(self) -> list[str]:
-        """Text of a call whose arguments are an object, and of one whose arguments are JSON text;
-        nothing where the template raises.
+    def _first_end(self, text: str) -> int | None:
+        """Return the first id of a text that may end a turn: a special token, or one that looks
+        like a mark. Others, such as line breaks, stand in answers too.
         """
-        texts = []
-        for arguments in ({"argument": "value"}, '{"argument": "value"}'):
-            function = {"name": "function", "arguments": arguments}
-            call = {"id": "abcdefghi", "type": "function", "function": function}
-            calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                texts.append(self._rendered([ASKED, calling]))
-            except Exception:  # whatever the template raises for arguments of this kind
-                texts.append("")
-        return texts
+        added = self.tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special}
+        special |= {*self.ends, self.tokenizer.eos_token_id}
+        name = self.tokenizer.convert_ids_to_tokens
+        ids = encode_text(self.tokenizer, text)
+        return next((i for i in ids if i in special or MARK.fullmatch(name(i))), None)
 
     @cached_property
     def variables(self) -> set[str]:
@@ -200,15 +163,20 @@ class ChatTemplate:
         """Return what the generation prompt opens that a rendered turn does not begin with, such
         as a block of thoughts; usually nothing.
         """
-        arguments = conversation.arguments
-        header = self.render([ASKED], None, arguments, prompt=True)
-        whole = self.render([ASKED, _answer(PROBES[0])], None, arguments)
+        header, whole = self._header(conversation)
         return header[_shared(header, whole) :]
+
+    def _header(self, conversation: Conversation) -> tuple[str, str]:
+        """Return a question ready for an answer, and the same with one."""
+        asked = _asked(conversation)
+        how = (conversation.tools, conversation.arguments)
+        whole = self.render([*asked, _answer(PROBES[0])], *how)
+        return self.render(asked, *how, prompt=True), whole
 
     @property
     def notices(self) -> list[str]:
         """Lines about the template for whoever starts the run."""
-        if not self.used:
+        if self.first is None:
             return []
         lines = []
         end = self.turn_end
@@ -217,6 +185,13 @@ class ChatTemplate:
             lines.append(
                 f"the chat template ends an assistant's turn with {name(end)}, not with the "
                 f"tokenizer's EOS {self.tokenizer.eos_token}: it is learned, and ends responses"
+            )
+        header, whole = self._header(self.first)
+        written = whole[len(header) :].partition(PROBES[0])[0]
+        if whole.startswith(header) and written.strip():
+            lines.append(
+                f"the chat template's generation prompt leaves {written!r} to the model, which "
+                "learns to write it"
             )
         if self.lost_tools:
             lines.append("the chat template writes nothing of the tools that the data name")
@@ -250,6 +225,8 @@ class ChatTemplate:
                 "chat messages, but the tokenizer has no chat template: give the model one "
                 "(template: FILE)"
             )
+        if taken := sorted(GIVEN.intersection(arguments or ())):
+            raise DataError(f"template_arguments: {taken[0]} is no argument of a template's own")
         given = self._with_calls(messages) if _calls(messages) else messages
         self.lost_tools |= bool(tools) and "tools" not in self.variables
         try:
@@ -261,7 +238,8 @@ class ChatTemplate:
                 **(arguments or {}),
             )
         except Exception as error:  # Jinja's, and whatever a template's own code raises
-            raise DataError(f"the chat template cannot render it: {said(error)}") from error
+            words = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
+            raise DataError(f"the chat template cannot render it: {words}") from error
 
     def _rendered(self, messages: Messages, **how: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -283,11 +261,29 @@ class ChatTemplate:
             return [_with_text_arguments(message) for message in messages]
         return messages
 
+    @cached_property
+    def _written_calls(self) -> list[str]:
+        """Text of a call whose arguments are an object, and of one whose arguments are JSON text;
+        nothing where the template raises.
+        """
+        first = self.first or Conversation([])
+        texts = []
+        for arguments in ({"argument": "value"}, '{"argument": "value"}'):
+            function = {"name": "function", "arguments": arguments}
+            call = {"id": "abcdefghi", "type": "function", "function": function}
+            calling: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+            said = [*_asked(first), calling]
+            try:
+                texts.append(self._rendered(said, tools=first.tools, **first.arguments))
+            except Exception:  # whatever the template raises for arguments of this kind
+                texts.append("")
+        return texts
+
     def prompt(self, conversation: Conversation, going_on: bool = False) -> tuple[str, list[int]]:
         """Return text and ids of a conversation that the assistant is to answer; with `going_on`,
         whose last turn it is to continue.
         """
-        self.used = True
+        self.first = self.first or conversation
         text = self.render(
             conversation.messages,
             conversation.tools,
@@ -313,23 +309,33 @@ class ChatTemplate:
         None of it where nothing is to be learned. Raises DataError where turns are rewritten and
         that is to be refused, and for whatever the template raises.
         """
-        self.used = True
+        self.first = self.first or conversation
         learned = conversation.learned or (True,) * len(conversation.messages)
         spoken = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         wanted = [i for i in (spoken[-1:] if train_on == "last" else spoken) if learned[i]]
         turns = [self._turn(conversation, i) for i in wanted]
         if not turns:
             return []
-        whole = self._upto(conversation, len(conversation.messages))
-        ended = bool(self._end_text) or len(turns) == 1
-        if self._end_text and all(whole.startswith(str(turn)) for turn in turns):
-            return [self._example(row, whole, turns)]
+        if end := self._end(conversation).text:
+            whole = self._upto(conversation, len(conversation.messages))
+            if all(whole.startswith(str(turn)) for turn in turns):
+                spans = [span for turn in turns for span in turn.spans]
+                return [Example(row, whole, *encode_spans(self.tokenizer, whole, spans))]
         if rewritten_turns == "refuse" and len(turns) > 1:
-            why = "rewrites earlier turns" if ended else "ends no turn with a token"
+            why = "rewrites earlier turns" if end else "ends no turn with a token"
             raise DataError(
                 f"the chat template {why}; rewritten_turns: split learns each by itself"
             )
-        return [self._example(row, turn.text, [turn]) for turn in turns]
+        return [self._alone(row, turn, bool(end)) for turn in turns]
+
+    def _alone(self, row: int, turn: _Turn, ended: bool) -> Example:
+        """Return the example of the last turn of a text."""
+        if ended:
+            return Example(row, turn.text, *encode_spans(self.tokenizer, turn.text, turn.spans))
+        end = self.stops[0] if self.stops else end_of_response(self.tokenizer)
+        ids, trained = encode_spans(self.tokenizer, str(turn), turn.spans)
+        written = str(turn) + self.tokenizer.convert_ids_to_tokens(end)
+        return Example(row, written, [*ids, end], trained + b"\1")
 
     def _upto(self, conversation: Conversation, count: int, prompt: bool = False) -> str:
         messages = conversation.messages[:count]
@@ -338,19 +344,18 @@ class ChatTemplate:
     def _turn(self, conversation: Conversation, index: int) -> _Turn:
         """Return an assistant's turn as it is when it is the last one."""
         text = self._upto(conversation, index + 1)
-        if self._marked:
-            start, end = self._marked_span(conversation, index)
-        else:
-            start = self._start(conversation, index, text)
-            end = len(text.removesuffix(self._after))
-        if self._end_text:
-            end = text.rfind(self._end_text, start) + len(self._end_text)
-        if end <= start or (self._end_text and not text[:end].endswith(self._end_text)):
-            raise DataError(
-                f"the chat template does not end turn {index + 1}, the assistant's, with "
-                f"{self._end_text or 'what it ends others with'}"
-            )
-        return _Turn(text, start, end)
+        spans = self._marked(conversation, index, text)
+        end = self._end(conversation)
+        start = spans[-1][0] if spans else self._start(conversation, index, text)
+        last = spans[-1][1] if spans else len(text.removesuffix(end.after))
+        if end.text:
+            last = text.rfind(end.text, start) + len(end.text)
+            if not text[start:last].endswith(end.text):
+                raise DataError(
+                    f"the chat template does not end turn {index + 1}, the assistant's, with "
+                    f"{end.text}, as it does with others"
+                )
+        return _Turn(text, (*spans[:-1], (start, max(start, last))))
 
     def _start(self, conversation: Conversation, index: int, text: str) -> int:
         """Return where the turn begins: behind the generation prompt, or where another answer would
@@ -364,9 +369,9 @@ class ChatTemplate:
                 header = None
             if header is not None and text.startswith(header):
                 return len(header)
-        said_there = conversation.messages[index]
-        probe = next(p for p in PROBES if p[0] != str(said_there["content"])[:1])
-        other = [*conversation.messages[:index], said_there | {"content": probe}]
+        turn = conversation.messages[index]
+        probe = next(p for p in PROBES if p[0] != str(turn["content"])[:1])
+        other = [*conversation.messages[:index], turn | {"content": probe}]
         differing = self.render(other, conversation.tools, conversation.arguments)
         common = _shared(text, differing)
         if header is None:
@@ -376,8 +381,13 @@ class ChatTemplate:
         self.opens[opened] = self.opens.get(opened, 0) + 1
         return start
 
-    def _marked_span(self, conversation: Conversation, index: int) -> tuple[int, int]:
-        """Return where the last generation marker of the conversation up to a turn lies."""
+    def _marked(self, conversation: Conversation, index: int, text: str) -> tuple[Span, ...]:
+        """Return the parts of the last turn of a text between generation markers; none where the
+        template marks nothing of it.
+        """
+        source = self._source_for(conversation)
+        if not re.search(r"\{%-?\s*generation\b", source):
+            return ()
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = conversation.messages[: index + 1]
@@ -385,50 +395,20 @@ class ChatTemplate:
         _, (spans,) = render_jinja_template(
             [messages],
             tools=conversation.tools,
-            chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
+            chat_template=source,
             return_assistant_tokens_mask=True,
             strftime_now=self.today.strftime,
             **{**self.tokenizer.special_tokens_map, **conversation.arguments},
         )
-        if not spans:
-            raise DataError(f"the chat template marks nothing of turn {index + 1}, the assistant's")
-        start, end = spans[-1]
-        return start, end
+        before = _shared(self._upto(conversation, index), text) if index else 0
+        return tuple((start, end) for start, end in spans if before <= start < end)
 
-    def _example(self, row: int, text: str, turns: Sequence[_Turn]) -> Example:
-        if self._end_text:
-            ids, trained = self._encoded(text, [(turn.start, turn.end) for turn in turns])
-            return Example(row, text, ids, trained)
-        (turn,) = turns
-        end = self.stops[0] if self.stops else end_of_response(self.tokenizer)
-        ids, trained = self._encoded(str(turn), [(turn.start, turn.end)])
-        written = str(turn) + self.tokenizer.convert_ids_to_tokens(end)
-        return Example(row, written, [*ids, end], trained + b"\1")
 
-    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], bytes]:
-        """Return the ids of a text, and 1 for those within the spans.
-
-        Each part is encoded by itself, as generation does with a prompt; by tokenizers that put a
-        space before each part, the whole is, and ids belong to where they begin.
-        """
-        tokenizer = self.tokenizer
-        if self._adds_space and tokenizer.is_fast:
-            encoded = encode_text(tokenizer, text, offsets=True)
-            inside = [any(a <= at < b for a, b in spans) for at, _ in encoded["offset_mapping"]]
-            return encoded["input_ids"], bytes(inside)
-        ids: list[int] = []
-        trained = b""
-        cuts = [0, *(cut for span in spans for cut in span), len(text)]
-        for i, (start, end) in enumerate(pairwise(cuts)):
-            part = encode_text(tokenizer, text[start:end]) if end > start else []
-            ids += part
-            trained += bytes([i % 2]) * len(part)
-        return ids, trained
-
-    @cached_property
-    def _adds_space(self) -> bool:
-        first = self.tokenizer.convert_ids_to_tokens(encode_text(self.tokenizer, "a"))[:1]
-        return first != [] and first[0].startswith("▁")
+def _asked(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return how a conversation begins, up to the user's first turn."""
+    roles = [message["role"] for message in conversation.messages]
+    first = roles.index("user") + 1 if "user" in roles else 0
+    return conversation.messages[:first] or [ASKED]
 
 
 def _answer(text: str) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def write_prompts(place: Path, *prompts: Any) -> None:
             "the tokenizer has no chat template",
         ),
         ([["1+1="]], "run.seed=0", "a prompt must be text, or a list of messages"),
-        (["<bos><bos>1+1="], "run.seed=0", "the prompt begins with <bos> twice"),
+        (["<bos><bos>1+1="], "run.seed=0", "begins with <bos> twice"),
     ],
     ids=[
         "empty",

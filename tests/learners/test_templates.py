@@ -186,7 +186,6 @@ def test_a_template_without_an_end_gets_the_tokenizers():
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     template = ChatTemplate(tokenizer)
-    assert template.turn_end is None
     assert template.stops == [tokenizer.eos_token_id]
     first, second = template.examples(Conversation(CHAT))
     assert tokenizer.decode(first.ids) == first.text == "user: 2 + 2?\nassistant: 4</s>"
@@ -199,11 +198,10 @@ def test_a_turn_ends_where_the_next_begins_if_the_model_stops_there():
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    assert ChatTemplate(tokenizer).turn_end is None
     user = tokenizer.convert_tokens_to_ids("<|user|>")
     template = ChatTemplate(tokenizer, ends=[user])
-    assert template.turn_end == user
     _, second = template.examples(Conversation(CHAT))
+    assert template.turn_end == user
     assert trained(template, tokenizer, second) == ["five<|user|>"]
 
 
@@ -309,3 +307,102 @@ def test_an_argument_that_the_template_never_looks_at_is_refused():
     template.check_arguments({"thinking": False})
     with pytest.raises(DataError, match="never looks at thinkin; it looks at thinking$"):
         template.check_arguments({"thinkin": False})
+
+
+THOUGHTS = (  # two marked parts of a turn, with a star between them that is not marked
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}hm{% endgeneration %}*{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLS_UNMARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function | tojson }}{% elif m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_every_marked_part_of_a_turn_is_trained():
+    tokenizer = make_tokenizer(THOUGHTS)
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(CHAT))
+    assert trained(None, tokenizer, example) == ["hm", "4<|im_end|>", "hm", "five<|im_end|>"]
+
+
+def test_a_turn_that_the_template_does_not_mark_is_found_without_marks():
+    tokenizer = make_tokenizer(CALLS_UNMARKED)
+    call = CALL | {"function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [*CHAT[:3], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(chat))
+    assert tokenizer.decode(example.ids) == example.text
+    first, second = trained(None, tokenizer, example)
+    assert first == "4<|im_end|>" and "add" in second and "1?" not in second
+
+
+def test_a_line_break_is_no_end_although_it_may_be_an_added_token():
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}\n\n{% endfor %}")
+    tokenizer.add_tokens(["\n\n"])
+    template = ChatTemplate(tokenizer)
+    template.prompt(Conversation(CHAT[:1]))
+    assert template.turn_end is None and template.stops == [tokenizer.eos_token_id]
+
+
+def test_a_template_is_tried_as_the_data_use_it():
+    needy = (
+        "{% if messages[0].role != 'system' or mode != 'x' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    template = ChatTemplate(make_tokenizer(needy + CHATML))
+    chat = [{"role": "system", "content": "s"}, *CHAT]
+    (example,) = template.examples(Conversation(chat, arguments={"mode": "x"}))
+    assert trained(None, template.tokenizer, example) == ["4<|im_end|>", "five<|im_end|>"]
+
+
+def test_each_of_a_tokenizers_templates_has_its_own_end():
+    tokenizer = make_tokenizer({"default": GEMMA, "tool_use": CHATML})
+    template = ChatTemplate(tokenizer)
+    for tools, end in ((None, "<end_of_turn>"), ([{"type": "function"}], "<|im_end|>")):
+        (example,) = template.examples(Conversation(CHAT[:2], tools))
+        assert trained(None, tokenizer, example) == [f"4{end}"]
+    ends = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<|im_end|>", "</s>"])
+    assert template.stops == ends
+
+
+@pytest.mark.parametrize("source", [CHATML, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_an_empty_answer_is_its_end_alone(source):
+    tokenizer = make_tokenizer(source)
+    chat = [CHAT[0], {"role": "assistant", "content": ""}]
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(chat))
+    assert len(example.response_ids) == 1
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "chat_template"])
+def test_what_a_template_is_given_anyway_is_no_argument(name):
+    with pytest.raises(DataError, match=f"{name} is no argument of a template's own"):
+        ChatTemplate(make_tokenizer(CHATML)).prompt(Conversation(CHAT, arguments={name: []}))
+
+
+def test_a_header_that_the_model_has_to_write_is_noticed():
+    bare = CHATML.partition("{% if add")[0]
+    template = ChatTemplate(make_tokenizer(bare))
+    (example,) = template.examples(Conversation(CHAT[:2]))
+    header = "<|im_start|>assistant\n"
+    assert trained(None, template.tokenizer, example) == [f"{header}4<|im_end|>"]
+    assert any(f"leaves {header!r} to the model" in line for line in template.notices)
+
+
+def test_tokenizers_that_put_a_space_before_each_part_read_the_whole():
+    core = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(["<s>", "</s>", "\u2581", *"abq:"])}, [])
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", bos_token="<s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'q:' if m.role == 'user' else '' }}{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else ':' }}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(chat))
+    tokens = tokenizer.convert_ids_to_tokens(example.ids)
+    assert tokens == ["\u2581", "q", ":", "a", ":", "b", "</s>"]
+    assert list(example.trained) == [0, 0, 0, 0, 0, 1, 1]
