@@ -367,8 +367,8 @@ def preference_of(data: PairData, row: Row, names: Names) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         text, chosen, rejected, notice = part_texts(names, prompt, chosen, rejected)
         if not data.apply_template:
-            said = _as_text(data, row, names, text)
-            return Preference(said, chosen, rejected, margin, notice)
+            text = _as_text(data, row, names, text)
+            return Preference(text, chosen, rejected, margin, notice)
         transcript = text != prompt or asks(text)
         before, better, worse = turns_of_texts(text, chosen, rejected, transcript)
         return Preference(_conversation(data, row, names, before), better, worse, margin, notice)
