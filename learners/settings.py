@@ -250,6 +250,7 @@ class PromptColumns(Settings):
     prompt: Column | None = Field(
         None, description="column with text or messages; null: prompt, or messages"
     )
+    system: Column | None = Field(None, description="column with a system message; null: system")
     tools: Column | None = Field(None, description="column with tools; null: tools")
 
 
@@ -280,6 +281,7 @@ class SFTColumns(Settings):
     response: Column | None = Field(
         None, description="column with the answer to learn; null: response, or completion"
     )
+    system: Column | None = Field(None, description="column with a system message; null: system")
     tools: Column | None = Field(None, description="column with tools; null: tools")
 
 
@@ -308,6 +310,7 @@ class PairColumns(Settings):
     margin: Column | None = Field(
         None, description="column with the margin the chosen score must win by"
     )
+    system: Column | None = Field(None, description="column with a system message; null: system")
     tools: Column | None = Field(None, description="column with tools; null: tools")
 
 

@@ -28,7 +28,7 @@ from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
 from learners.data.files import DataFiles, find_files, format_of, json_lines, read_json
-from learners.data.shapes import recognised
+from learners.data.shapes import BESIDE, recognised
 from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
 from learners.kernels import dropped_by
@@ -223,10 +223,10 @@ def _data_file(key: str, data: Data) -> Iterator[Problem]:
         return
     lacking = list(_lacking(key, data, rows))
     yield from lacking
-    tools = [data.columns.tools] if data.columns.tools else []
+    beside = [column for name, column in data.columns if name in BESIDE and column]
     for file, row in rows.items() if not lacking else ():
         try:
-            recognised(data.model_copy(update={"path": file}), [*row, *tools])
+            recognised(data.model_copy(update={"path": file}), [*row, *beside])
         except UserError as error:
             yield Problem((*named, f"{key}.columns"), error.problems[0])
             break
@@ -253,10 +253,10 @@ def _lacking(key: str, data: Data, rows: Mapping[str, Mapping[str, Any]]) -> Ite
 
 def _columns(key: str, data: Data) -> Iterator[tuple[str, str]]:
     """Yield the columns that every row of a data set must have, each with the key that names it.
-    Tools are left out: JSON lines write them only where there are some.
+    Tools and system messages are left out: JSON lines write them only where there are some.
     """
     for name, column in data.columns:
-        if column is not None and name != "tools":
+        if column is not None and name not in BESIDE:
             yield f"{key}.columns.{name}", column
     for i, column in enumerate(getattr(data, "answer_columns", ())):
         yield f"{key}.answer_columns.{i}", column

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,8 +96,8 @@ def _role(where: str, name: str, roles: Mapping[str, str]) -> str:
     role = roles.get(name) or ROLES.get(name.lower())
     if role is None:
         raise DataError(
-            f"{where} is of an unknown role: say whose it is, as in `roles: {{{name}: assistant}}` "
-            "(or system, user, tool)"
+            f"{where} is of an unknown role: say whose it is: `roles: {{{in_yaml(name)}: user}}`, "
+            "or system, assistant, tool"
         )
     return role
 
@@ -166,3 +167,31 @@ def without_system(turns: Sequence[Turn]) -> list[Turn]:
 def said_by(role: str, text: str) -> Turn:
     """Return the turn of a role that says a text."""
     return {"role": role, "content": text}
+
+
+# --- words for errors -----------------------------------------------------------------------------
+
+
+def description(value: Any) -> str:
+    """Return what a value is that was to be text or messages."""
+    if value is None:
+        return "null or missing"
+    if isinstance(value, dict):
+        return f"an object of {' and '.join(list(value)[:4]) or 'nothing'}"
+    if isinstance(value, list):
+        strange = (description(one) for one in value if not are_messages([one]))
+        return f"a list with {next(strange, 'messages')}" if value else "an empty list"
+    return {"str": "text", "bool": "true or false"}.get(kind := type(value).__name__, kind)
+
+
+def in_yaml(name: str) -> str:
+    """Return a name as a recipe writes it inside `{}`: in quotes where it has spaces or would mean
+    something else.
+    """
+    import yaml
+
+    try:
+        plain = " " not in name and yaml.safe_load(f"{{{name}: {name}}}") == {name: name}
+    except (yaml.YAMLError, ValueError):
+        plain = False
+    return name if plain else json.dumps(name, ensure_ascii=False)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from learners.data.messages import Turn, at_end, common_turns, said_by, without_system
 from learners.data.transcripts import (
     LOOKED_FOR,
+    answer_turns,
     is_transcript,
     part_repeated,
     part_transcripts,
@@ -42,10 +43,9 @@ def turns_of_texts(
     prompt: str, chosen: str, rejected: str, transcript: bool
 ) -> tuple[list[Turn], list[Turn], list[Turn]]:
     """Return the turns of a transcript and of its answers, or a user's and one of each answer."""
-    if transcript:
-        return turns_of(prompt), turns_of("Assistant:" + chosen), turns_of("Assistant:" + rejected)
-    answers = [[said_by("assistant", text.lstrip())] for text in (chosen, rejected)]
-    return [said_by("user", prompt)], answers[0], answers[1]
+    before = turns_of(prompt) if transcript else [said_by("user", prompt)]
+    better = answer_turns(chosen.lstrip(), transcript)
+    return before, better, answer_turns(rejected.lstrip(), transcript)
 
 
 def part_turns(

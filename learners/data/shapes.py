@@ -17,11 +17,14 @@ from learners.data.messages import (
     at_end,
     chat_in,
     common_turns,
+    description,
+    in_yaml,
     read_messages,
     said_by,
 )
 from learners.data.pairs import part_texts, part_turns, refuse_second_answer, turns_of_texts
 from learners.data.tools import read_object, read_tools, tools_in, without_nulls
+from learners.data.transcripts import answer_turns, asks, turns_of
 from learners.errors import DataError
 from learners.settings import DataSettings, PairData, PromptData, SFTData
 
@@ -29,12 +32,14 @@ Row = Mapping[str, Any]
 Names = Mapping[str, str]  # of the data's columns, by what they mean
 
 CHATS = ("messages", "conversations", "conversation")
+BESIDE = ("system", "template_arguments", "tools")  # of some rows; only a template can heed them
 DEFAULTS = {
     "messages": CHATS,
     "prompt": ("prompt",),
     "response": ("response", "completion"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "system": ("system", "system_prompt"),
     "tools": ("tools",),
     "template_arguments": ("template_arguments", "chat_template_kwargs"),
 }
@@ -43,10 +48,10 @@ OFTEN = {
     "messages": ("dialogue", "dialog", "turns", "chat"),
     "prompt": ("question", "instruction", "query", "problem", "input"),
     "response": ("answer", "output", "solution", "target"),
-    "chosen": ("preferred", "better", "winner", "accepted"),
-    "rejected": ("dispreferred", "worse", "loser", "refused"),
+    "chosen": ("preferred", "better", "accepted"),
+    "rejected": ("dispreferred", "worse", "refused"),
 }
-MEDIA = {name: f"<{name}>" for name in ("image", "audio", "video")}
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 # --- columns --------------------------------------------------------------------------------------
@@ -54,8 +59,8 @@ MEDIA = {name: f"<{name}>" for name in ("image", "audio", "video")}
 
 def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) -> dict[str, str]:
     """Return the columns that are read, by what they mean: `messages`, or `prompt` and `response`
-    (SFT); `chosen`, `rejected` and perhaps `prompt` and `margin` (pairs); `prompt` (RL); `tools`,
-    `template_arguments` where there are such.
+    (SFT); `chosen`, `rejected` and perhaps `prompt` and `margin` (pairs); `prompt` (RL); `system`,
+    `tools`, `template_arguments` where there are such.
 
     Raises DataError when columns that the recipe names are missing, or when it would have to be
     guessed what is meant.
@@ -66,7 +71,8 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
         close = difflib.get_close_matches(missing[0], columns, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DataError(f"{data.path}: columns {missing} missing; it has {list(columns)}{hint}")
-    there = {name: _default(name, columns) for name in DEFAULTS} | named
+    others = [column for column in columns if column not in named.values()]
+    there = {name: _default(name, others) for name in DEFAULTS} | named
     found = {name: column for name, column in there.items() if column}
     if isinstance(data, PromptData):
         found.setdefault("prompt", found.get("messages", ""))
@@ -77,9 +83,8 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
         needed = _of_sft(data, found, named)
     if lacking := [name for name in needed if not found.get(name)]:
         raise DataError(f"{data.path}: {_unrecognised(data, lacking, columns)}")
-    beside = ["tools", "template_arguments"]
-    beside += ["prompt", "margin"] if isinstance(data, PairData) else []
-    return {name: found[name] for name in (*needed, *beside) if name in found}
+    beside = ["prompt", "margin"] if isinstance(data, PairData) else []
+    return {name: found[name] for name in (*needed, *BESIDE, *beside) if name in found}
 
 
 def _default(name: str, columns: Sequence[str]) -> str:
@@ -94,10 +99,10 @@ def _of_sft(data: DataSettings, found: Names, named: Names) -> list[str]:
     whole = [shape for shape in (as_chat, as_pair) if all(name in found for name in shape)]
     possible = asked or whole or [as_pair]
     if len(possible) > 1:
-        pair = ", ".join(f"{name}: {found.get(name, name)}" for name in as_pair)
+        pair = _mapping({name: found.get(name, name) for name in as_pair})
         raise DataError(
             f"{data.path}: conversations and answers in one: name those to read, "
-            f"`columns: {{messages: {found['messages']}}}` or `columns: {{{pair}}}`"
+            f"`columns: {_mapping({'messages': found['messages']})}` or `columns: {pair}`"
         )
     return possible[0]
 
@@ -114,12 +119,18 @@ def _unrecognised(data: DataSettings, lacking: Sequence[str], columns: Sequence[
     if not close and isinstance(data, SFTData):
         close = _like(["messages"], columns)
     hint = "perhaps" if close else "as in"
-    pairs = (close or {name: example[name] for name in lacking}).items()
-    shown = ", ".join(f"{name}: {column}" for name, column in pairs)
+    shown = _mapping(close or {name: example[name] for name in lacking})
+    unread = [column for column in columns if column.lower() == "input"]
+    alpaca = unread and close.get("prompt", "").lower() == "instruction"
     return (
         f"it has the columns {list(columns)}, and is read by {wanted}: name others, {hint} "
-        f"`columns: {{{shown}}}`"
+        f"`columns: {shown}`{f' ({unread[0]} would stay unread)' if alpaca else ''}"
     )
+
+
+def _mapping(pairs: Names) -> str:
+    """Return names and columns as a recipe writes them."""
+    return f"{{{', '.join(f'{name}: {in_yaml(column)}' for name, column in pairs.items())}}}"
 
 
 def _like(names: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
@@ -149,8 +160,8 @@ def prompt_of(data: PromptData, row: Row, names: Names) -> Said:
     said = _prompt(data, names["prompt"], row[names["prompt"]])
     if isinstance(said, str):
         if not data.apply_template:
-            return _as_text(data, row, said)
-        said = [said_by("user", said)]
+            return _as_text(data, row, names, said)
+        said = _turns(said)
     if said[-1]["role"] == "assistant" and data.trailing_assistant != "continue":
         if data.trailing_assistant == "refuse":
             raise DataError(
@@ -169,23 +180,37 @@ def _prompt(data: DataSettings, column: str, value: Any) -> str | list[Turn]:
     if chat is not None and are_messages(chat):
         return read_messages(column, chat, data.roles)[0]
     if not isinstance(value, str):
-        raise DataError("a prompt must be text, or a list of messages with role and content")
+        raise DataError(
+            "a prompt must be text, or a list of messages with role and content (or from and "
+            f"value), not {description(value)}"
+        )
     if not value:
         raise DataError("the prompt is empty")
     return value
 
 
-def _as_text(data: DataSettings, row: Row, text: str) -> str:
-    """Return a text that no template renders. Raises DataError on keys that only a template could
-    heed.
+def _turns(text: str) -> list[Turn]:
+    """Return the turns of a transcript up to where the assistant is to speak; other text is one of
+    the user's.
     """
-    for key in ("system_prompt", "template_arguments", "tools"):
-        if getattr(data, key) not in (None, {}):
-            raise DataError(
-                f"the prompt is text that is read as it stands, without {key}: set "
-                "apply_template: true to render it, or leave that key out"
-            )
-    _refuse_media(row, [said_by("user", text)])
+    return turns_of(text) if asks(text) else [said_by("user", text)]
+
+
+def _as_text(data: DataSettings, row: Row, names: Names, text: str) -> str:
+    """Return a text that no template renders. Raises DataError on keys and columns that only a
+    template could heed.
+    """
+    keys = ("system_prompt", "template_arguments", "tools")
+    asked = [(key, "leave that key out") for key in keys if getattr(data, key) not in (None, {})]
+    columns = [names[name] for name in BESIDE if name in names]
+    asked += [(f"its {c}", "take that column out") for c in columns if _holds(row.get(c))]
+    if asked:
+        name, otherwise = asked[0]
+        raise DataError(
+            f"the prompt is text that is read as it stands, without {name}: set "
+            f"apply_template: true to render it, or {otherwise}"
+        )
+    _refuse_media(row, names)
     return text
 
 
@@ -197,14 +222,25 @@ def _conversation(
     learned: tuple[bool, ...] | None = None,
 ) -> Conversation:
     """Return turns with what else the row and the recipe say for the template."""
-    _refuse_media(row, turns)
-    if data.system_prompt is not None and all(turn["role"] != "system" for turn in turns):
-        turns = [said_by("system", data.system_prompt), *turns]
+    _refuse_media(row, names)
+    system = _system(data, row, names)
+    if system is not None and all(turn["role"] != "system" for turn in turns):
+        turns = [said_by("system", system), *turns]
         learned = learned and (False, *learned)
     arguments = dict(data.template_arguments)
     if column := names.get("template_arguments"):
         arguments |= read_object(column, without_nulls(row.get(column)))
     return Conversation(turns, _tools(data, row, names), arguments, learned)
+
+
+def _system(data: DataSettings, row: Row, names: Names) -> str | None:
+    """Return the system message of a row or, where it has none, the recipe's."""
+    value = row.get(names["system"]) if "system" in names else None
+    if value is None or value == "":
+        return data.system_prompt
+    if not isinstance(value, str):
+        raise DataError(f"{names['system']} must be text, not {description(value)}")
+    return value
 
 
 def _tools(data: DataSettings, row: Row, names: Names) -> list[Any] | None:
@@ -215,12 +251,20 @@ def _tools(data: DataSettings, row: Row, names: Names) -> list[Any] | None:
     return tools_in(data.tools) if data.tools is not None else None
 
 
-def _refuse_media(row: Row, turns: Sequence[Turn]) -> None:
-    """Raise DataError where texts have places for what stands in other columns."""
-    for name, place in MEDIA.items():
-        for column in (name, f"{name}s"):
-            if row.get(column) and any(place in turn["content"] for turn in turns):
-                raise DataError(f"{column} belongs to {place} in the text: only text can be read")
+def _refuse_media(row: Row, names: Names) -> None:
+    """Raise DataError where something else than text belongs to a row."""
+    for column in MEDIA:
+        if column not in names.values() and _holds(row.get(column)):
+            raise DataError(f"{column} is not empty: only text can be read")
+
+
+def _holds(value: Any) -> bool:
+    """Tell whether a value is more than nulls, false, and empty lists, objects and texts."""
+    if isinstance(value, list):
+        return any(map(_holds, value))
+    if isinstance(value, dict):
+        return any(map(_holds, value.values()))
+    return value not in (None, False, "", "[]", "{}")
 
 
 # --- SFT ------------------------------------------------------------------------------------------
@@ -232,17 +276,18 @@ def demonstration_of(data: SFTData, row: Row, names: Names) -> tuple[str, str] |
     """
     if "messages" in names:
         return _whole_conversation(data, row, names)
+    _refuse_labels(data, row, names)
     prompt = _prompt(data, names["prompt"], row[names["prompt"]])
     column = names["response"]
     answer = _answer(data, column, row[column])
     if not answer:
         raise DataError(f"{column} is empty: there is no answer to learn")
     if isinstance(prompt, str) and isinstance(answer, str) and not data.apply_template:
-        return _as_text(data, row, prompt), answer
-    before = [said_by("user", prompt)] if isinstance(prompt, str) else prompt
+        return _as_text(data, row, names, prompt), answer
+    before = _turns(prompt) if isinstance(prompt, str) else prompt
     learned = None
     if isinstance(answer, str):
-        after = [said_by("assistant", answer)]
+        after = answer_turns(answer, isinstance(prompt, str) and asks(prompt))
     else:
         after, learned = read_messages(column, answer, data.roles)
     learned = learned or (True,) * len(after)
@@ -254,13 +299,28 @@ def demonstration_of(data: SFTData, row: Row, names: Names) -> tuple[str, str] |
     return _conversation(data, row, names, before + after, (False,) * len(before) + learned)
 
 
+def _refuse_labels(data: SFTData, row: Row, names: Names) -> None:
+    """Raise DataError on answers of which some are labelled as bad, unless the recipe has chosen
+    among them.
+    """
+    used = (*data.where, *names.values())
+    if isinstance(row.get("label"), bool) and "label" not in used:
+        raise DataError(
+            "label is true or false, and bad answers would be learned too: "
+            "`where: {label: true}` reads the good ones (`[true, false]`: all)"
+        )
+
+
 def _whole_conversation(data: SFTData, row: Row, names: Names) -> Conversation:
     column = names["messages"]
     chat = chat_in(column, row[column])
     if chat == []:
         raise DataError(f"{column} is empty: there is no answer to learn")
     if chat is None or not are_messages(chat):
-        raise DataError(f"{column} must be a list of messages with role and content")
+        raise DataError(
+            f"{column} must be a list of messages with role and content (or from and value), "
+            f"not {description(chat or row[column])}"
+        )
     turns, learned = read_messages(column, chat, data.roles)
     _check_learned(data, column, turns, learned or (True,) * len(turns))
     return _conversation(data, row, names, turns, learned)
@@ -272,8 +332,7 @@ def _answer(data: DataSettings, column: str, value: Any) -> str | list[Any]:
     if chat is not None and (chat == [] or are_messages(chat)):
         return chat
     if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(f"{column} must be text, or a list of messages, not {kind}")
+        raise DataError(f"{column} must be text, or a list of messages, not {description(value)}")
     return value
 
 
@@ -308,10 +367,12 @@ def preference_of(data: PairData, row: Row, names: Names) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         text, chosen, rejected, notice = part_texts(names, prompt, chosen, rejected)
         if not data.apply_template:
-            return Preference(_as_text(data, row, text), chosen, rejected, margin, notice)
-        before, better, worse = turns_of_texts(text, chosen, rejected, transcript=text != prompt)
+            text = _as_text(data, row, names, text)
+            return Preference(text, chosen, rejected, margin, notice)
+        transcript = text != prompt or asks(text)
+        before, better, worse = turns_of_texts(text, chosen, rejected, transcript)
         return Preference(_conversation(data, row, names, before), better, worse, margin, notice)
-    before = [said_by("user", prompt)] if isinstance(prompt, str) else prompt or []
+    before = _turns(prompt) if isinstance(prompt, str) else prompt or []
     better = _answer_turns(data, names["chosen"], chosen)
     worse = _answer_turns(data, names["rejected"], rejected)
     before, shared = part_turns(names, before, better, worse)

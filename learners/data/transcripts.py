@@ -55,6 +55,21 @@ def is_transcript(text: str) -> bool:
     return TURN.match(text.lstrip()) is not None
 
 
+def asks(text: str) -> bool:
+    """Tell whether a text is a transcript that begins with a user's turn, at the beginning of a
+    line, and ends where the assistant is to speak.
+    """
+    before, *rest = TURN.split(text.strip())
+    who = [SPEAKERS[(a or b).lower()] for a, b in zip(rest[::3], rest[1::3], strict=True)]
+    return not before and who[:1] == ["user"] and who[-1] == "assistant" and not rest[-1].strip()
+
+
+def answer_turns(text: str, transcript: bool) -> list[Turn]:
+    """Return the turns of an answer: one, or what goes on from a transcript."""
+    turns = turns_of("Assistant:" + text) if transcript else []
+    return turns or [said_by("assistant", text)]
+
+
 def turns_of(text: str) -> list[Turn]:
     """Return the turns of a Human/Assistant transcript, without an empty one of the assistant at
     its end. Raises DataError on another.

@@ -591,11 +591,13 @@ def test_what_is_wrong_in_a_list_of_sources_is_named_by_its_place(
 def test_columns_of_json_lines_are_recognised_in_the_first_row(
     place: Path, kind: str, row: dict[str, Any], told: str
 ) -> None:
-    """Tools may come in later rows; other formats are left to the reading of all rows."""
+    """Tools and system messages may come in later rows; other formats are left to the reading of
+    all rows.
+    """
     for name in ("rows.jsonl", "rows.csv"):
         Path(name).write_text(json.dumps(row) + "\n")
     for section in ("prompts",) if kind == "grpo" else ("data", "held_out"):
-        columns = f"{section}.columns={{tools: functions}}"
+        columns = f"{section}.columns={{tools: functions, system: rules}}"
         found = problems(f"{kind}.yaml", f"{section}={{path: rows.jsonl}}", columns, files=True)
         found = [line for line in found if "cannot be called" not in line]
         if told:

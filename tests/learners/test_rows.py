@@ -219,7 +219,7 @@ def test_sft_examples(plain, write):
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [("", "response is empty"), (None, "must be text, or a list of messages, not NoneType")],
+    [("", "response is empty"), (None, "must be text, or a list of messages, not null or missing")],
 )
 def test_empty_answers_are_refused(plain, write, value, problem):
     path = write({"prompt": "a", "response": "b"}, {"prompt": "a", "response": value})

@@ -118,6 +118,19 @@ def refused(run, *args, **keys):
         (PromptData, ["prompt", "messages", "answer"], {}, {"prompt": "prompt"}),
         (PromptData, ["messages", "tools"], {}, {"prompt": "messages", "tools": "tools"}),
         (PromptData, ["q", "prompt"], {"prompt": "q"}, {"prompt": "q"}),
+        (PromptData, ["prompt", "system"], {}, {"prompt": "prompt", "system": "system"}),
+        (
+            SFTData,
+            ["system_prompt", "question", "response"],
+            {"prompt": "question"},
+            {"prompt": "question", "response": "response", "system": "system_prompt"},
+        ),
+        (
+            PairData,
+            ["rules", "chosen", "rejected"],
+            {"system": "rules"},
+            {"chosen": "chosen", "rejected": "rejected", "system": "rules"},
+        ),
     ],
 )
 def test_columns_are_recognised(kind, columns, keys, expected):
@@ -156,6 +169,16 @@ SHOWN = "it has the columns {}, and is read by {}: name others, {} `columns: {{{
         (SFTData, ["id", "dialog"], {}, "perhaps `columns: {messages: dialog}`"),
         (PairData, ["chosen", "reject"], {}, "perhaps `columns: {rejected: reject}`"),
         (PairData, ["a"], {}, "as in `columns: {chosen: better, rejected: worse}`"),
+        (PairData, ["winner", "loser"], {}, "as in `columns: {chosen: better, rejected: worse}`"),
+        (SFTData, ["prompt", "Response text"], {}, '`columns: {response: "Response text"}`'),
+        (SFTData, ["my: prompt", "response"], {}, '`columns: {prompt: "my: prompt"}`'),
+        (PromptData, ["prompt, en"], {}, '`columns: {prompt: "prompt, en"}`'),
+        (
+            SFTData,
+            ["instruction", "input", "output"],
+            {},
+            "`columns: {prompt: instruction, response: output}` (input would stay unread)",
+        ),
         (PromptData, ["problem"], {}, "read by prompt (or messages): name others, perhaps"),
         (
             SFTData,
@@ -242,7 +265,8 @@ def test_an_agents_own_names_of_roles():
     assert sft(row, roles=roles).messages == [user(), say("tool", "a"), bot("b")]
     message = refused(sft, row)
     assert message.startswith("messages: turn 1 (Customer) is of an unknown role")
-    assert "`roles: {Customer: assistant}`" in message
+    assert "say whose it is: `roles: {Customer: user}`, or system, assistant, tool" in message
+    assert '`roles: {"Mr. X: y": user}`' in refused(sft, {"messages": [from_("Mr. X: y", "q")]})
 
 
 @pytest.mark.parametrize(
@@ -375,13 +399,26 @@ def test_an_earlier_empty_answer_may_stand_where_the_last_is_learned():
     assert "turn 2 (assistant) is empty" in refused(sft, row)
 
 
-@pytest.mark.parametrize("columns", [{"image": "u"}, {"images": [{"path": "u"}]}])
-def test_images_in_other_columns_are_refused(columns):
-    row = {"conversations": [from_("human", "<image>\nq"), from_("gpt", "a")]}
-    said = "belongs to <image> in the text: only text can be read"
-    assert said in refused(sft, row | columns)
-    assert said in refused(prompt, {"prompt": "<image>q"} | columns)
-    assert sft(row) and sft({"messages": [user(), bot()]} | columns)
+TEXTS = {"prompt": "q", "response": "a", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "empty"),
+    [
+        ("image", "u", ""),
+        ("images", [{"path": "u", "bytes": None}], []),
+        ("audio", {"bytes": b"u", "path": None}, {"bytes": None, "path": None}),
+        ("audios", '["u"]', "[]"),
+        ("video", 3, None),
+        ("videos", [None, "u"], [None]),
+    ],
+)
+def test_images_in_other_columns_are_refused(column, value, empty):
+    said = f"{column} is not empty: only text can be read"
+    for run, row in ((sft, TEXTS), (prompt, TEXTS), (pair, TEXTS), (sft, {"messages": [bot()]})):
+        assert refused(run, row | {column: value}) == said
+        assert run(row | {column: empty})
+    assert prompt({column: "q"}, columns={"prompt": column}) == "q"  # texts by that name
 
 
 # --- what stands beside the messages --------------------------------------------------------------
@@ -395,6 +432,61 @@ def test_a_system_prompt_where_there_is_none():
     assert said == Conversation([system(), user()])
     row = {"chosen": [user(), bot()], "rejected": [user(), bot("b")]}
     assert pair(row, system_prompt="s").prompt == Conversation([system(), user()])
+
+
+CHOICES = {"chosen": [user(), bot()], "rejected": [user(), bot("b")]}
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("recipe", [None, "t"])
+def test_a_column_with_a_system_message(column, recipe):
+    keys = {"system_prompt": recipe, "apply_template": True}
+    for value in ("s", None, ""):
+        first = value or recipe
+        expected = [system(first)] if first else []
+        beside = {column: value}
+        assert sft(TEXTS | beside, **keys).messages == [*expected, user(), bot()]
+        assert prompt(TEXTS | beside, **keys).messages == [*expected, user()]
+        assert pair(TEXTS | beside, **keys).prompt.messages == [*expected, user()]
+        assert pair(CHOICES | beside, **keys).prompt.messages == [*expected, user()]
+        said = sft({"messages": [user(), {**bot(), "weight": 0}, user(), bot()]} | beside, **keys)
+        assert said.messages[:-4] == expected
+        assert said.learned == (False,) * len(expected) + (True, False, True, True)
+    assert refused(sft, TEXTS | {column: 3}, **keys) == f"{column} must be text, not int"
+
+
+def test_a_system_message_of_the_conversation_is_not_doubled():
+    own = [system("own"), user(), bot()]
+    assert sft({"system": "s", "messages": own}).messages == own
+    other = [system("own"), user(), bot("b")]
+    assert turns(pair({"system": "s", "chosen": own, "rejected": other})) == (
+        own[:2],
+        [bot()],
+        [bot("b")],
+    )
+    row = {"who": "s", "system": "u", "messages": [user(), bot()]}
+    assert sft(row, columns={"system": "who"}).messages == [system(), user(), bot()]
+    row = {"system": "q", "system_prompt": "s"}  # a column is read as one thing
+    said = prompt(row, columns={"prompt": "system"}, apply_template=True)
+    assert said.messages == [system(), user()]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "empty"),
+    [
+        ("system", "s", ""),
+        ("system_prompt", "s", None),
+        ("tools", [TOOL], []),
+        ("tools", json.dumps([TOOL]), "[]"),
+        ("template_arguments", {"a": 1}, {"a": None}),
+        ("chat_template_kwargs", '{"a": 1}', "{}"),
+    ],
+)
+def test_what_only_a_template_heeds_is_refused_beside_raw_text(column, value, empty):
+    for run in (sft, prompt, pair):
+        message = refused(run, TEXTS | {column: value})
+        assert f"as it stands, without its {column}: set apply_template: true" in message
+        assert run(TEXTS | {column: empty}) and run(TEXTS | {column: value}, apply_template=True)
 
 
 @pytest.mark.parametrize(
@@ -563,10 +655,10 @@ def test_weights_inside_a_response():
         ({"prompt": "q", "response": [bot("")]}, "turn 1 (assistant) is empty: there is no answer"),
         (
             {"prompt": "q", "response": None},
-            "response must be text, or a list of messages, not NoneType",
+            "response must be text, or a list of messages, not null or missing",
         ),
         ({"prompt": "q", "response": 3}, "response must be text, or a list of messages, not int"),
-        ({"prompt": "q", "response": ["a"]}, "or a list of messages, not list"),
+        ({"prompt": "q", "response": ["a"]}, "or a list of messages, not a list with text"),
         ({"prompt": "", "response": "a"}, "the prompt is empty"),
         ({"prompt": None, "response": "a"}, "a prompt must be text"),
         ({"prompt": [user()], "response": [user("r")]}, "response has no turn of the assistant's"),
@@ -575,6 +667,66 @@ def test_weights_inside_a_response():
 )
 def test_other_demonstrations_are_refused(row, said):
     assert said in refused(sft, row)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n\nHuman: q\n\nAssistant:", [user()]),
+        ("User: q\nAssistant: a\nUser: r\nAssistant: ", [user(), bot(), user("r")]),
+        ("USER: q ASSISTANT:", [user()]),
+        ("### Instruction:\nq\n\n### Response:\n", [user()]),
+        ("Human: q", None),
+        ("Human: q\n\nAssistant: a", None),
+        ("Say Human: q\n\nAssistant:", None),
+        ("System: s\nHuman: q\nAssistant:", None),
+        ("Assistant:", None),
+    ],
+)
+def test_a_transcript_as_a_prompt_becomes_turns(text, expected):
+    row = {"prompt": text, "response": " b", "chosen": " b", "rejected": "c"}
+    turns_ = expected or [user(text)]
+    keys = {"apply_template": True}
+    assert prompt(row, **keys).messages == turns_
+    assert sft(row, **keys).messages == [*turns_, bot("b" if expected else " b")]
+    assert turns(pair(row, **keys)) == (turns_, [bot("b")], [bot("c")])
+    assert (prompt(row), sft(row), pair(row).prompt) == (text, (text, " b"), text)
+    messages = row | {"chosen": [bot("b")], "rejected": [bot("c")], "response": [bot("b")]}
+    assert turns(pair(messages)) == (turns_, [bot("b")], [bot("c")])
+    assert sft(messages).messages == [*turns_, bot("b")]
+
+
+def test_an_empty_answer_of_a_transcript_is_a_turn():
+    said = pair({"chosen": HH + " b", "rejected": HH + " "}, apply_template=True)
+    assert said.rejected == [bot("")]
+
+
+def test_labelled_answers_are_refused_unless_chosen():
+    row = {"prompt": "q", "completion": "a", "label": False}
+    assert "`where: {label: true}` reads the good ones" in refused(sft, row)
+    assert "label is true or false" in refused(sft, {**row, "completion": [bot()], "label": True})
+    assert sft(row, where={"label": [True, False]}) == ("q", "a")
+    assert sft({**row, "label": 1}) == ("q", "a") and sft({**row, "label": None})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([{"speaker": "x", "text": "q"}], "not a list with an object of speaker and text"),
+        ([user(), {"text": "q"}], "not a list with an object of text"),
+        (["q"], "not a list with text"),
+        ([None], "not a list with null or missing"),
+        ({"text": "q"}, "not an object of text"),
+        (None, "not null or missing"),
+        (True, "not true or false"),
+    ],
+)
+def test_what_there_is_in_place_of_messages_is_said(value, said):
+    messages = "a list of messages with role and content (or from and value), "
+    assert refused(sft, {"messages": value}) == f"messages must be {messages}{said}"
+    assert refused(prompt, {"prompt": value}) == f"a prompt must be text, or {messages}{said}"
+    row = {"prompt": "q", "response": value}
+    assert refused(sft, row) == f"response must be text, or a list of messages, {said}"
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -832,11 +984,11 @@ def test_tools_and_arguments_of_pairs():
         ),
         (
             {"prompt": "q", "chosen": None, "rejected": "b"},
-            "chosen must be text, or a list of messages, not NoneType",
+            "chosen must be text, or a list of messages, not null or missing",
         ),
         (
             {"prompt": "q", "chosen": "a", "rejected": None},
-            "rejected must be text, or a list of messages, not NoneType",
+            "rejected must be text, or a list of messages, not null or missing",
         ),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt is empty"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "a prompt must be text"),
