@@ -15,7 +15,9 @@ from learners.data.transcripts import (
 from learners.errors import DataError
 
 Names = Mapping[str, str]  # of the data's columns, by what they mean
-REPEATED = "the prompt is repeated inside both answers: taken off"
+REPEATED = "a prompt that is repeated inside both answers, and taken off there"
+LEFT = "a prompt with which an answer begins, and which is left there: it may belong to it"
+LONG = 20  # characters; an answer begins with a shorter prompt by chance, such as "Hi"
 
 
 def part_texts(
@@ -35,16 +37,20 @@ def part_texts(
         return *parted, REPEATED
     if rests := part_repeated(prompt, chosen, rejected):
         return prompt, *rests, REPEATED
-    return prompt, chosen, rejected, ""
+    begins = any(text.lstrip().startswith(prompt.strip()) for text in (chosen, rejected))
+    return prompt, chosen, rejected, LEFT if begins and len(prompt.strip()) > LONG else ""
 
 
 def turns_of_texts(
-    prompt: str, chosen: str, rejected: str, transcript: bool
+    prompt: str, chosen: str, rejected: str, taken_off: bool, own: bool
 ) -> tuple[list[Turn], list[Turn], list[Turn]]:
-    """Return the turns of a transcript and of its answers, or a user's and one of each answer."""
-    if transcript:
+    """Return the turns of a transcript and of its answers, or a user's and one of each answer.
+    `taken_off`: the prompt was inside the answers; `own`: it is what the prompt's column says.
+    """
+    if taken_off and (not own or is_transcript(prompt)):
         return turns_of(prompt), turns_of("Assistant:" + chosen), turns_of("Assistant:" + rejected)
-    answers = [[said_by("assistant", text.lstrip())] for text in (chosen, rejected)]
+    rests = [text.lstrip() if taken_off else text for text in (chosen, rejected)]
+    answers = [[said_by("assistant", text)] for text in rests]
     return [said_by("user", prompt)], answers[0], answers[1]
 
 

@@ -306,10 +306,12 @@ def preference_of(data: PairData, row: Row, names: Names) -> Preference:
     rejected = _answer(data, names["rejected"], row[names["rejected"]])
     margin = _margin(row, names)
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        text, chosen, rejected, notice = part_texts(names, prompt, chosen, rejected)
+        text, liked, other, notice = part_texts(names, prompt, chosen, rejected)
         if not data.apply_template:
-            return Preference(_as_text(data, row, text), chosen, rejected, margin, notice)
-        before, better, worse = turns_of_texts(text, chosen, rejected, transcript=text != prompt)
+            return Preference(_as_text(data, row, text), liked, other, margin, notice)
+        before, better, worse = turns_of_texts(
+            text, liked, other, taken_off=liked != chosen, own=text == prompt
+        )
         return Preference(_conversation(data, row, names, before), better, worse, margin, notice)
     before = [said_by("user", prompt)] if isinstance(prompt, str) else prompt or []
     better = _answer_turns(data, names["chosen"], chosen)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from learners.data.conversation import Conversation
+from learners.data.pairs import LEFT, REPEATED
 from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
 from learners.errors import DataError
 from learners.settings import PairData, PromptData, SFTData
@@ -611,9 +612,7 @@ def test_a_prompt_repeated_inside_both_answers_is_taken_off(chosen, rejected, ex
     row = {"prompt": "Why?", "chosen": chosen, "rejected": rejected}
     said = pair(row)
     assert texts(said) == ("Why?", *(expected or (chosen, rejected)))
-    assert said.notice == (
-        "the prompt is repeated inside both answers: taken off" if expected else ""
-    )
+    assert said.notice == (REPEATED if expected else "")
     if expected:
         assert turns(pair(row, apply_template=True)) == (
             [user("Why?")],
@@ -622,11 +621,51 @@ def test_a_prompt_repeated_inside_both_answers_is_taken_off(chosen, rejected, ex
         )
 
 
-def test_a_word_is_not_cut():
-    said = pair({"prompt": "Hi", "chosen": "Hill", "rejected": "Hippo"})
-    assert texts(said) == ("Hi", "Hill", "Hippo") and not said.notice
-    said = pair({"prompt": "1+1=", "chosen": "1+1=2", "rejected": "1+1=3"})
-    assert texts(said) == ("1+1=", "2", "3") and said.notice
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Hi", "Hill", "Hippo"),
+        ("Hi", "Hi", "Hi there"),
+        ("Hi ", "Hi ", "Hi there"),
+        ("Hello", "Hello! I am fine", "Hello, what?"),
+        ("1", "1, 2, 3", "1. no"),
+    ],
+)
+def test_how_an_answer_itself_begins_is_not_taken_off(prompt, chosen, rejected):
+    said = pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert texts(said) == (prompt, chosen, rejected) and not said.notice
+
+
+@pytest.mark.parametrize(
+    ("prompt", "between"),
+    [("1+1=", ""), ("1+1=", " "), ("1+1:", ""), ("1+1\n", ""), ("<user>1+1<bot>", "")],
+)
+def test_a_prompt_that_leads_to_an_answer_is_taken_off(prompt, between):
+    row = {"prompt": prompt, "chosen": f"{prompt}{between}2", "rejected": f"{prompt}{between}3"}
+    said = pair(row)
+    assert texts(said) == (prompt, f"{between}2", f"{between}3") and said.notice == REPEATED
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "notice"),
+    [
+        ("{} Because.", "No.", LEFT),
+        ("No.", "\n{}", LEFT),
+        ("{}Because.", "{} No.", LEFT),
+        ("Why is the sky", "No.", ""),
+    ],
+)
+def test_a_long_prompt_that_is_left_inside_an_answer_is_noticed(chosen, rejected, notice):
+    asked = "Why is the sky blue at noon?"
+    row = {"prompt": asked, "chosen": chosen.format(asked), "rejected": rejected.format(asked)}
+    said = pair(row)
+    assert (*texts(said), said.notice) == (*row.values(), notice)
+
+
+def test_an_answer_keeps_its_first_spaces_where_a_template_renders_it():
+    row = {"prompt": "q", "chosen": "    return 1", "rejected": "\nreturn 2"}
+    expected = ([user()], [bot("    return 1")], [bot("\nreturn 2")])
+    assert turns(pair(row, apply_template=True)) == expected
 
 
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
@@ -662,7 +701,7 @@ def test_transcripts_part_where_the_assistant_begins_to_speak(begin, chosen, rej
     assert texts(said) == (begin, chosen, rejected) and not said.notice
 
 
-@pytest.mark.parametrize("column", [{}, {"prompt": "r"}])
+@pytest.mark.parametrize("column", [{}, {"prompt": "r"}, {"prompt": HH}])
 def test_transcripts_become_turns_where_a_template_renders_them(column):
     chosen = " b\n\nHuman: x\n\nAssistant: y"
     row = {**column, "chosen": HH + chosen, "rejected": HH + " c"}
