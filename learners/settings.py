@@ -250,7 +250,7 @@ class PromptColumns(Settings):
     prompt: Column | None = Field(
         None, description="column with text or messages; null: prompt, or messages"
     )
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class PromptData(DataSettings):
@@ -280,7 +280,7 @@ class SFTColumns(Settings):
     response: Column | None = Field(
         None, description="column with the answer to learn; null: response, or completion"
     )
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class SFTData(DataSettings):
@@ -308,7 +308,7 @@ class PairColumns(Settings):
     margin: Column | None = Field(
         None, description="column with the margin the chosen score must win by"
     )
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class PairData(DataSettings):

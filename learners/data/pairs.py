@@ -80,9 +80,35 @@ def part_turns(
         raise DataError(
             f"{names['prompt']} is not how {names['chosen']} and {names['rejected']} begin"
         )
-    first = prompt[:1] if better[0]["role"] != "system" else []
-    system = [turn for turn in first if turn["role"] == "system"]
-    return [*system, *better[:shared]], shared
+    return _with_system(prompt, better[:shared]), shared
+
+
+def part_response(names: Names, prompt: list[Turn], response: list[Turn]) -> tuple[list[Turn], int]:
+    """Return the turns of the prompt, and how many of a response's turns say them again. Raises
+    DataError where a response asks before it answers, and it is not the prompt.
+    """
+    roles = [turn["role"] for turn in response]
+    answers = roles.index("assistant") if "assistant" in roles else len(roles)
+    asks = [role for role in roles[:answers] if role != "tool"]
+    asked = [i for i, role in enumerate(roles, 1) if role == "user" and asks][-1:]
+    systems = len(response) - len(without_system(response))
+    for repeated in (systems + len(without_system(prompt)), *asked):
+        if repeated < len(response) and _is_beginning(prompt, response[:repeated]):
+            return _with_system(prompt, response[:repeated]), repeated
+    goes_on = prompt[-1]["role"] == "assistant" and "system" not in asks
+    if asks and answers < len(roles) and not goes_on:
+        raise DataError(
+            f"{names['response']} begins with other turns than {names['prompt']}, before an answer "
+            f"of the assistant's ({', '.join(asks)}): it must answer or repeat the prompt"
+        )
+    return prompt, 0
+
+
+def _with_system(prompt: Sequence[Turn], repeated: Sequence[Turn]) -> list[Turn]:
+    """Return the turns that repeat a prompt, after the system's of either."""
+    first = [*prompt[:1], *repeated[:1]]
+    system = [turn for turn in first if turn["role"] == "system"][-1:]
+    return [*system, *without_system(repeated)]
 
 
 def _is_beginning(prompt: Sequence[Turn], common: Sequence[Turn]) -> bool:

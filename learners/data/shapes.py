@@ -16,11 +16,16 @@ from learners.data.messages import (
     are_messages,
     at_end,
     chat_in,
-    common_turns,
     read_messages,
     said_by,
 )
-from learners.data.pairs import part_texts, part_turns, refuse_second_answer, turns_of_texts
+from learners.data.pairs import (
+    part_response,
+    part_texts,
+    part_turns,
+    refuse_second_answer,
+    turns_of_texts,
+)
 from learners.data.tools import read_object, read_tools, tools_in, without_nulls
 from learners.errors import DataError
 from learners.settings import DataSettings, PairData, PromptData, SFTData
@@ -62,7 +67,8 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
     """
     named = {name: column for name, column in data.columns if column is not None}
     answers = data.answer_columns if isinstance(data, PromptData) else ()
-    if missing := [name for name in (*named.values(), *answers) if name not in columns]:
+    wanted = (*filter(None, named.values()), *answers)
+    if missing := [name for name in wanted if name not in columns]:
         close = difflib.get_close_matches(missing[0], columns, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DataError(f"{data.path}: columns {missing} missing; it has {list(columns)}{hint}")
@@ -211,7 +217,10 @@ def _tools(data: DataSettings, row: Row, names: Names) -> list[Any] | None:
     """Return the tools of a row or, where it says nothing of any, the recipe's."""
     value = row.get(names["tools"]) if "tools" in names else None
     if value is not None and value != "":
-        return read_tools(names["tools"], value) or None
+        try:
+            return read_tools(names["tools"], value) or None
+        except DataError as error:
+            raise DataError(f'{error}; if it is no tools, set `columns: {{tools: ""}}`') from None
     return tools_in(data.tools) if data.tools is not None else None
 
 
@@ -246,9 +255,9 @@ def demonstration_of(data: SFTData, row: Row, names: Names) -> tuple[str, str] |
     else:
         after, learned = read_messages(column, answer, data.roles)
     learned = learned or (True,) * len(after)
-    if len(after) > len(before) == common_turns(before, after):  # the prompt is repeated
-        after = after[len(before) :]
-        learned = learned[-len(after) :]
+    before, repeated = part_response(names, before, after)
+    after = after[repeated:]
+    learned = learned[repeated:]
     refuse_second_answer(names["prompt"], before, after)
     _check_learned(data, column, after, learned)
     return _conversation(data, row, names, before + after, (False,) * len(before) + learned)

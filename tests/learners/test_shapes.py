@@ -38,6 +38,7 @@ def call(name="f", arguments=None, **more):
 
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+CALLED = say("assistant", "", tool_calls=[call()])
 
 OF = {SFTData: demonstration_of, PairData: preference_of, PromptData: prompt_of}
 
@@ -119,6 +120,7 @@ def refused(run, *args, **keys):
         (PromptData, ["prompt", "messages", "answer"], {}, {"prompt": "prompt"}),
         (PromptData, ["messages", "tools"], {}, {"prompt": "messages", "tools": "tools"}),
         (PromptData, ["q", "prompt"], {"prompt": "q"}, {"prompt": "q"}),
+        (SFTData, ["messages", "tools"], {"tools": ""}, {"messages": "messages"}),
     ],
 )
 def test_columns_are_recognised(kind, columns, keys, expected):
@@ -438,7 +440,10 @@ def test_tools_of_a_row_or_of_the_recipe(tmp_path, tools, expected):
     ],
 )
 def test_other_tools_are_refused(tmp_path, tools, said):
-    assert said in refused(sft, {"messages": [user(), bot()], "tools": tools})
+    row = {"messages": [user(), bot()], "tools": tools}
+    message = refused(sft, row)
+    assert said in message and message.endswith('if it is no tools, set `columns: {tools: ""}`')
+    assert sft(row, columns={"tools": ""}).tools is None
     file = tmp_path / "tools.json"
     file.write_text(tools if isinstance(tools, str) else json.dumps(tools))
     message = refused(sft, {"messages": [user(), bot()]}, tools=str(file))
@@ -527,6 +532,42 @@ def test_other_prompts_are_refused(value, keys, said):
         ({"prompt": json.dumps([user()]), "response": json.dumps([bot()])}, {}, "as above"),
         ({"prompt": "q", "response": bot()}, {}, [user(), "|", bot()]),
         ({"prompt": [user()], "response": [user(), bot()]}, {}, [user(), "|", bot()]),
+        ({"prompt": " q\n", "response": [user(), bot()]}, {}, [user(), "|", bot()]),
+        *(
+            ({"prompt": before, "response": response}, {}, [system(), user(), "|", bot()])
+            for before, response in [
+                ([user()], [system(), user(), bot()]),
+                ("q", [system(), user(), bot()]),
+                ([system(), user()], [user(), bot()]),
+                ([system(), user()], [system(), user(), bot()]),
+                ([system(), user()], [bot()]),
+            ]
+        ),
+        (
+            {"prompt": [system()], "response": [user(), bot()]},
+            {},
+            [system(), "|", user(), bot()],
+        ),
+        (  # the last question
+            {"prompt": "r", "response": [system(), user(), bot(), user("r"), bot("b")]},
+            {},
+            [system(), user(), bot(), user("r"), "|", bot("b")],
+        ),
+        (
+            {"prompt": [user(), bot(), user("r")], "response": [user(), bot(), user("r"), bot()]},
+            {},
+            [user(), bot(), user("r"), "|", bot()],
+        ),
+        (
+            {"prompt": [user(), bot()], "response": [user("r"), bot("b")]},
+            {},
+            [user(), bot(), "|", user("r"), bot("b")],
+        ),
+        (
+            {"prompt": [user(), CALLED], "response": [say("tool", "1"), bot()]},
+            {},
+            [user(), CALLED, "|", say("tool", "1"), bot()],
+        ),
         (
             {"prompt": [user(), bot(), user("r")], "response": "b"},
             {"system_prompt": "s"},
@@ -571,6 +612,15 @@ def test_weights_inside_a_response():
         ({"prompt": "", "response": "a"}, "the prompt is empty"),
         ({"prompt": None, "response": "a"}, "a prompt must be text"),
         ({"prompt": [user()], "response": [user("r")]}, "response has no turn of the assistant's"),
+        (
+            {"prompt": [user()], "response": [user("r"), bot()]},
+            "response begins with other turns than prompt, before an answer of the assistant's (u",
+        ),
+        (
+            {"prompt": [system("t"), user()], "response": [system(), user(), bot()]},
+            "(system, user): it must answer or repeat the prompt",
+        ),
+        ({"prompt": [user(), bot()], "response": [system(), user("r"), bot()]}, "(system, user)"),
         ({"prompt": [user(), bot()], "response": "b"}, "prompt ends with a turn of the assistant"),
     ],
 )
@@ -736,9 +786,6 @@ def test_transcripts_that_hold_the_prompt_are_not_doubled(prompt):
 )
 def test_texts_without_a_prompt_are_refused(begin, keys, said):
     assert said in refused(pair, {"chosen": begin + " b", "rejected": begin + " c"}, **keys)
-
-
-CALLED = say("assistant", "", tool_calls=[call()])
 
 
 @pytest.mark.parametrize(
