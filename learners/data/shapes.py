@@ -88,6 +88,21 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
     return {name: found[name] for name in (*needed, *beside) if name in found}
 
 
+def check_late(data: PromptData | SFTData | PairData, columns: Sequence[str], row: Row) -> None:
+    """Raise DataError on a value that would be read if one of the first rows had its column: a row
+    has all `columns` of the data, and perhaps more.
+    """
+    if len(row) == len(columns):
+        return
+    late = [name for name in row if name not in columns and row[name] is not None]
+    for name in late and recognised(data, [*columns, *late]).values():
+        if name in late:
+            raise DataError(
+                f"{name} is a column that none of the first rows has: write it in the first row "
+                "too, null if it is empty there"
+            )
+
+
 def _default(name: str, columns: Sequence[str]) -> str:
     return next((column for column in DEFAULTS[name] if column in columns), "")
 
