@@ -95,7 +95,8 @@ def part_response(names: Names, prompt: list[Turn], response: list[Turn]) -> tup
     for repeated in (systems + len(without_system(prompt)), *asked):
         if repeated < len(response) and _is_beginning(prompt, response[:repeated]):
             return _with_system(prompt, response[:repeated]), repeated
-    goes_on = prompt[-1]["role"] == "assistant" and "system" not in asks
+    new = "system" not in asks and not common_turns(without_system(prompt), response)
+    goes_on = new and prompt[-1]["role"] == "assistant"
     if asks and answers < len(roles) and not goes_on:
         raise DataError(
             f"{names['response']} begins with other turns than {names['prompt']}, before an answer "

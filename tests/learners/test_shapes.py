@@ -621,6 +621,7 @@ def test_weights_inside_a_response():
             "(system, user): it must answer or repeat the prompt",
         ),
         ({"prompt": [user(), bot()], "response": [system(), user("r"), bot()]}, "(system, user)"),
+        ({"prompt": [user(), bot()], "response": [user(), bot()]}, "it must answer or repeat the"),
         ({"prompt": [user(), bot()], "response": "b"}, "prompt ends with a turn of the assistant"),
     ],
 )
