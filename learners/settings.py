@@ -251,7 +251,7 @@ class PromptColumns(Settings):
         None, description="column with text or messages; null: prompt, or messages"
     )
     system: Column | None = Field(None, description="column with a system message; null: system")
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class PromptData(DataSettings):
@@ -282,7 +282,7 @@ class SFTColumns(Settings):
         None, description="column with the answer to learn; null: response, or completion"
     )
     system: Column | None = Field(None, description="column with a system message; null: system")
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class SFTData(DataSettings):
@@ -311,7 +311,7 @@ class PairColumns(Settings):
         None, description="column with the margin the chosen score must win by"
     )
     system: Column | None = Field(None, description="column with a system message; null: system")
-    tools: Column | None = Field(None, description="column with tools; null: tools")
+    tools: str | None = Field(None, description="column with tools; null: tools; '': none")
 
 
 class PairData(DataSettings):

@@ -8,6 +8,7 @@ from learners.data.messages import Turn, at_end, common_turns, said_by, without_
 from learners.data.transcripts import (
     LOOKED_FOR,
     answer_turns,
+    asks,
     is_transcript,
     part_repeated,
     part_transcripts,
@@ -16,7 +17,9 @@ from learners.data.transcripts import (
 from learners.errors import DataError
 
 Names = Mapping[str, str]  # of the data's columns, by what they mean
-REPEATED = "the prompt is repeated inside both answers: taken off"
+REPEATED = "a prompt that is repeated inside both answers, and taken off there"
+LEFT = "a prompt with which an answer begins, and which is left there: it may belong to it"
+LONG = 20  # characters; an answer begins with a shorter prompt by chance, such as "Hi"
 
 
 def part_texts(
@@ -36,16 +39,21 @@ def part_texts(
         return *parted, REPEATED
     if rests := part_repeated(prompt, chosen, rejected):
         return prompt, *rests, REPEATED
-    return prompt, chosen, rejected, ""
+    begins = any(text.lstrip().startswith(prompt.strip()) for text in (chosen, rejected))
+    return prompt, chosen, rejected, LEFT if begins and len(prompt.strip()) > LONG else ""
 
 
 def turns_of_texts(
-    prompt: str, chosen: str, rejected: str, transcript: bool
+    prompt: str, chosen: str, rejected: str, taken_off: bool, own: bool
 ) -> tuple[list[Turn], list[Turn], list[Turn]]:
-    """Return the turns of a transcript and of its answers, or a user's and one of each answer."""
+    """Return the turns of a transcript and of its answers, or a user's and one of each answer.
+    `taken_off`: the prompt was inside the answers; `own`: it is what the prompt's column says.
+    """
+    transcript = (taken_off and (not own or is_transcript(prompt))) or asks(prompt)
     before = turns_of(prompt) if transcript else [said_by("user", prompt)]
-    better = answer_turns(chosen.lstrip(), transcript)
-    return before, better, answer_turns(rejected.lstrip(), transcript)
+    rests = [t.lstrip() if taken_off or transcript else t for t in (chosen, rejected)]
+    better, worse = (answer_turns(rest, transcript) for rest in rests)
+    return before, better, worse
 
 
 def part_turns(
@@ -74,9 +82,36 @@ def part_turns(
         raise DataError(
             f"{names['prompt']} is not how {names['chosen']} and {names['rejected']} begin"
         )
-    first = prompt[:1] if better[0]["role"] != "system" else []
-    system = [turn for turn in first if turn["role"] == "system"]
-    return [*system, *better[:shared]], shared
+    return _with_system(prompt, better[:shared]), shared
+
+
+def part_response(names: Names, prompt: list[Turn], response: list[Turn]) -> tuple[list[Turn], int]:
+    """Return the turns of the prompt, and how many of a response's turns say them again. Raises
+    DataError where a response asks before it answers, and it is not the prompt.
+    """
+    roles = [turn["role"] for turn in response]
+    answers = roles.index("assistant") if "assistant" in roles else len(roles)
+    asks = [role for role in roles[:answers] if role != "tool"]
+    asked = [i for i, role in enumerate(roles, 1) if role == "user" and asks][-1:]
+    systems = len(response) - len(without_system(response))
+    for repeated in (systems + len(without_system(prompt)), *asked):
+        if repeated < len(response) and _is_beginning(prompt, response[:repeated]):
+            return _with_system(prompt, response[:repeated]), repeated
+    new = "system" not in asks and not common_turns(without_system(prompt), response)
+    goes_on = new and prompt[-1]["role"] == "assistant"
+    if asks and answers < len(roles) and not goes_on:
+        raise DataError(
+            f"{names['response']} begins with other turns than {names['prompt']}, before an answer "
+            f"of the assistant's ({', '.join(asks)}): it must answer or repeat the prompt"
+        )
+    return prompt, 0
+
+
+def _with_system(prompt: Sequence[Turn], repeated: Sequence[Turn]) -> list[Turn]:
+    """Return the turns that repeat a prompt, after the system's of either."""
+    first = [*prompt[:1], *repeated[:1]]
+    system = [turn for turn in first if turn["role"] == "system"][-1:]
+    return [*system, *without_system(repeated)]
 
 
 def _is_beginning(prompt: Sequence[Turn], common: Sequence[Turn]) -> bool:

@@ -12,7 +12,13 @@ from learners.data.example import Example
 from learners.data.files import some
 from learners.data.notices import Notices
 from learners.data.reading import read
-from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
+from learners.data.shapes import (
+    check_late,
+    demonstration_of,
+    preference_of,
+    prompt_of,
+    recognised,
+)
 from learners.data.store import Part, Rows
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt, encode_response, end_of_response
@@ -169,6 +175,7 @@ class _Loader:
                 self.place = row.place
                 self.row = row.number
                 with row.located():
+                    check_late(one, source.columns, row.values)
                     for made in make(one, names, row.values):
                         if isinstance(made, str):
                             part.dropped[made] += 1

@@ -16,13 +16,18 @@ from learners.data.messages import (
     are_messages,
     at_end,
     chat_in,
-    common_turns,
     description,
     in_yaml,
     read_messages,
     said_by,
 )
-from learners.data.pairs import part_texts, part_turns, refuse_second_answer, turns_of_texts
+from learners.data.pairs import (
+    part_response,
+    part_texts,
+    part_turns,
+    refuse_second_answer,
+    turns_of_texts,
+)
 from learners.data.tools import read_object, read_tools, tools_in, without_nulls
 from learners.data.transcripts import answer_turns, asks, turns_of
 from learners.errors import DataError
@@ -67,7 +72,8 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
     """
     named = {name: column for name, column in data.columns if column is not None}
     answers = data.answer_columns if isinstance(data, PromptData) else ()
-    if missing := [name for name in (*named.values(), *answers) if name not in columns]:
+    wanted = (*filter(None, named.values()), *answers)
+    if missing := [name for name in wanted if name not in columns]:
         close = difflib.get_close_matches(missing[0], columns, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise DataError(f"{data.path}: columns {missing} missing; it has {list(columns)}{hint}")
@@ -85,6 +91,21 @@ def recognised(data: PromptData | SFTData | PairData, columns: Sequence[str]) ->
         raise DataError(f"{data.path}: {_unrecognised(data, lacking, columns)}")
     beside = ["prompt", "margin"] if isinstance(data, PairData) else []
     return {name: found[name] for name in (*needed, *BESIDE, *beside) if name in found}
+
+
+def check_late(data: PromptData | SFTData | PairData, columns: Sequence[str], row: Row) -> None:
+    """Raise DataError on a value that would be read if one of the first rows had its column: a row
+    has all `columns` of the data, and perhaps more.
+    """
+    if len(row) == len(columns):
+        return
+    late = [name for name in row if name not in columns and row[name] is not None]
+    for name in late and recognised(data, [*columns, *late]).values():
+        if name in late:
+            raise DataError(
+                f"{name} is a column that none of the first rows has: write it in the first row "
+                "too, null if it is empty there"
+            )
 
 
 def _default(name: str, columns: Sequence[str]) -> str:
@@ -247,7 +268,10 @@ def _tools(data: DataSettings, row: Row, names: Names) -> list[Any] | None:
     """Return the tools of a row or, where it says nothing of any, the recipe's."""
     value = row.get(names["tools"]) if "tools" in names else None
     if value is not None and value != "":
-        return read_tools(names["tools"], value) or None
+        try:
+            return read_tools(names["tools"], value) or None
+        except DataError as error:
+            raise DataError(f'{error}; if it is no tools, set `columns: {{tools: ""}}`') from None
     return tools_in(data.tools) if data.tools is not None else None
 
 
@@ -291,9 +315,9 @@ def demonstration_of(data: SFTData, row: Row, names: Names) -> tuple[str, str] |
     else:
         after, learned = read_messages(column, answer, data.roles)
     learned = learned or (True,) * len(after)
-    if len(after) > len(before) == common_turns(before, after):  # the prompt is repeated
-        after = after[len(before) :]
-        learned = learned[-len(after) :]
+    before, repeated = part_response(names, before, after)
+    after = after[repeated:]
+    learned = learned[repeated:]
     refuse_second_answer(names["prompt"], before, after)
     _check_learned(data, column, after, learned)
     return _conversation(data, row, names, before + after, (False,) * len(before) + learned)
@@ -365,12 +389,13 @@ def preference_of(data: PairData, row: Row, names: Names) -> Preference:
     rejected = _answer(data, names["rejected"], row[names["rejected"]])
     margin = _margin(row, names)
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
-        text, chosen, rejected, notice = part_texts(names, prompt, chosen, rejected)
+        text, liked, other, notice = part_texts(names, prompt, chosen, rejected)
         if not data.apply_template:
             text = _as_text(data, row, names, text)
-            return Preference(text, chosen, rejected, margin, notice)
-        transcript = text != prompt or asks(text)
-        before, better, worse = turns_of_texts(text, chosen, rejected, transcript)
+            return Preference(text, liked, other, margin, notice)
+        before, better, worse = turns_of_texts(
+            text, liked, other, taken_off=liked != chosen, own=text == prompt
+        )
         return Preference(_conversation(data, row, names, before), better, worse, margin, notice)
     before = _turns(prompt) if isinstance(prompt, str) else prompt or []
     better = _answer_turns(data, names["chosen"], chosen)

@@ -42,12 +42,14 @@ def part_transcripts(chosen: str, rejected: str) -> tuple[str, str, str] | None:
 
 
 def part_repeated(prompt: str, chosen: str, rejected: str) -> tuple[str, str] | None:
-    """Return two answers without the prompt that both begin with; None where one does not, or goes
-    on in the middle of the prompt's last word.
+    """Return two answers without the prompt that both begin with and then go on from; None where
+    one does not, or where the prompt may be how the answer itself begins: no space is between.
     """
-    rests = [text[len(prompt) :] for text in (chosen, rejected) if text.startswith(prompt)]
-    inside_word = any(rest[:1].isalnum() and prompt[-1:].isalnum() for rest in rests)
-    return (rests[0], rests[1]) if len(rests) == 2 and not inside_word else None
+    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+        return None
+    rests = (chosen[len(prompt) :], rejected[len(prompt) :])
+    ended = prompt[-1:].isspace() or prompt.endswith(("=", ":", ">"))
+    return rests if all(rest.strip() and (ended or rest[0].isspace()) for rest in rests) else None
 
 
 def is_transcript(text: str) -> bool:

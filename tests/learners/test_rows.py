@@ -341,3 +341,44 @@ def test_unreadable_data_is_one_line(tmp_path, name, content, problem):
     with pytest.raises(DataError, match=problem) as error:
         read_rows(PromptData(path=str(target)))
     assert str(target) in one_line(error)
+
+
+USER = {"role": "user", "content": "q"}
+BOT = {"role": "assistant", "content": "a"}
+CHAT = {"messages": [USER, BOT]}
+TOOLS = [{"name": "f"}]
+EITHER = {"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("load", "kind", "row", "late"),
+    [
+        (load_sft, SFTData, CHAT, {"tools": TOOLS}),
+        (load_sft, SFTData, CHAT, {"chat_template_kwargs": {"x": 1}}),
+        (load_pairs, PairData, EITHER, {"prompt": "other"}),
+        (load_prompts, PromptData, {"messages": [USER]}, {"prompt": [USER]}),
+    ],
+)
+def test_a_column_that_would_be_read_comes_too_late(
+    plain, write, monkeypatch, load, kind, row, late
+):
+    monkeypatch.setattr("learners.data.reading.LOOKED_AT", 3)
+
+    def loaded(*rows, **keys):
+        data = kind(path=write(*rows), **keys)
+        return load(data, plain, **({"encoder": False} if kind is PairData else {}))
+
+    first = [row] * 3
+    with pytest.raises(DataError) as error:
+        loaded(*first, {**row, **late})
+    column = next(iter(late))
+    assert one_line(error).endswith(
+        f"rows.jsonl: row 4: {column} is a column that none of the first rows has: "
+        "write it in the first row too, null if it is empty there"
+    )
+    null = {column: None}
+    other = {**row, "id": 1}
+    assert loaded(*first, {**row, **late}, limit=3).parts[0].size == 3
+    assert loaded(*first, {**row, **null}, other).parts[0].size == 5
+    if "tools" in late:
+        assert loaded(*first, {**row, **late}, columns={"tools": ""}).parts[0].size == 4

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from learners.data.conversation import Conversation
+from learners.data.pairs import LEFT, REPEATED
 from learners.data.shapes import demonstration_of, preference_of, prompt_of, recognised
 from learners.errors import DataError
 from learners.settings import PairData, PromptData, SFTData
@@ -37,6 +38,7 @@ def call(name="f", arguments=None, **more):
 
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+CALLED = say("assistant", "", tool_calls=[call()])
 
 OF = {SFTData: demonstration_of, PairData: preference_of, PromptData: prompt_of}
 
@@ -131,6 +133,7 @@ def refused(run, *args, **keys):
             {"system": "rules"},
             {"chosen": "chosen", "rejected": "rejected", "system": "rules"},
         ),
+        (SFTData, ["messages", "tools"], {"tools": ""}, {"messages": "messages"}),
     ],
 )
 def test_columns_are_recognised(kind, columns, keys, expected):
@@ -529,7 +532,10 @@ def test_tools_of_a_row_or_of_the_recipe(tmp_path, tools, expected):
     ],
 )
 def test_other_tools_are_refused(tmp_path, tools, said):
-    assert said in refused(sft, {"messages": [user(), bot()], "tools": tools})
+    row = {"messages": [user(), bot()], "tools": tools}
+    message = refused(sft, row)
+    assert said in message and message.endswith('if it is no tools, set `columns: {tools: ""}`')
+    assert sft(row, columns={"tools": ""}).tools is None
     file = tmp_path / "tools.json"
     file.write_text(tools if isinstance(tools, str) else json.dumps(tools))
     message = refused(sft, {"messages": [user(), bot()]}, tools=str(file))
@@ -618,6 +624,42 @@ def test_other_prompts_are_refused(value, keys, said):
         ({"prompt": json.dumps([user()]), "response": json.dumps([bot()])}, {}, "as above"),
         ({"prompt": "q", "response": bot()}, {}, [user(), "|", bot()]),
         ({"prompt": [user()], "response": [user(), bot()]}, {}, [user(), "|", bot()]),
+        ({"prompt": " q\n", "response": [user(), bot()]}, {}, [user(), "|", bot()]),
+        *(
+            ({"prompt": before, "response": response}, {}, [system(), user(), "|", bot()])
+            for before, response in [
+                ([user()], [system(), user(), bot()]),
+                ("q", [system(), user(), bot()]),
+                ([system(), user()], [user(), bot()]),
+                ([system(), user()], [system(), user(), bot()]),
+                ([system(), user()], [bot()]),
+            ]
+        ),
+        (
+            {"prompt": [system()], "response": [user(), bot()]},
+            {},
+            [system(), "|", user(), bot()],
+        ),
+        (  # the last question
+            {"prompt": "r", "response": [system(), user(), bot(), user("r"), bot("b")]},
+            {},
+            [system(), user(), bot(), user("r"), "|", bot("b")],
+        ),
+        (
+            {"prompt": [user(), bot(), user("r")], "response": [user(), bot(), user("r"), bot()]},
+            {},
+            [user(), bot(), user("r"), "|", bot()],
+        ),
+        (
+            {"prompt": [user(), bot()], "response": [user("r"), bot("b")]},
+            {},
+            [user(), bot(), "|", user("r"), bot("b")],
+        ),
+        (
+            {"prompt": [user(), CALLED], "response": [say("tool", "1"), bot()]},
+            {},
+            [user(), CALLED, "|", say("tool", "1"), bot()],
+        ),
         (
             {"prompt": [user(), bot(), user("r")], "response": "b"},
             {"system_prompt": "s"},
@@ -662,6 +704,16 @@ def test_weights_inside_a_response():
         ({"prompt": "", "response": "a"}, "the prompt is empty"),
         ({"prompt": None, "response": "a"}, "a prompt must be text"),
         ({"prompt": [user()], "response": [user("r")]}, "response has no turn of the assistant's"),
+        (
+            {"prompt": [user()], "response": [user("r"), bot()]},
+            "response begins with other turns than prompt, before an answer of the assistant's (u",
+        ),
+        (
+            {"prompt": [system("t"), user()], "response": [system(), user(), bot()]},
+            "(system, user): it must answer or repeat the prompt",
+        ),
+        ({"prompt": [user(), bot()], "response": [system(), user("r"), bot()]}, "(system, user)"),
+        ({"prompt": [user(), bot()], "response": [user(), bot()]}, "it must answer or repeat the"),
         ({"prompt": [user(), bot()], "response": "b"}, "prompt ends with a turn of the assistant"),
     ],
 )
@@ -688,8 +740,9 @@ def test_a_transcript_as_a_prompt_becomes_turns(text, expected):
     turns_ = expected or [user(text)]
     keys = {"apply_template": True}
     assert prompt(row, **keys).messages == turns_
-    assert sft(row, **keys).messages == [*turns_, bot("b" if expected else " b")]
-    assert turns(pair(row, **keys)) == (turns_, [bot("b")], [bot("c")])
+    answer = bot("b" if expected else " b")
+    assert sft(row, **keys).messages == [*turns_, answer]
+    assert turns(pair(row, **keys)) == (turns_, [answer], [bot("c")])
     assert (prompt(row), sft(row), pair(row).prompt) == (text, (text, " b"), text)
     messages = row | {"chosen": [bot("b")], "rejected": [bot("c")], "response": [bot("b")]}
     assert turns(pair(messages)) == (turns_, [bot("b")], [bot("c")])
@@ -763,9 +816,7 @@ def test_a_prompt_repeated_inside_both_answers_is_taken_off(chosen, rejected, ex
     row = {"prompt": "Why?", "chosen": chosen, "rejected": rejected}
     said = pair(row)
     assert texts(said) == ("Why?", *(expected or (chosen, rejected)))
-    assert said.notice == (
-        "the prompt is repeated inside both answers: taken off" if expected else ""
-    )
+    assert said.notice == (REPEATED if expected else "")
     if expected:
         assert turns(pair(row, apply_template=True)) == (
             [user("Why?")],
@@ -774,11 +825,51 @@ def test_a_prompt_repeated_inside_both_answers_is_taken_off(chosen, rejected, ex
         )
 
 
-def test_a_word_is_not_cut():
-    said = pair({"prompt": "Hi", "chosen": "Hill", "rejected": "Hippo"})
-    assert texts(said) == ("Hi", "Hill", "Hippo") and not said.notice
-    said = pair({"prompt": "1+1=", "chosen": "1+1=2", "rejected": "1+1=3"})
-    assert texts(said) == ("1+1=", "2", "3") and said.notice
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Hi", "Hill", "Hippo"),
+        ("Hi", "Hi", "Hi there"),
+        ("Hi ", "Hi ", "Hi there"),
+        ("Hello", "Hello! I am fine", "Hello, what?"),
+        ("1", "1, 2, 3", "1. no"),
+    ],
+)
+def test_how_an_answer_itself_begins_is_not_taken_off(prompt, chosen, rejected):
+    said = pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert texts(said) == (prompt, chosen, rejected) and not said.notice
+
+
+@pytest.mark.parametrize(
+    ("prompt", "between"),
+    [("1+1=", ""), ("1+1=", " "), ("1+1:", ""), ("1+1\n", ""), ("<user>1+1<bot>", "")],
+)
+def test_a_prompt_that_leads_to_an_answer_is_taken_off(prompt, between):
+    row = {"prompt": prompt, "chosen": f"{prompt}{between}2", "rejected": f"{prompt}{between}3"}
+    said = pair(row)
+    assert texts(said) == (prompt, f"{between}2", f"{between}3") and said.notice == REPEATED
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "notice"),
+    [
+        ("{} Because.", "No.", LEFT),
+        ("No.", "\n{}", LEFT),
+        ("{}Because.", "{} No.", LEFT),
+        ("Why is the sky", "No.", ""),
+    ],
+)
+def test_a_long_prompt_that_is_left_inside_an_answer_is_noticed(chosen, rejected, notice):
+    asked = "Why is the sky blue at noon?"
+    row = {"prompt": asked, "chosen": chosen.format(asked), "rejected": rejected.format(asked)}
+    said = pair(row)
+    assert (*texts(said), said.notice) == (*row.values(), notice)
+
+
+def test_an_answer_keeps_its_first_spaces_where_a_template_renders_it():
+    row = {"prompt": "q", "chosen": "    return 1", "rejected": "\nreturn 2"}
+    expected = ([user()], [bot("    return 1")], [bot("\nreturn 2")])
+    assert turns(pair(row, apply_template=True)) == expected
 
 
 HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
@@ -814,7 +905,7 @@ def test_transcripts_part_where_the_assistant_begins_to_speak(begin, chosen, rej
     assert texts(said) == (begin, chosen, rejected) and not said.notice
 
 
-@pytest.mark.parametrize("column", [{}, {"prompt": "r"}])
+@pytest.mark.parametrize("column", [{}, {"prompt": "r"}, {"prompt": HH}])
 def test_transcripts_become_turns_where_a_template_renders_them(column):
     chosen = " b\n\nHuman: x\n\nAssistant: y"
     row = {**column, "chosen": HH + chosen, "rejected": HH + " c"}
@@ -849,9 +940,6 @@ def test_transcripts_that_hold_the_prompt_are_not_doubled(prompt):
 )
 def test_texts_without_a_prompt_are_refused(begin, keys, said):
     assert said in refused(pair, {"chosen": begin + " b", "rejected": begin + " c"}, **keys)
-
-
-CALLED = say("assistant", "", tool_calls=[call()])
 
 
 @pytest.mark.parametrize(
