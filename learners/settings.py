@@ -202,6 +202,17 @@ class TrainSettings(Settings):
     )
 
 
+class RMTrainSettings(TrainSettings):
+    """The same of a reward model, whose best is kept: it is evaluated without being told."""
+
+    evaluate_every: int | None = Field(  # type: ignore[assignment]
+        None,
+        ge=0,
+        description="steps between evaluations on held-out data; null: ten times in the run, 0: "
+        "only at the end",
+    )
+
+
 Scalar = bool | int | float | str
 Column = Annotated[str, Field(min_length=1)]
 
