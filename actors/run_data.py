@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
-from itertools import accumulate, chain
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from actors.functions import load_function
@@ -29,11 +30,12 @@ from learners.checkpoints import (
     vocabulary_problems,
 )
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
+from learners.data.store import by_source
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import end_of_response, tokenizer_digest
 from learners.errors import UserError
 from learners.positions import positions_of
-from learners.settings import ModelSettings, PromptData
+from learners.settings import ModelSettings, PromptData, Sources
 
 ENDLESS = (
     "no response could end: its tokenizer has no EOS token, no chat template ends an assistant's "
@@ -68,29 +70,36 @@ class RunData:
 
     @classmethod
     def load(cls, recipe: RLRecipe, today: date | None = None) -> RunData:
-        """Read everything; templates print `today`. Raises UserError on data, models or functions
-        that cannot serve.
+        """Read and check everything; templates print `today`. Raises UserError on data, models or
+        functions that cannot serve.
         """
         for name in [r.function for r in recipe.rewards] + [recipe.evaluation.function]:
             if name is not None:
                 load_function(name)
+        data = cls.read(recipe, today)
+        if problems := data.model_problems(recipe):
+            raise UserError(problems)
+        return data
+
+    @classmethod
+    def read(cls, recipe: RLRecipe, today: date | None = None) -> RunData:
+        """Read the data as the Actor will; templates print `today`. Nothing else needs to be there
+        yet. Raises UserError on data that cannot serve.
+        """
         model = recipe.actor.model
         tokenizer = load_tokenizer(model)
         generation_config(model, tokenizer)  # the end writes it
         template = ChatTemplate(tokenizer, ends_of_generation(model), today)
 
-        def read(data: PromptData | tuple[PromptData, ...] | None) -> Rows[Prompt]:
+        def rows(data: Sources[PromptData] | None) -> Rows[Prompt]:
             most = recipe.generation.max_model_tokens
             return load_prompts(data, tokenizer, template, most) if data else Rows()
 
         evaluation = recipe.evaluation
-        sets = [read(d) for d in (recipe.prompts, evaluation.prompts, evaluation.test_prompts)]
+        sets = [rows(d) for d in (recipe.prompts, evaluation.prompts, evaluation.test_prompts)]
         if not template.stops:
             raise UserError(f"actor.model.path: {model.path}: {ENDLESS}")
-        data = cls(template, *sets)
-        if problems := data.model_problems(recipe):
-            raise UserError(problems)
-        return data
+        return cls(template, *sets)
 
     @property
     def notices(self) -> list[str]:
@@ -141,39 +150,36 @@ class RunData:
                 positions = positions_of(load_config(model))
                 asked = [str(p) for p in position_problems(key, positions, generation)]
             needed = min(most, longest + generation.max_new_tokens)
-            look = self._unread if head == "score" else length_problems
+            unread = partial(self._unread, recipe.prompts)
+            look = unread if head == "score" else length_problems
             problems += asked or look(key, model, needed)
         return problems
 
-    def _unread(self, key: str, model: ModelSettings, tokens: int) -> list[str]:
-        """Return what keeps a reward model from reading sequences of `tokens` if it reads the
-        Actor's ids, or from reading a prompt and the shortest answer in ids of its own.
+    def _unread(
+        self, sources: Sources[PromptData], key: str, model: ModelSettings, tokens: int
+    ) -> list[str]:
+        """Return what keeps a reward model from reading sequences of `tokens` if its own are as
+        long as the Actor's, or from reading a prompt and the shortest answer.
         """
         shortest = self.stops[:1]
         try:
             reader = Reader.of(model, self.tokenizer, self.template.today)
             read_calibration(load_config(model))
-            if reader.template is None and reader.same_ids:
-                if too_long := length_problems(key, model, tokens):
-                    return too_long
-            elif reader.template is None:
+            if reader.as_long and (too_long := length_problems(key, model, tokens)):
+                return too_long
+            if reader.template is None and not reader.same_ids:
                 end_of_response(reader.tokenizer, reader.encoder)
             for i in reader.unsure_of(self.prompts):
                 prompt = self.prompts[i]
                 said = (prompt.text, "", "stop", prompt.columns, prompt.conversation)
                 if wrong := reader.read(Sample(prompt.ids, shortest, *said))[1]:
-                    row = f"row {prompt.row} of {self._source(i)}.path and an empty answer"
+                    every = by_source("prompts", sources, self.prompts)
+                    source = next(name for name, _, _, places in every if i in places)
+                    row = f"row {prompt.row} of {source}.path and an empty answer"
                     return [f"{key}: {model.path} cannot read {row}: {wrong}"]
         except UserError as error:
             return [f"{key}: {problem}" for problem in error.problems]
         return []
-
-    def _source(self, place: int) -> str:
-        """Return the recipe's key of the source of the prompt at this place."""
-        parts = self.prompts.parts
-        last = accumulate(part.size for part in parts)
-        i = next(i for i, end in enumerate(last) if place < end)
-        return f"prompts.{i}" if len(parts) > 1 else "prompts"
 
     def _id_problems(self, key: str, model: ModelSettings, head: Head, actor: str) -> list[str]:
         """Return the problems a model would have with the token ids that it is to read."""

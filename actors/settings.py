@@ -26,6 +26,7 @@ from learners.settings import (
     PositiveInt,
     PromptData,
     RewardModelSettings,
+    RMTrainSettings,
     Settings,
     SFTData,
     Sources,
@@ -372,7 +373,7 @@ class SupervisedRecipe(Settings):
     @property
     def evaluates(self) -> bool:
         """True when the run is evaluated between its steps, not only at its end."""
-        return self.train.evaluate_every > 0
+        return self.train.evaluate_every != 0
 
 
 class SFTRecipe(SupervisedRecipe):
@@ -396,6 +397,7 @@ class RMRunSettings(RunSettings):
 class RMRecipe(SupervisedRecipe):
     kind: Literal["rm"] = "rm"
     run: RMRunSettings
+    train: RMTrainSettings = Field(default_factory=RMTrainSettings)
     data: Sources[PairData] = Field(description="pairs to learn; a list of sections: a mixture")
     held_out: Sources[PairData] = Field(description="pairs to measure on")
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)

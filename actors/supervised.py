@@ -5,7 +5,7 @@ engines.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import chain
@@ -45,6 +45,8 @@ from learners.data.tokenise import tokenizer_digest
 from learners.errors import UserError
 from learners.experience import Experience
 from learners.settings import ModelSettings
+
+EVALUATIONS = 10  # in a run whose recipe does not say how many
 
 
 def run(
@@ -193,19 +195,35 @@ class Supervised:
 
     def evaluation_due(self, step: int) -> bool:
         every = self.recipe.train.evaluate_every
+        if every is None:  # the end evaluates the last step
+            every = math.ceil(self.total_steps / EVALUATIONS)
+            return step % every == 0 and step < self.total_steps
         return bool(every) and step % every == 0
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return metrics on the held-out rows, without learning."""
         rows = self.data.held_out
-        sets: dict[str, Sequence[Any]] = {"held_out": rows} if rows else {}
-        if len(rows.parts) > 1:
-            sets |= {f"held_out/{part.name}": own for part, own in by_part(rows.parts, rows)}
-        return {
-            f"{key}/{name}": value
-            for key, own in sets.items()
-            for name, value in self.share("evaluate", self.data.batch_of(own)).items()
+        found: dict[str, dict[str, float]] = {}
+        counts: dict[str, int] = {}
+        for part, own in by_part(rows.parts, rows):
+            batch = self.data.batch_of(own)
+            found[part.name] = self.share("evaluate", batch)
+            counts[part.name] = self.counted(batch)
+        parts = {
+            f"held_out/{part}/{name}": value
+            for part, metrics in found.items()
+            for name, value in metrics.items()
         }
+        whole = {f"held_out/{name}": value for name, value in weighted(found, counts).items()}
+        return whole | (parts if len(found) > 1 else {})
+
+    def counted(self, batch: Experience) -> int:
+        """Return over how many things the learner's metrics of a batch are means: tokens that are
+        trained, or pairs.
+        """
+        if self.rows_per_unit > 1:
+            return len(batch) // self.rows_per_unit
+        return int(batch.loss_mask.sum())
 
     def save(self, folder: Path, step: int) -> None:
         self.call("save", str(folder / "learner"), phase="checkpoint")
@@ -246,6 +264,20 @@ class Supervised:
         """Call a learner's method on every rank and wait for it."""
         deadline = self.recipe.cluster.call_deadline_s
         self.group.call(method, *args, phase=phase, deadline_s=deadline)
+
+
+def weighted(
+    means: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]
+) -> dict[str, float]:
+    """Return the means over all parts from those over each, of so many things."""
+    if len(means) == 1:  # to its last digit
+        return dict(*means.values())
+    names = dict.fromkeys(name for metrics in means.values() for name in metrics)
+    return {
+        name: sum(metrics[name] * counts[part] for part, metrics in means.items())
+        / sum(counts.values())
+        for name in names
+    }
 
 
 def examples_batch(rows: Sequence[Any]) -> Experience:

@@ -25,14 +25,14 @@ MEASURED_ON = ("held_out", "evaluation.prompts", "evaluation.test_prompts")
 AT_ONCE = 1 << 20  # ids counted at once
 
 
-def load_data(recipe: Recipe) -> Any:
-    """Read and check all data of a recipe, as its run does. Raises UserError on what cannot
-    serve.
+def load_data(recipe: Recipe, every_model: bool = True) -> Any:
+    """Read all data of a recipe and check them, as its run does; without `every_model` by the
+    trained model's tokenizer and config alone. Raises UserError on what cannot serve.
     """
     if isinstance(recipe, RLRecipe):
         from actors.run_data import RunData
 
-        return RunData.load(recipe)
+        return RunData.load(recipe) if every_model else RunData.read(recipe)
     from actors.supervised import SupervisedData
 
     return SupervisedData.load(recipe)
@@ -198,10 +198,10 @@ def _row_as_json(row: Any) -> dict[str, Any]:
 
 
 def inspect_recipe(recipe: Recipe, rows: int, json_file: Path | None) -> None:
-    """Show a recipe's data on the terminal; write its first rows as JSON if asked. Raises UserError
-    on data that a run would refuse.
+    """Show a recipe's data on the terminal; write its first rows as JSON if asked. Of its models
+    the trained one alone must be there. Raises UserError on data that a run would refuse.
     """
-    data = load_data(recipe)
+    data = load_data(recipe, every_model=False)
     every = list(sources(recipe, data))
     if json_file is not None:
         try:

@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -417,7 +418,11 @@ def _one_line(path: str) -> Iterator[None]:
             raise UserError(
                 f"{path}: {OWN_CODE}; set the model's trust_remote_code: true to run it"
             ) from error
-        raise UserError(f"{path}: {in_a_line(error)}") from error
+        why = in_a_line(error)
+        if not os.path.exists(path):
+            known = "" if "Repo id must" in why else f"; as a name of the hub: {why}"
+            why = f"no such model folder{known or ' (and no hub name)'}"
+        raise UserError(f"{path}: {why}") from error
     except Exception as error:
         what = " ".join([type(error).__name__, *str(error).split()])
         raise UserError(f"{path}: cannot be loaded: {what[:200]}") from error

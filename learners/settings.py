@@ -139,14 +139,20 @@ S = TypeVar("S", bound=Settings)
 
 
 def located(settings: S) -> S:
-    """Return the settings with local model folders as absolute paths, for processes that run in
-    another folder. Hub names stay.
+    """Return the settings with local model folders and template files as absolute paths, for
+    processes that run in another folder. Names, of the hub or of a tokenizer's templates, stay.
     """
     changes: dict[str, Any] = {
         name: located(value) for name, value in settings if isinstance(value, Settings)
     }
     if isinstance(settings, ModelSettings) and Path(settings.path).is_dir():
         changes["path"] = str(Path(settings.path).absolute())
+    if (
+        isinstance(settings, ModelSettings)
+        and settings.template
+        and os.path.isfile(settings.template)
+    ):
+        changes["template"] = os.path.abspath(settings.template)
     return settings.model_copy(update=changes)
 
 
@@ -193,6 +199,17 @@ class TrainSettings(Settings):
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
     evaluate_every: int = Field(
         0, ge=0, description="steps between evaluations on held-out data; 0: only at the end"
+    )
+
+
+class RMTrainSettings(TrainSettings):
+    """The same of a reward model, whose best is kept: it is evaluated without being told."""
+
+    evaluate_every: int | None = Field(  # type: ignore[assignment]
+        None,
+        ge=0,
+        description="steps between evaluations on held-out data; null: ten times in the run, 0: "
+        "only at the end",
     )
 
 

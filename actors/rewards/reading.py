@@ -8,7 +8,7 @@ from datetime import date
 from typing import Any
 
 from actors.rollouts.requests import Sample
-from learners.checkpoints import is_encoder, load_config, load_tokenizer
+from learners.checkpoints import ends_of_generation, is_encoder, load_config, load_tokenizer
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt, encode_response, end_of_response
@@ -23,10 +23,13 @@ AT_ONCE = 10_000  # prompts whose texts are in memory
 class Reader:
     """The ids in which a reward model reads prompts and responses, and the ids it can read.
 
-    Conversations are rendered by its `template`, if it has one and that is not the Actor's. Else,
-    when its vocabulary is the Actor's (`same_ids`), the ids are the Actor's own; otherwise texts
-    are tokenised anew for it. What is rendered or tokenised anew ends like a finished response,
-    also where that was truncated.
+    Conversations are rendered by its `template`, if it has one, as they were when it was trained:
+    what the Actor read and wrote may differ from that, in an open block of thoughts or in the token
+    that ends the response. Else, when its vocabulary is the Actor's (`same_ids`), the ids are the
+    Actor's own; otherwise texts are tokenised anew for it. What is rendered or tokenised anew ends
+    like a finished response, also where that was truncated.
+
+    `as_long`: what it reads is as long as what the Actor read and wrote.
     """
 
     tokenizer: Any
@@ -35,6 +38,7 @@ class Reader:
     positions: int | None
     vocabulary: int | None
     template: ChatTemplate | None = None
+    as_long: bool = False
 
     @classmethod
     def of(cls, model: ModelSettings, actor_tokenizer: Any, today: date | None = None) -> Reader:
@@ -45,16 +49,17 @@ class Reader:
         tokenizer = load_tokenizer(model)
         encoder = is_encoder(config)
         same_ids = not encoder and tokenizer.get_vocab() == actor_tokenizer.get_vocab()
-        renders = tokenizer.chat_template and not (
-            same_ids and _written_by(tokenizer) == _written_by(actor_tokenizer)
-        )
+        renders = bool(tokenizer.chat_template)
+        alike = _written_by(tokenizer) == _written_by(actor_tokenizer)
+        ends = [] if encoder else ends_of_generation(model)
         return cls(
             tokenizer=tokenizer,
             encoder=encoder,
             same_ids=same_ids,
             positions=positions_of(config),
             vocabulary=getattr(config.get_text_config(), "vocab_size", None),
-            template=ChatTemplate(tokenizer, today=today) if renders else None,
+            template=ChatTemplate(tokenizer, ends, today) if renders else None,
+            as_long=same_ids and (alike or not renders),
         )
 
     def ids(self, sample: Sample) -> tuple[list[int], list[int]]:

@@ -127,7 +127,8 @@ def of_experience(
     if all(r.finish_reason != "stop" for r in rollouts):
         yield Alarm(
             "all_truncated",
-            "no response ended with EOS: raise generation.max_new_tokens, or check the EOS id",
+            "no response ended by itself: raise generation.max_new_tokens, or check the "
+            "tokens that end one",
         )
 
 

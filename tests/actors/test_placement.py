@@ -131,6 +131,10 @@ def test_local_model_folders_become_absolute_and_hub_names_stay(
     assert located(ModelSettings(path="Qwen/Qwen3-8B")).path == "Qwen/Qwen3-8B"
     learner = located(LearnerSettings(model=ModelSettings(path="models/mine"), ranks=3))
     assert learner.model.path == str(tmp_path / "models" / "mine") and learner.ranks == 3
+    (tmp_path / "chat.jinja").write_text("")
+    for template, there in (("chat.jinja", str(tmp_path / "chat.jinja")), ("rag", "rag")):
+        found = located(ModelSettings(path="Qwen/Qwen3-8B", template=template))
+        assert (found.path, found.template) == ("Qwen/Qwen3-8B", there)
 
 
 # --- real raylets ---------------------------------------------------------------------------------

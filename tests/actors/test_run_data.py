@@ -14,6 +14,7 @@ import yaml
 from actors import supervised
 from actors.roles import roles_of
 from actors.run import things as things_module
+from actors.run.best import Best
 from actors.run.folder import RunFolder
 from actors.run.metrics import find
 from actors.run.resume import Resume
@@ -46,7 +47,13 @@ def write(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-def make_model(folder: Path, template: str | None, eos: bool = True, score: bool = False) -> str:
+def make_model(
+    folder: Path,
+    template: str | None,
+    eos: bool = True,
+    score: bool = False,
+    positions: int = 256,
+) -> str:
     """Write all of a model but its weights."""
     tokenizer = make_tokenizer(template, SPECIAL)
     if not eos:
@@ -58,7 +65,7 @@ def make_model(folder: Path, template: str | None, eos: bool = True, score: bool
         "vocab_size": len(tokenizer),
         "hidden_size": 16,
         "num_hidden_layers": 1,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": positions,
         "pad_token_id": 0,
         "eos_token_id": tokenizer.eos_token_id,
         "id2label": {"0": "S"},
@@ -154,6 +161,23 @@ def test_what_another_template_cannot_render_is_named_with_its_source(tmp_path: 
     assert "no programs" in line
 
 
+def test_a_list_of_one_source_is_named_as_a_list(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "judge", "{{ raise_exception('never') }}", score=True)
+    reward = {"name": "rm", "kind": "model", "model": {"path": path}}
+    recipe = rl(tmp_path, CHATML, rewards=[reward])
+    for prompts, named in ((recipe.prompts[:1], "prompts.0"), (recipe.prompts[0], "prompts")):
+        with pytest.raises(UserError, match=rf"cannot read row 1 of {named}\.path and an empty"):
+            RunData.load(recipe.model_copy(update={"prompts": prompts}))
+
+
+def test_a_reward_model_of_the_actors_template_needs_as_many_positions(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "judge", CHATML, score=True, positions=40)
+    reward = {"name": "rm", "kind": "model", "model": {"path": path}}
+    recipe = rl(tmp_path, CHATML, rewards=[reward], generation={"max_new_tokens": 40})
+    with pytest.raises(UserError, match=r"rewards\.0\.model: .* has 40 positions"):
+        RunData.load(recipe)
+
+
 # --- one date for ever ----------------------------------------------------------------------------
 
 
@@ -199,6 +223,14 @@ def test_a_resumed_run_prints_the_date_of_its_beginning(
 # --- supervised -----------------------------------------------------------------------------------
 
 
+def training_of(recipe: Any, data: SupervisedData) -> supervised.Supervised:
+    """Return a training without processes."""
+    group: Any = SimpleNamespace(nodes=[])
+    folder: Any = SimpleNamespace(phase=lambda *_: pytest.MonkeyPatch.context())
+    alarms: Any = SimpleNamespace(report=lambda *_: {})
+    return supervised.Supervised(recipe, data, group, folder, alarms)
+
+
 def test_supervised_training_on_a_mixture(tmp_path: Path) -> None:
     def source(name: str, count: int, **keys: Any) -> dict[str, Any]:
         rows = [{"messages": [*asked(f"{name} {i}?"), answer(str(i))]} for i in range(count)]
@@ -219,10 +251,7 @@ def test_supervised_training_on_a_mixture(tmp_path: Path) -> None:
     recipe: Any = load_recipe(tmp_path / "sft.yaml", [])
     data = SupervisedData.load(recipe)
     assert data.stops[0] == data.tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    group: Any = SimpleNamespace(nodes=[])
-    folder: Any = SimpleNamespace(phase=lambda *_: pytest.MonkeyPatch.context())
-    alarms: Any = SimpleNamespace(report=lambda *_: {})
-    training = supervised.Supervised(recipe, data, group, folder, alarms)
+    training = training_of(recipe, data)
     read: list[int] = []
 
     def share(method: str, batch: Any) -> dict[str, float]:
@@ -233,5 +262,82 @@ def test_supervised_training_on_a_mixture(tmp_path: Path) -> None:
     metrics, _ = training.step(1)
     assert metrics == {"loss": 4.0, "source/a/share": 0.75, "source/b/share": 0.25}
     evaluated = training.evaluate(1)
-    assert evaluated == {"held_out/loss": 4.0, "held_out/a/loss": 1.0, "held_out/b/loss": 3.0}
+    # weighted by tokens, of which every row has two
+    assert evaluated == {"held_out/loss": 2.5, "held_out/a/loss": 1.0, "held_out/b/loss": 3.0}
+    assert read == [4, 1, 3], "every held-out row is read once"
     assert all(find(name) for name in [*metrics, *evaluated])
+
+
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_sources_evaluated_one_by_one_give_the_metrics_of_all(tmp_path: Path, kind: str) -> None:
+    """The learners' own statistics, of outputs that depend on the ids."""
+    from learners.forward import response_part
+    from learners.reward_model import RewardModelLearner
+    from learners.sft import SFTLearner
+
+    def source(name: str, count: int) -> dict[str, Any]:
+        rows = [
+            {
+                "prompt": f"{i}",
+                "response": "a" * (i + 1),
+                "chosen": f"{i * 7}",
+                "rejected": name * i,
+            }
+            for i in range(1, count + 1)
+        ]
+        return {"path": write(tmp_path / f"{name}.jsonl", rows), "name": name}
+
+    values = {
+        "kind": kind,
+        "run": {"folder": str(tmp_path / "run"), "tensorboard": False},
+        "learner": {"model": {"path": make_model(tmp_path / "base", None)}},
+        "data": source("c", 2),
+        "held_out": [source("a", 3), source("b", 8)],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    recipe: Any = load_recipe(tmp_path / "recipe.yaml", [])
+    data = SupervisedData.load(recipe)
+    training = training_of(recipe, data)
+    settings: Any = SimpleNamespace(reward_model=SimpleNamespace(centring=0.1))
+
+    def share(method: str, batch: Any) -> dict[str, float]:
+        seen = batch.input_ids.float()
+        if kind == "rm":
+            found = RewardModelLearner.loss(settings, seen.sum(1).sin(), batch, 1.0)[1]
+        else:
+            found = SFTLearner.loss(settings, response_part(batch, seen[:, 1:].sin()), batch, 1.0)[
+                1
+            ]
+        return {name: float(total / count) for name, (total, count) in found.items()}
+
+    training.share = share  # type: ignore[method-assign]
+    evaluated = training.evaluate(1)
+    whole = share("evaluate", data.batch_of(data.held_out))
+    assert {name: evaluated[f"held_out/{name}"] for name in whole} == pytest.approx(whole)
+    assert len(whole) == (3 if kind == "rm" else 1) and len(evaluated) == 3 * len(whole)
+
+
+@pytest.mark.parametrize(
+    ("steps", "override", "expected"),
+    [
+        (95, [], list(range(10, 95, 10))),
+        (4, [], [1, 2, 3]),
+        (1, [], []),
+        (4, ["train.evaluate_every=2"], [2, 4]),
+        (4, ["train.evaluate_every=0"], []),
+    ],
+)
+def test_a_reward_model_is_evaluated_ten_times_unless_told(
+    tmp_path: Path, steps: int, override: list[str], expected: list[int]
+) -> None:
+    pairs = {"path": "pairs.jsonl"}
+    values = {"kind": "rm", "run": {"folder": "run"}, "learner": {"model": {"path": "./m"}}}
+    (tmp_path / "rm.yaml").write_text(yaml.safe_dump({**values, "data": pairs, "held_out": pairs}))
+    recipe: Any = load_recipe(tmp_path / "rm.yaml", [*override, f"train.steps={steps}"])
+    training: Any = SimpleNamespace(recipe=recipe, total_steps=steps)
+    due = [i for i in range(1, steps + 1) if supervised.Supervised.evaluation_due(training, i)]
+    assert due == expected and recipe.evaluates == (override != ["train.evaluate_every=0"])
+    kept = Best(recipe, SimpleNamespace(), SimpleNamespace()).metric  # type: ignore[arg-type]
+    assert kept == ("held_out/accuracy" if recipe.evaluates else None)
+    patient = load_recipe(tmp_path / "rm.yaml", ["run.patience=2"])
+    assert patient.evaluates, "patience needs no more than the default"

@@ -145,12 +145,34 @@ def reader(
     return Reader.of(ModelSettings(path=str(tmp_path)), actor, date(2024, 2, 29))
 
 
-def test_a_reward_model_with_the_actors_template_reads_the_actors_ids(tmp_path: Path) -> None:
-    template = ChatTemplate(make_tokenizer(CHATML))
-    judge = reader(CHATML, template.tokenizer, tmp_path)
-    sample = said(template, "4", ASKED, "length")
-    assert judge.same_ids and judge.template is None
-    assert judge.ids(sample) == (sample.prompt_ids, sample.response_ids)
+EMPTY_THOUGHTS = THINKING.replace("<think>\n{%", "<think>\n\n</think>\n\n{%")
+TRIMMING = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")
+
+
+@pytest.mark.parametrize(
+    ("source", "written", "reason"),
+    [
+        (CHATML, "4<|im_end|>", "stop"),
+        (CHATML, "4</s>", "stop"),
+        (CHATML, "4", "length"),
+        (TRIMMING, " 4 <|im_end|>", "stop"),
+        (THINKING, "hm</think>4<|im_end|>", "stop"),
+        (EMPTY_THOUGHTS, "4<|im_end|>", "stop"),
+    ],
+)
+def test_a_reward_model_with_the_actors_template_reads_what_it_was_trained_on(
+    tmp_path: Path, source: str, written: str, reason: str
+) -> None:
+    template = ChatTemplate(make_tokenizer(source))
+    judge = reader(source, template.tokenizer, tmp_path)
+    answer = {"role": "assistant", "content": "4"}
+    (trained,) = template.examples(Conversation(ASKED).answered(answer), "last")
+    prompt, response = judge.ids(said(template, written, ASKED, reason))
+    assert prompt + response == [*trained.prompt_ids, *trained.response_ids]
+    assert judge.tokenizer.decode(response) == "4<|im_end|>"
+    assert judge.same_ids and judge.as_long
+    raw = said(template, "4", None, "length")
+    assert judge.ids(raw) == (raw.prompt_ids, raw.response_ids)
 
 
 def test_a_reward_model_renders_messages_with_its_own_template(tmp_path: Path) -> None:
@@ -161,7 +183,7 @@ def test_a_reward_model_renders_messages_with_its_own_template(tmp_path: Path) -
     for written, reason in (("4<|im_end|>", "stop"), ("4", "length")):
         sample = said(template, written, ASKED, reason)
         prompt, response = judge.ids(sample)
-        assert judge.same_ids and own.decode(response) == "4<|eot_id|>"
+        assert judge.same_ids and not judge.as_long and own.decode(response) == "4<|eot_id|>"
         assert prompt == ChatTemplate(own).prompt(Conversation(ASKED))[1]
     raw = said(template, "4</s>")
     assert judge.ids(raw) == (raw.prompt_ids, raw.response_ids)

@@ -114,6 +114,20 @@ def test_what_a_run_would_refuse_is_refused_in_one_line(
     assert line.startswith("error: ") and said in line and not out
 
 
+def test_models_that_are_not_trained_need_not_be_there_yet(
+    shown: Callable[..., tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = ["rewards.0.model.path=runs/rm/model", "critic.model.path=runs/rm/model"]
+    _, found = shown("ppo.yaml", *later)
+    assert [source["name"] for source in found["sources"]] == ["prompts"]
+    for arguments in (["ppo", "ppo.yaml", "--check", *later], ["inspect", "ppo.yaml"]):
+        own = ["actor.model.path=runs/sft/model"] if arguments[0] == "inspect" else []
+        assert cli.main([*arguments, *own]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 + (arguments[0] == "ppo")
+        assert all("/model: no such model folder (and no hub name)" in line for line in lines)
+
+
 def test_a_check_of_the_data_says_what_of_it_will_be_used(
     real: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
