@@ -177,6 +177,12 @@ def test_equal_scores_and_truncation_are_named_without_skipping(
     equal = replace(batch, scores=torch.tensor([0.5, 0.5]))
     assert names(equal, "length", "length", skip_step=False) == ["equal_scores", "all_truncated"]
     assert names(equal, "length", "length", skip_step=True) == []
+    given = {"judge": scores([1.0, 0.0])}
+    _, truncated = of_experience(equal, rollouts("length", "length"), given, make_recipe())
+    # a turn may end with another token than the EOS
+    assert truncated.message.startswith("no response ended by itself") and "EOS" not in str(
+        truncated
+    )
 
 
 SOUND = {
