@@ -321,10 +321,10 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str, set[str]]]:
 
 
 def _answer_columns(data: PromptData | tuple[PromptData, ...]) -> set[str]:
-    """Return the columns that functions may demand: of a mixture those that all sources have. Of
-    others they get None for the rows of a source without them.
+    """Return the columns that functions are offered: of a mixture those of every source, which are
+    None in the rows of the others.
     """
-    return set.intersection(*(set(source.answer_columns) for source in sources_of(data)))
+    return {column for source in sources_of(data) for column in source.answer_columns}
 
 
 def _check_signature(name: str, function: Any, columns: set[str]) -> None:

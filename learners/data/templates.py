@@ -369,11 +369,11 @@ class ChatTemplate:
                 header = None
             if header is not None and text.startswith(header):
                 return len(header)
+        before = conversation.messages[:index]
         turn = conversation.messages[index]
-        probe = next(p for p in PROBES if p[0] != str(turn["content"])[:1])
-        other = [*conversation.messages[:index], turn | {"content": probe}]
-        differing = self.render(other, conversation.tools, conversation.arguments)
-        common = _shared(text, differing)
+        others = ([*before, turn | {"content": probe}] for probe in PROBES)
+        how = (conversation.tools, conversation.arguments)
+        common = min(_shared(text, self.render(other, *how)) for other in others)
         if header is None:
             return common
         start = min(common, _shared(header, text))

@@ -622,7 +622,7 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
         "chosen, rejected",
     ]
     mixed = [
-        "prompts=[{path: prompts.jsonl, answer_columns: [answer]}, {path: prompts.jsonl}]",
+        "prompts=[{path: prompts.jsonl}, {path: prompts.jsonl}]",
         "rewards.0.function=rewards_of_test:exact",
     ]
     (line,) = problems("grpo.yaml", *mixed)

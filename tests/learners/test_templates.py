@@ -406,3 +406,13 @@ def test_tokenizers_that_put_a_space_before_each_part_read_the_whole():
     tokens = tokenizer.convert_ids_to_tokens(example.ids)
     assert tokens == ["\u2581", "q", ":", "a", ":", "b", "</s>"]
     assert list(example.trained) == [0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("answer", ["Quite", "quite", "<think>x</think>Quite"])
+def test_an_answer_that_begins_like_a_probe_is_trained_from_its_first_letter(answer):
+    tokenizer = make_tokenizer(THINKING)
+    chat = [CHAT[0], {"role": "assistant", "content": answer}]
+    (example,) = ChatTemplate(tokenizer).examples(Conversation(chat))
+    assert trained(None, tokenizer, example) == [
+        f"{answer.partition('</think>')[2] or answer}<|im_end|>"
+    ]
