@@ -86,9 +86,8 @@ def test_the_template_ends_a_turn_with_eos_and_nothing_is_padded_with_it(
     asked = "<|im_start|>user\nWhat is 7 + 5?<|im_end|>\n"
     assert text.endswith(f"{asked}<|im_start|>assistant\n7 + 5 = 12<|im_end|>\n")
     assert tokenizer.eos_token == "<|im_end|>" != tokenizer.pad_token
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    for config in (model.config, model.generation_config):
-        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == ids == (1, 2, 0)
+    for holder in (tokenizer, model.config, model.generation_config):
+        assert [getattr(holder, f"{name}_token_id") for name in ("bos", "eos", "pad")] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("text", ["I don't know\n\n  12 of 3456!", "naïve café 🤗\ttab", "  x"])
