@@ -24,6 +24,8 @@ from learners.data.rows import load_prompts
 from learners.errors import DataError
 from learners.settings import PromptData
 
+pytestmark = pytest.mark.reports  # what people's data become
+
 LONG = "1" * 40
 EXACT = "evaluation.function=rewards_of_test:exact"
 
