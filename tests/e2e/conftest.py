@@ -77,6 +77,7 @@ class Workshop:
             f"run.seed={SEED}",
             "run.progress=false",
             "run.tensorboard=false",
+            "run.final_checkpoint=false",
         ]
         recipe = load_recipe(RECIPES / f"demo_{kind}.yaml", [*fixed, *overrides], kind)
         module = supervised if kind in ("sft", "rm") else driver

@@ -54,7 +54,7 @@ def run_grpo(workshop: Workshop, sft: Run, steps: int, resume: bool = False) -> 
     judged += [f"evaluation.prompts.limit={PROMPTS}", "evaluation.every_steps=1"]
     linear = ["actor.optimizer.schedule=linear", "actor.optimizer.warmup_steps=0"]
     keep = ["run.keep_best=evaluation/score", "run.samples_per_step=4", f"step.steps={steps}"]
-    every = [*small, *alone, *judged, *linear, *keep]
+    every = [*small, *alone, *judged, *linear, *keep, "run.final_checkpoint=true"]
     return workshop.reinforce("grpo", "grpo_living", sft, *every, resume=resume)
 
 
@@ -95,7 +95,7 @@ def run_reward_model(workshop: Workshop, sft: Run, steps: int, resume: bool = Fa
     paths += [f"reward_model.calibration.path={data / 'sft.jsonl'}"]
     fast = ["learner.optimizer.learning_rate=2.0e-2", "learner.optimizer.warmup_steps=0"]
     size = ["train.batch_size=16", "reward_model.calibration.limit=40", "train.evaluate_every=2"]
-    every = [*paths, *fast, *size, f"train.steps={steps}"]
+    every = [*paths, *fast, *size, f"train.steps={steps}", "run.final_checkpoint=true"]
     return workshop.run("rm", "rm_living", *every, resume=resume)
 
 
