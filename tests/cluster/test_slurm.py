@@ -56,6 +56,19 @@ class Jobs:
         assert done.returncode == 0, done.stderr
         return re.findall(r"Submitted batch job (\d+)", done.stdout)[0]
 
+    def submit_until_begun(self, arguments: list[str], time_limit: str) -> str:
+        """Return the number of a job that is still there once its run has begun: Slurm may send the
+        signal before the time limit up to a minute early (sbatch(1)), here before there is a run.
+        """
+        run = Path(next(a for a in arguments if a.startswith("run.folder=")).partition("=")[2])
+        for _ in range(3):
+            number = self.submit(arguments, time_limit)
+            ended = lambda: self.slurm.job(number)["JobState"] in OVER  # noqa: E731, B023
+            wait_until(lambda: run.exists() or ended(), 120, "neither began nor ended")  # noqa: B023
+            if run.exists():
+                return number
+        raise AssertionError("Slurm has ended three jobs before they began")
+
     def wait(self, number: str, *states: str, seconds: float = 400) -> dict[str, str]:
         wait_until(
             lambda: self.slurm.job(number)["JobState"] in (*states, *OVER), seconds, f"not {states}"
@@ -153,7 +166,7 @@ def test_the_loss_of_a_node_ends_the_job(jobs: Jobs) -> None:
 def test_out_of_time_it_is_queued_again_and_completes(jobs: Jobs) -> None:
     steps = 150  # cannot be done within a minute
     arguments = [*jobs.sft("long", 150), "train.batch_size=384"]
-    number = jobs.submit(arguments, "1")
+    number = jobs.submit_until_begun(arguments, "1")
     wait_until(lambda: jobs.slurm.job(number)["Restarts"] == "1", 120, "was not queued again")
     reached = jobs.steps("long")[-1]
     assert 1 <= reached < steps
