@@ -9,9 +9,10 @@ from typing import Any
 
 from actors.rollouts.requests import Sample
 from learners.checkpoints import ends_of_generation, is_encoder, load_config, load_tokenizer
+from learners.data.example import for_encoder
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
-from learners.data.tokenise import encode_prompt, encode_response, end_of_response
+from learners.data.tokenise import encode_prompt, encode_response
 from learners.errors import DataError
 from learners.positions import positions_of
 from learners.settings import ModelSettings
@@ -68,9 +69,7 @@ class Reader:
         """
         if self.template is not None and sample.answered is not None:
             (example,) = self.template.examples(sample.answered, "last")
-            if self.encoder:
-                end = end_of_response(self.tokenizer, encoder=True)
-                return encode_prompt(self.tokenizer, example.text), [end]
+            example = for_encoder(self.tokenizer, example) if self.encoder else example
             return example.prompt_ids, example.response_ids
         if self.same_ids:
             return sample.prompt_ids, sample.response_ids

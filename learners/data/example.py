@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from learners.data.tokenise import encode_text
+from learners.data.tokenise import encode_prompt, encode_text, end_of_response
 from learners.errors import DataError
 
 Span = tuple[int, int]  # of letters of a text: the first, and the one behind the last
@@ -62,6 +62,13 @@ class Example:
         if 0 in self.loss_mask:
             same["loss_mask"] = self.loss_mask.hex()
         return same
+
+
+def for_encoder(tokenizer: Any, example: Example) -> Example:
+    """Return an example in the special tokens of an encoder: [CLS] in front, [SEP] behind."""
+    ids = encode_prompt(tokenizer, example.text)
+    end = end_of_response(tokenizer, encoder=True)
+    return Example(example.row, example.text, [*ids, end], bytes(len(ids)) + b"\1")
 
 
 def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], bytes]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from learners.data.conversation import Conversation, Preference, Said
-from learners.data.example import Example
+from learners.data.example import Example, for_encoder
 from learners.data.files import some
 from learners.data.notices import Notices
 from learners.data.reading import read
@@ -333,13 +333,7 @@ class _Loader:
             self.notices.see(self.place, column, example.text, example.ids)
         for message in conversation.messages:
             self.notices.see_message(self.place, column, message)
-        return [self._for_encoder(example) for example in made] if self.encoder else made
-
-    def _for_encoder(self, example: Example) -> Example:
-        """Return an example in the special tokens of an encoder: [CLS] in front, [SEP] behind."""
-        ids = encode_prompt(self.tokenizer, example.text)
-        end = end_of_response(self.tokenizer, encoder=True)
-        return Example(example.row, example.text, [*ids, end], bytes(len(ids)) + b"\1")
+        return [for_encoder(self.tokenizer, one) for one in made] if self.encoder else made
 
 
 @contextmanager
