@@ -17,10 +17,10 @@ check: install  ## lint, types and the tests without engines (under a minute)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -m "not engines and not cluster and not reports and not slow"
+	$(VENV)/bin/pytest -n 2 --dist loadfile -m "not engines and not cluster and not reports and not slow"
 
 test: check  ## check, then reported failures and the tests with the real engines (under 25 minutes, no root)
-	$(VENV)/bin/pytest -m "reports and not engines"
+	$(VENV)/bin/pytest -n 2 --dist loadfile -m "reports and not engines"
 	$(VENV)/bin/pytest -m engines --timeout 600
 
 parity: install  ## the same updates through TRL's trainers and through ours, compared (fetches TRL into .venv-trl)
