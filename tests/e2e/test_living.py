@@ -87,7 +87,7 @@ def test_reinforcement_goes_on_from_its_end(
         assert not step or len({row["prompt"] for row in run.samples(step)}) == 4
 
 
-def run_reward_model(workshop: Workshop, sft: Run, steps: int, resume: bool = False) -> Run:
+def run_reward_model(workshop: Workshop, sft: Run, steps: int) -> Run:
     """Learn much too fast, so that not every evaluation is better than the one before."""
     data = workshop.folder / "data"
     paths = [f"learner.model.path={sft.model}", f"data.path={data / 'pairs.jsonl'}"]
@@ -96,14 +96,13 @@ def run_reward_model(workshop: Workshop, sft: Run, steps: int, resume: bool = Fa
     fast = ["learner.optimizer.learning_rate=2.0e-2", "learner.optimizer.warmup_steps=0"]
     size = ["train.batch_size=16", "reward_model.calibration.limit=40", "train.evaluate_every=2"]
     every = [*paths, *fast, *size, f"train.steps={steps}", "run.final_checkpoint=true"]
-    return workshop.run("rm", "rm_living", *every, resume=resume)
+    return workshop.run("rm", "rm_living", *every)
 
 
 def test_a_reward_model_is_the_best_one_with_a_calibration_of_its_own(
     workshop: Workshop, sft: Run
 ) -> None:
-    run_reward_model(workshop, sft, 6)
-    run = run_reward_model(workshop, sft, 10, resume=True)
+    run = run_reward_model(workshop, sft, 10)
     accuracies = evaluations(run, "held_out/accuracy")
     best = best_of(accuracies)
     assert best < 10 and run.summary["model"] == {

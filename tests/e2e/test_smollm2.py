@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.tasks import additions, smollm2
 from launch.tasks.additions import plain, question, said
 
@@ -120,8 +122,12 @@ def test_the_tutorials_questions_are_answered_partly(
 
 
 @pytest.mark.parametrize("kind", ["sft", "rm", "grpo"])
-def test_the_recipes_are_sound_where_model_and_data_are(desk: Path, kind: str) -> None:
+def test_the_recipes_are_sound_where_model_and_data_are(
+    desk: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
     recipe = str(RECIPES / f"smollm2_{kind}.yaml")
     begin = ["learner.model.path=models/smollm2"] if kind == "rm" else []
-    run(desk, "launch", kind, recipe, "--check", *begin)
-    assert "It fits." in run(desk, "launch", "plan", recipe, *begin)
+    checked = CliRunner().invoke(app, [kind, recipe, "--check", *begin])
+    assert checked.exit_code == 0, checked.output
+    assert "It fits." in CliRunner().invoke(app, ["plan", recipe, *begin]).output
