@@ -5,8 +5,8 @@ models' files.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
     ends_of_generation,
     generation_config,
+    kernel_notices,
     kernel_problems,
     length_problems,
     load_config,
@@ -45,12 +46,15 @@ ENDLESS = (
 
 @dataclass(frozen=True)
 class RunData:
-    """The chat template, and the prompts of training, of the curve and of the test."""
+    """The chat template, the prompts of training, of the curve and of the test, and what there is
+    to say about models.
+    """
 
     template: ChatTemplate
     prompts: Rows[Prompt]
     held_out: Rows[Prompt]
     test: Rows[Prompt]
+    of_models: Sequence[str] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -79,7 +83,8 @@ class RunData:
         data = cls.read(recipe, today)
         if problems := data.model_problems(recipe):
             raise UserError(problems)
-        return data
+        models = {r.model_key: r.model for r in roles_of(recipe).values() if r.model}
+        return replace(data, of_models=kernel_notices(models))
 
     @classmethod
     def read(cls, recipe: RLRecipe, today: date | None = None) -> RunData:
@@ -96,15 +101,17 @@ class RunData:
             return load_prompts(data, tokenizer, template, most) if data else Rows()
 
         evaluation = recipe.evaluation
-        sets = [rows(d) for d in (recipe.prompts, evaluation.prompts, evaluation.test_prompts)]
+        prompts = rows(recipe.prompts)
+        held_out = rows(evaluation.prompts)
+        test = rows(evaluation.test_prompts)
         if not template.stops:
             raise UserError(f"actor.model.path: {model.path}: {ENDLESS}")
-        return cls(template, *sets)
+        return cls(template, prompts, held_out, test)
 
     @property
     def notices(self) -> list[str]:
-        """Return what there is to say about files and texts, once each."""
-        return notices_of(self.prompts, self.held_out, self.test)
+        """Return what there is to say about files, texts and models, once each."""
+        return [*notices_of(self.prompts, self.held_out, self.test), *self.of_models]
 
     def model_problems(self, recipe: RLRecipe) -> list[str]:
         """Return the problems of the recipe's models, one line each.

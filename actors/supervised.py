@@ -32,6 +32,7 @@ from learners.checkpoints import (
     ends_of_generation,
     generation_config,
     is_encoder,
+    kernel_notices,
     kernel_problems,
     length_problems,
     load_config,
@@ -73,6 +74,7 @@ class SupervisedData:
     held_out: Rows[Any]
     calibration: Rows[Example]
     stops: Sequence[int] = ()
+    of_models: Sequence[str] = ()
 
     @classmethod
     def load(cls, recipe: SFTRecipe | RMRecipe, today: date | None = None) -> SupervisedData:
@@ -102,12 +104,12 @@ class SupervisedData:
         problems = problems or kernel_problems("learner.model", model)
         if problems := problems or _uncalibratable(model, data.calibration):
             raise UserError(problems)
-        return data
+        return replace(data, of_models=kernel_notices({"learner.model": model}))
 
     @property
     def notices(self) -> list[str]:
-        """Return what there is to say about files and texts, once each."""
-        return notices_of(self.rows, self.held_out, self.calibration)
+        """Return what there is to say about files, texts and the model, once each."""
+        return [*notices_of(self.rows, self.held_out, self.calibration), *self.of_models]
 
     @property
     def sets(self) -> dict[str, Rows[Any]]:

@@ -24,7 +24,7 @@ from actors.run.resume import Resume
 from actors.run.stop import catch_stop_signals
 from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import models_of
-from launch.recipe.machine import code_problems
+from launch.recipe.machine import code_problems, kernel_notices
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
 from launch.recipe.resumed import accepted
 from launch.recipe.schema import OLD_KEYS, listing
@@ -295,6 +295,8 @@ def train(
         if model.trust_remote_code:
             print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)
     resolved = annotated(recipe, document)
+    for line in kernel_notices(recipe) if check and not data else ():  # a run's data say it too
+        print(f"notice: {line}", file=sys.stderr)
     if check:
         inside = (
             guarded(None, debug, "launch.inspect", "check_data", recipe, resume) if data else []

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from learners.calibration import calibration_problem
 from learners.data.tokenise import pad_problem
 from learners.errors import UserError, first_wrong, in_a_line
-from learners.kernels import dropped_by
+from learners.kernels import attention_notice, refused_attention, resolve_attention
 from learners.positions import positions_of
 from learners.settings import ModelSettings
 
@@ -236,15 +236,24 @@ def kernel_problems(key: str, model: ModelSettings) -> list[str]:
     that would compute another model than the one that was trained, else [].
     """
     config = load_config(model)
+    kernel = resolve_attention(model, config)
     supported = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
     wrong = first_wrong(
+        (True, refused_attention(model, config)),
         (
-            not getattr(_model_class(config), supported.get(model.attention, ""), True),
-            f"{config.model_type} has no {model.attention} in Transformers; use eager",
+            not getattr(_model_class(config), supported.get(kernel, ""), True),
+            f"{config.model_type} has no {kernel} in Transformers; use eager",
         ),
-        (True, dropped_by(model.attention, config)),
     )
     return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
+
+
+def kernel_notices(models: Mapping[str, ModelSettings]) -> list[str]:
+    """Return a line for every model, by its key in the recipe, for which `auto` is another kernel
+    than usual.
+    """
+    lines = (attention_notice(key, model, load_config(model)) for key, model in models.items())
+    return [line for line in lines if line]
 
 
 def _model_class(config: Any) -> Any:
@@ -363,16 +372,16 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
     """Return the model in eval mode, and the names of weights that its checkpoint did not have."""
     if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError(
-            f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use sdpa"
+            f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use auto"
         )
-    if wrong := dropped_by(settings.attention, config):
+    if wrong := refused_attention(settings, config):
         raise UserError(f"{settings.path}: {wrong}")
     with quiet(), _one_line(settings.path):
         model, info = auto_class.from_pretrained(
             settings.path,
             config=config,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attention,
+            attn_implementation=resolve_attention(settings, config),
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )

@@ -119,8 +119,10 @@ class ModelSettings(Settings):
         "none at path yet",
     )
     dtype: DType = Field("float32", description="dtype of the weights (fp32, bf16)")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="attention kernel"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="attention kernel; auto: sdpa, or eager where sdpa would leave out what the "
+        "model was trained with",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"

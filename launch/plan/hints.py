@@ -145,9 +145,11 @@ def _on_its_device(plan: Plan, role: Role, phase: str) -> list[Row]:
     model = role.model
     learner = role.learner
     own = role.model_key.startswith(role.section)
+    named = model.attention == "eager"
+    shape = plan.models[role.name].shape
     rows: list[Row] = [
         ("activations", "micro_batch_tokens", "lower", not _single_rows(plan, role, phase)),
-        ("activations", "model.attention", "sdpa", own and model.attention == "eager"),
+        ("activations", "model.attention", "sdpa", own and named and shape.auto == "sdpa"),
     ]
     full = model.dtype == "float32"
     if learner is None:

@@ -27,6 +27,7 @@ LIVE = 1_000_000_000  # ZeRO-3: parameters gathered at once, and optimizer state
 PERSISTENT = 100_000  # ZeRO-3: smaller parameters are never cut
 
 KV_BLOCK = {"cpu": 128, "cuda": 16}  # vLLM's, in tokens
+STATE = 4  # bytes of an element of the states that layers without keys have
 
 # Estimates, in bytes.
 PACKED = 2 * GIB  # vLLM's transfer sends through two buffers of 1 GiB
@@ -90,7 +91,7 @@ def layer_activations(shape: Shape, dtype: str) -> int:
     norm = 8 if width == 4 else 6  # RMSNorm computes in float32: bfloat16 inputs are kept twice
     heads = (shape.heads + shape.kv_heads) * shape.head_dim
     per_head = 2 * width + (norm if shape.family == "qwen3" else 0)
-    return (2 * norm + 2 * width) * shape.hidden + per_head * heads + 4 * width * shape.intermediate
+    return (2 * norm + 2 * width) * shape.hidden + per_head * heads + 4 * width * shape.columns
 
 
 # --- what is estimated ----------------------------------------------------------------------------
@@ -125,7 +126,9 @@ def _reads(model: Model, load: Load) -> int:
 def _attention(shape: Shape, model: ModelSettings, load: Load) -> int:
     """Return bytes per token of attention weights, which only the eager kernel writes out."""
     return (
-        shape.heads * load.longest * (4 + BYTES[model.dtype]) if model.attention == "eager" else 0
+        shape.heads * load.longest * (4 + BYTES[model.dtype])
+        if shape.is_eager(model.attention)
+        else 0
     )
 
 
@@ -280,10 +283,15 @@ def kv_room(
     """
     footprint = engine(model, generation, cluster)
     room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
-    parts = min(generation.tensor_parallel, model.shape.kv_heads)
+    shape = model.shape
+    parts = 1 if shape.compressed else min(generation.tensor_parallel, max(1, shape.kv_heads))
     block = KV_BLOCK[cluster.device]
-    blocks = room * parts // (block * model.width * model.shape.kv_elements) - 1
-    return max(0, blocks) // math.ceil(longest / block)
+    tokens = block * model.width * shape.kv_elements
+    if shape.state_elements:
+        # in float32; where both kinds share a cache, keys fill blocks as large as a state
+        states = STATE * shape.state_elements * (2 if tokens else 1)
+        return max(0, room * parts // (states + math.ceil(longest / block) * tokens) - 1)
+    return max(0, room * parts // tokens - 1) // math.ceil(longest / block)
 
 
 def sending(footprint: Footprint, model: Model, cluster: ClusterSettings) -> Footprint:

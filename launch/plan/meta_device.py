@@ -5,6 +5,7 @@ device, where tensors have sizes and no memory. Importing this takes seconds.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
+from launch.plan.caches import is_compressed, kv_elements, state_elements
 from learners.checkpoints import is_encoder
+from learners.kernels import NO_ATTENTION
 from learners.positions import positions_of
 
 SIZES = {  # a shape's sizes, by the names configs have for them
@@ -20,10 +23,12 @@ SIZES = {  # a shape's sizes, by the names configs have for them
     "layers": ("num_hidden_layers",),
     "heads": ("num_attention_heads",),
     "vocabulary": ("vocab_size",),
-    "intermediate": ("intermediate_size", "ffn_dim", "n_inner"),
-    "kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
+    "intermediate": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("qk_head_dim", "head_dim"),
 }
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+SHARED = "shared_expert"
 
 
 def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> dict[str, Any]:
@@ -39,38 +44,73 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
         known = AutoConfig.for_model(family, **(values | {"num_labels": 1}))
         encoder = is_encoder(known)
         auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
-        sizes = _sizes(known.get_text_config(), size_of)
+        text = known.get_text_config()
+        sizes = _sizes(text, size_of)
         with torch.device("meta"):
-            parts = _parts(auto.from_config(known), sizes["layers"])
+            model = auto.from_config(known)
+        parts = _parts(model, sizes["layers"])
+        sparse = _experts(model, text, size_of)
     except Exception as error:  # a config.json may break a model's code in any way
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
-    tied = not encoder and not parts["own_head"]
-    told = {"family": family, "tied": tied, "encoder": encoder, "positions": positions_of(known)}
+    told = {
+        "family": family,
+        "tied": not encoder and not parts["own_head"],
+        "encoder": encoder,
+        "positions": positions_of(known),
+        "experts": sparse,
+        "compressed": is_compressed(text),
+        "kv_elements": kv_elements(text, sizes["layers"], sizes["kv_heads"], sizes["head_dim"]),
+        "state_elements": state_elements(text),
+        "head_width": 0 if encoder else model.get_output_embeddings().weight.shape[1],
+    }
     return {**told, **sizes, **parts}
 
 
 def _sizes(config: Any, size_of: Callable[..., int]) -> dict[str, int]:
-    """Return a shape's sizes. Raises ValueError with a size that the config does not say."""
+    """Return a shape's sizes; a model without attention has no heads. Raises ValueError with a size
+    that the config does not say.
+    """
     written = {
         names[0]: next(
             (v for name in names if (v := getattr(config, name, None)) is not None), None
         )
         for names in SIZES.values()
     }
+    if config.model_type in NO_ATTENTION:
+        written |= {SIZES["heads"][0]: 1}
     names = ("hidden", "layers", "heads", "vocabulary")
     found = {size: size_of(written, SIZES[size][0]) for size in names}
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        written[SIZES["kv_heads"][0]] = 1 if config.multi_query else found["heads"]
     usual = {
         "intermediate": 4 * found["hidden"],
         "kv_heads": found["heads"],
         "head_dim": found["hidden"] // found["heads"],
     }
-    return found | {size: size_of(written, SIZES[size][0], n) for size, n in usual.items()}
+    found |= {size: size_of(written, SIZES[size][0], n) for size, n in usual.items()}
+    none = dict.fromkeys(("heads", "kv_heads", "head_dim"), 0)
+    return found | (none if config.model_type in NO_ATTENTION else {})
 
 
-def _parts(model: Any, layers: int) -> dict[str, tuple[int, ...]]:
-    """Return the elements of each parameter of the embeddings, one layer, the head and what is
-    left. Raises ValueError when layers differ.
+def _experts(
+    model: Any, config: Any, size_of: Callable[..., int]
+) -> tuple[int, int, int, int, int] | None:
+    """Return the fields of a shape's experts; None where there are none."""
+    named = {name: p for name, p in model.named_parameters() if ".experts." in name}
+    if not named:
+        return None
+    many = next(n for name in EXPERTS if (n := getattr(config, name, None)) is not None)
+    active = size_of(vars(config), "num_experts_per_tok")
+    columns = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    every = [m for name, m in model.named_modules() if SHARED in name and hasattr(m, "up_proj")]
+    shared = max((m.up_proj.weight.shape[0] for m in every), default=0)
+    return many, min(active, many), columns, shared, sum(p.numel() for p in named.values())
+
+
+def _parts(model: Any, layers: int) -> dict[str, Any]:
+    """Return the elements of each parameter of the embeddings, the layers of every kind, the head
+    and what is left. Raises ValueError when the layers are not those that the config says.
     """
     body = {id(p) for p in model.base_model.parameters()}
     embeddings = {
@@ -80,20 +120,22 @@ def _parts(model: Any, layers: int) -> dict[str, tuple[int, ...]]:
         for p in module.parameters()
     }
     parts: dict[str, list[int]] = {"embedding": [], "final": [], "own_head": []}
-    numbered: dict[str, list[list[int]]] = {}
+    numbered: dict[str, dict[int, list[int]]] = {}
     for name, parameter in model.named_parameters():
         elements = parameter.numel()
         if found := re.match(r"(.*?)\.(\d+)\.", name):
-            stack = numbered.setdefault(found[1], [])
-            stack += [[] for _ in range(len(stack), int(found[2]) + 1)]
-            stack[int(found[2])].append(elements)
+            numbered.setdefault(found[1], {}).setdefault(int(found[2]), []).append(elements)
         elif id(parameter) not in body:
             parts["own_head"].append(elements)
         else:
             parts["embedding" if id(parameter) in embeddings else "final"].append(elements)
-    stacks = sorted(numbered.values(), key=lambda stack: sum(map(sum, stack)))
-    if not stacks or len(stacks[-1]) != layers or any(one != stacks[-1][0] for one in stacks[-1]):
-        raise ValueError(f"it is not made of {layers} layers that are alike")
+    stacks = sorted(
+        (list(stack.values()) for stack in numbered.values()), key=lambda s: sum(map(sum, s))
+    )
+    if not stacks or len(stacks[-1]) != layers:
+        raise ValueError(f"it is not made of {layers} layers")
     *others, main = stacks
     parts["final"] += [elements for stack in others for layer in stack for elements in layer]
-    return {name: tuple(found) for name, found in parts.items()} | {"layer": tuple(main[0])}
+    kinds = Counter(map(tuple, main)).most_common()
+    found_parts = {name: tuple(elements) for name, elements in parts.items()}
+    return found_parts | {"layer": kinds[0][0], "others": tuple((n, kind) for kind, n in kinds[1:])}

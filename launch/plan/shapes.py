@@ -11,10 +11,10 @@ import glob
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -22,6 +22,7 @@ from actors.roles import Head, Role
 from launch.recipe.document import in_words
 from learners.data.files import read_json
 from learners.errors import UserError
+from learners.kernels import AUTO, resolve_attention
 from learners.positions import positions_of
 from learners.settings import ModelSettings
 
@@ -42,11 +43,33 @@ SIZES = (
 )
 
 
+class Experts(NamedTuple):
+    """MLPs of which a token passes some: how many there are in a layer, how many it passes, columns
+    of one and of those that every token passes, and elements of all in the model.
+    """
+
+    many: int
+    active: int
+    columns: int
+    shared: int
+    elements: int
+
+    @property
+    def idle(self) -> int:
+        """Elements that one token does not pass."""
+        return self.elements * (self.many - self.active) // self.many
+
+
 @dataclass(frozen=True)
 class Shape:
     """One model. `embedding`, `layer` (one of `layers`) and `final` hold the number of elements of
     each parameter; so does `own_head` of a model that was counted on the meta device: the head it
-    comes with. `positions` are those a sequence may have (None: any number).
+    comes with. Layers that differ from `layer` are among the `layers` too, as how many there are of
+    a kind and the elements of one.
+
+    `positions` are those a sequence may have (None: any number). `kv_elements` of one token are in
+    an engine's cache, and `state_elements` of one sequence. `auto` is the attention kernel that
+    `attention: auto` means.
     """
 
     family: str
@@ -64,12 +87,19 @@ class Shape:
     final: tuple[int, ...]
     encoder: bool = False
     own_head: tuple[int, ...] | None = None
+    others: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    experts: Experts | None = None
+    kv_elements: int = 0
+    state_elements: int = 0
+    compressed: bool = False  # the cache is no heads', so GPUs do not share it
+    head_width: int = 0  # what heads read, where it is not the hidden size
+    auto: str = "sdpa"
 
     def head(self, head: Head) -> tuple[int, ...]:
         """Return elements of each parameter that a role's head adds: log-probs, one score a
         sequence, one value a token.
         """
-        hidden = self.hidden
+        hidden = self.head_width or self.hidden
         if self.own_head is not None and (self.encoder or head == "lm"):
             return self.own_head
         if self.encoder:  # BERT's pooler, RoBERTa's dense layer: the same sizes
@@ -81,25 +111,43 @@ class Shape:
     def tensors(self, head: Head) -> Counter[int]:
         """Return how many parameters of the model with this head have so many elements."""
         found = Counter((*self.embedding, *self.final, *self.head(head)))
-        for elements in self.layer:
-            found[elements] += self.layers
+        for count, layer in self.kinds:
+            for elements in layer:
+                found[elements] += count
         return found
 
     def parameters(self, head: Head) -> int:
-        return sum(map(sum, (self.embedding, self.final, self.head(head)))) + self.layers * sum(
-            self.layer
-        )
+        """Return all, every expert among them."""
+        layers = sum(count * sum(layer) for count, layer in self.kinds)
+        return sum(map(sum, (self.embedding, self.final, self.head(head)))) + layers
+
+    def active(self, head: Head) -> int:
+        """Return the parameters that one token passes: of experts those it is sent to."""
+        return self.parameters(head) - (self.experts.idle if self.experts else 0)
 
     def largest_group(self, head: Head) -> int:
         """Return elements of the largest part that is gathered at once: a layer, an embedding or
         the head.
         """
-        return max(sum(self.embedding), sum(self.layer), sum(self.head(head)))
+        layer = max(sum(layer) for _, layer in self.kinds)
+        return max(sum(self.embedding), layer, sum(self.head(head)))
+
+    def is_eager(self, attention: str) -> bool:
+        """Tell whether a kernel of the recipe's, or what `auto` chooses, is eager."""
+        return (self.auto if attention == AUTO else attention) == "eager"
 
     @property
-    def kv_elements(self) -> int:
-        """Elements one token takes in the KV cache."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+    def kinds(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """How many layers there are of each kind, with the elements of each of its parameters."""
+        alike = self.layers - sum(count for count, _ in self.others)
+        return ((alike, self.layer), *self.others)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the MLPs that one token passes in a layer, at most."""
+        experts = self.experts
+        sparse = experts.active * experts.columns + experts.shared if experts else 0
+        return max(self.intermediate, sparse)
 
 
 @dataclass(frozen=True)
@@ -116,6 +164,11 @@ class Model:
         return self.shape.parameters(self.role.head)
 
     @property
+    def active(self) -> int:
+        """Parameters that one token passes."""
+        return self.shape.active(self.role.head)
+
+    @property
     def width(self) -> int:
         """Bytes of one weight."""
         return BYTES[self.settings.dtype]
@@ -128,9 +181,10 @@ def uneven(shape: Shape, parallel: int) -> list[str]:
     parts = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
-        "MLP columns": shape.intermediate,
+        "MLP columns": shape.experts.columns if shape.experts else shape.intermediate,
     }
-    copied = parallel % shape.kv_heads == 0  # where there are fewer key-value heads than GPUs
+    # where there are fewer key-value heads than GPUs
+    copied = not shape.kv_heads or parallel % shape.kv_heads == 0
     return [
         f"{n} {what}"
         for what, n in parts.items()
@@ -163,16 +217,19 @@ def read_shape(config: dict[str, Any]) -> Shape:
     counted and for a size that is missing or makes no sense. A family that is not in the table
     takes seconds: it needs torch and Transformers.
     """
+    auto = resolve_attention(ModelSettings(path="."), config)
     family = str(config.get("model_type"))
     if family == "gpt2":
-        return _gpt2(config)
+        return replace(_gpt2(config), auto=auto)
     if family in BERT:
-        return _encoder(family, config)
+        return replace(_encoder(family, config), auto=auto)
     if family in GATED:
-        return _gated(family, config)
+        return replace(_gated(family, config), auto=auto)
     from launch.plan.meta_device import count
 
-    return Shape(**count(family, config, size_of))
+    fields = count(family, config, size_of)
+    experts = fields.pop("experts")
+    return Shape(**fields, experts=experts and Experts(*experts), auto=auto)
 
 
 def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -225,6 +282,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
         embedding=(vocabulary * hidden,),
         layer=tuple(layer),
         final=(hidden,),
+        kv_elements=2 * layers * kv_heads * head_dim,
     )
 
 
@@ -250,6 +308,7 @@ def _gpt2(config: dict[str, Any]) -> Shape:
         embedding=(vocabulary * hidden, table * hidden),
         layer=(*norm, *attention, *norm, *mlp),
         final=norm,
+        kv_elements=2 * layers * heads * head_dim,
     )
 
 

@@ -75,12 +75,12 @@ def _generating(
     speed = _speed(recipe, generation.threads)
     width = model.width
     parallel = generation.tensor_parallel
-    parameters = model.parameters
+    parameters = model.active
     least = model.shape.layers * speed.call
     mine = math.ceil(sequences / generation.engines)
     at_once = max(1, min(mine, generation.max_concurrent, int(cached / length)))
     response = min(length, generation.max_new_tokens * RESPONSE_SHARE)
-    weights = width * parameters / (speed.memory * parallel)
+    weights = width * _read(model, at_once) / (speed.memory * parallel)
     cache = width * at_once * model.shape.kv_elements * length / 2 / (speed.memory * parallel)
     computing = 2 * parameters * at_once / (speed.flops * parallel)
     decoding = mine / at_once * response * max(weights + cache, computing, least)
@@ -91,6 +91,17 @@ def _generating(
     return decoding + waiting + prefill + speed.trip
 
 
+def _read(model: Model, sequences: int) -> int:
+    """Return the parameters that one token of each sequence reads: their experts may all differ."""
+    return min(model.parameters, model.active + (sequences - 1) * _sent(model))
+
+
+def _sent(model: Model) -> int:
+    """Return the parameters of the experts that one token passes."""
+    experts = model.shape.experts
+    return experts.elements - experts.idle if experts else 0
+
+
 def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> float:
     """Count one forward pass of every role that reads: at the same time, as long as the slowest, or
     one after the other on shared GPUs.
@@ -98,7 +109,7 @@ def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> fl
     idle = {"engine"} | ({"actor"} if recipe.algorithm.old_logprobs == "engine" else set())
     times = []
     for model in (model for name, model in models.items() if name not in idle):
-        flops = 2 * model.parameters * tokens / model.role.processes
+        flops = 2 * model.active * tokens / model.role.processes
         times.append(flops / _speed(recipe, model.role.threads).flops)
     return _in_parallel(recipe, times) + _speed(recipe, 1).trip
 
@@ -124,7 +135,7 @@ def _learning(model: Model, tokens: float, passes: int, recipe: Recipe) -> float
     speed = _speed(recipe, model.role.threads)
     factor = 8 if model.settings.gradient_checkpointing else 6
     micro_batches = tokens * passes / ranks / (model.role.micro_batch_tokens or 1)
-    computing = factor * model.parameters * tokens * passes / ranks / speed.flops
+    computing = factor * model.active * tokens * passes / ranks / speed.flops
     return max(computing, 3 * math.ceil(micro_batches) * model.shape.layers * speed.call)
 
 

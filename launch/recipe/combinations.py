@@ -74,7 +74,7 @@ def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
         (
             flash and device == "cpu",
             (named, "cluster.device"),
-            "flash_attention_2 needs cluster.device cuda; on cpu use sdpa",
+            "flash_attention_2 needs cluster.device cuda; on cpu use auto",
         ),
         (
             flash and device == "cuda" and model.dtype != "bfloat16",

@@ -31,7 +31,7 @@ from learners.data.files import DataFiles, find_files, format_of, json_lines, re
 from learners.data.shapes import BESIDE, recognised
 from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
-from learners.kernels import dropped_by
+from learners.kernels import attention_notice, refused_attention
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PairData, PromptData, SFTData, sources_of
 
@@ -89,6 +89,14 @@ def file_problems(recipe: Recipe, resume: Resume | None = None) -> Iterator[Prob
             yield from _data_file(key, data)
 
 
+def kernel_notices(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for every model in a folder for which `auto` is another kernel than usual."""
+    for key, model in models_of(recipe).items():
+        config = read_json(Path(model.path) / "config.json")
+        if config is not None and (line := attention_notice(key, model, config)):
+            yield line
+
+
 def is_local(path: str) -> bool:
     """Tell whether a path means this machine's disk: it exists, or cannot be a hub's
     `organisation/name`.
@@ -119,7 +127,7 @@ def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Pr
     for wrong in [no_tokenizer, *(malformed or [_unfit(key, config, folder, recipe)])]:
         if wrong:
             yield Problem((f"{key}.path",), f"{path}: {wrong}")
-    if wrong := dropped_by(model.attention, config):
+    if wrong := refused_attention(model, config):
         yield Problem((f"{key}.attention", f"{key}.path"), f"{path}: {wrong}")
     if isinstance(recipe, RLRecipe) and not malformed and not key.startswith("rewards"):
         yield from position_problems(key, positions_of(config), recipe.generation)

@@ -19,7 +19,9 @@ from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import data_of, models_of
 from launch.recipe.document import Document, flat, in_words
 from launch.recipe.schema import OLD_KEYS
+from learners.data.files import read_json
 from learners.errors import Problem, UserError, first_wrong
+from learners.kernels import AUTO, resolve_attention
 
 # What a resumed run may be given anew: how long it goes on, where it runs, what it shows and when
 # it complains.
@@ -107,8 +109,8 @@ def changes(recipe: Recipe) -> dict[str, str]:
         broken = f"{error.problems[0]}; the run to resume must say what it was"
         raise UserError(broken if os.path.isfile(before) else missing) from None
     document.rename(OLD_KEYS)
-    old = _comparable(_with_defaults(document.values, type(recipe)))
-    new = _comparable(recipe.model_dump(mode="json"))
+    old = _comparable(_with_defaults(document.values, type(recipe)), recipe)
+    new = _comparable(recipe.model_dump(mode="json"), recipe)
     # a section that one of them has and the other has not is one change, of its path
     alone = [key for key in old.keys() ^ new.keys() if f"{key}.path" in old.keys() | new.keys()]
     told = tuple(f"{key}." for key in alone)
@@ -143,14 +145,20 @@ def accepted(recipe: Recipe, accept: Collection[str]) -> Iterator[str]:
             )
 
 
-def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+def _comparable(values: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return nested sections by dotted keys. A column that is called like its key need not be
-    named: earlier versions always named it.
+    named: earlier versions always named it; nor a kernel that `auto` chooses.
     """
-    return {
+    found = {
         key: None if key.endswith(f".columns.{value}") else value
         for key, value in flat(values).items()
     }
+    for key, model in models_of(recipe).items():
+        if found.get(f"{key}.attention") == AUTO:
+            auto = model.model_copy(update={"attention": AUTO})
+            config = read_json(Path(model.path) / "config.json") or {}
+            found[f"{key}.attention"] = resolve_attention(auto, config)
+    return found
 
 
 def _with_defaults(values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:

@@ -376,7 +376,7 @@ def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path
     with pytest.raises(UserError) as error:  # the lock files leave the package out
         load_causal_lm(ModelSettings(path=str(folder), attention="flash_attention_2"))
     assert error.value.problems == [
-        f"{folder}: flash_attention_2 needs the package flash-attn; without it use sdpa"
+        f"{folder}: flash_attention_2 needs the package flash-attn; without it use auto"
     ]
 
 

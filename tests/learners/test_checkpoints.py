@@ -102,7 +102,6 @@ MAKE = {
         )
     ),
 }
-ATTENTION = {"deberta": "eager"}
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +114,7 @@ def checkpoint(tmp_path_factory):
             torch.manual_seed(0)
             saved[name] = tmp_path_factory.mktemp(name)
             MAKE[name]().save_pretrained(saved[name])
-        return ModelSettings(path=str(saved[name]), attention=ATTENTION.get(name, "sdpa"))
+        return ModelSettings(path=str(saved[name]))
 
     return settings
 

@@ -15,6 +15,7 @@ from actors.rollouts.sampling import sample_responses
 from actors.run_data import RunData
 from actors.settings import GenerationSettings, RLRecipe
 from launch.plan.plan import make_plan
+from launch import cli
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 from learners.checkpoints import kernel_problems, length_problems, load_causal_lm
@@ -464,12 +465,26 @@ def test_check_refuses_a_dropped_cap_and_names_the_key(place: Path, kind: str) -
     """
     write_config(place / "decoder", GEMMA2)
     key = "actor.model" if kind in ("grpo", "ppo") else "learner.model"
-    (found,) = problems(f"{kind}.yaml")
+    (found,) = problems(f"{kind}.yaml", f"{key}.attention=sdpa")
     assert f"{key}.attention: ./decoder: sdpa drops the cap on gemma2's attention scores" in found
-    assert "use eager, or flash_attention_2 on cuda in bfloat16" in found
+    assert "use eager, which is what auto chooses" in found
     assert problems(f"{kind}.yaml", f"{key}.attention=eager") == []
-    write_config(place / "decoder", {**GEMMA2, "attn_logit_softcapping": None})
     assert problems(f"{kind}.yaml") == []
+    write_config(place / "decoder", {**GEMMA2, "attn_logit_softcapping": None})
+    assert problems(f"{kind}.yaml", f"{key}.attention=sdpa") == []
+
+
+def test_check_says_which_kernel_auto_is(
+    place: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """huggingface/transformers #32390: nothing told users of Gemma-2 which kernel they had."""
+    write_config(place / "decoder", GEMMA2)
+    assert cli.main(["sft", "sft.yaml", "--check"]) == 0
+    line = "notice: learner.model.attention: auto is eager for ./decoder: sdpa drops the cap on"
+    assert line in capsys.readouterr().err
+    assert cli.main(["sft", "sft.yaml", "--check", "learner.model.attention=eager"]) == 0
+    assert "notice" not in capsys.readouterr().err
 
 
 def test_a_dropped_cap_is_refused_at_load_too(run_place: Path) -> None:
@@ -479,9 +494,11 @@ def test_a_dropped_cap_is_refused_at_load_too(run_place: Path) -> None:
     """
     model = write_config(run_place / "decoder", GEMMA2)
     with pytest.raises(UserError, match="sdpa drops the cap"):
-        load_causal_lm(model)
+        load_causal_lm(model.model_copy(update={"attention": "sdpa"}))
+    (notice,) = load(run_place).notices
+    assert notice.startswith("actor.model.attention: auto is eager for ./decoder: sdpa drops")
     with pytest.raises(UserError) as refused:
-        load(run_place)
+        load(run_place, "actor.model.attention=sdpa")
     (problem,) = refused.value.problems
     assert problem.startswith("actor.model.attention: ./decoder: sdpa drops the cap")
 
@@ -489,10 +506,12 @@ def test_a_dropped_cap_is_refused_at_load_too(run_place: Path) -> None:
 def test_a_kernel_that_transformers_does_not_have_is_named_before_load(tmp_path: Path) -> None:
     """No public report known to us: Bloom's own refusal asks for an issue at Transformers."""
     model = write_config(tmp_path / "bloom", {"model_type": "bloom"})
-    assert kernel_problems("actor.model", model) == [
-        f"actor.model.attention: {model.path}: bloom has no sdpa in Transformers; use eager"
+    assert kernel_problems("actor.model", model.model_copy(update={"attention": "sdpa"})) == [
+        f"actor.model.attention: {model.path}: bloom has no sdpa in Transformers; use eager, or "
+        "auto"
     ]
     assert kernel_problems("a", model.model_copy(update={"attention": "eager"})) == []
+    assert kernel_problems("a", model) == []
     for sound in (DECODER, GPT2, {"model_type": "bert"}):
         assert kernel_problems("a", write_config(tmp_path / "sound", sound)) == []
 
