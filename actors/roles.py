@@ -87,6 +87,7 @@ def _supervised_role(recipe: SFTRecipe | RMRecipe) -> Role:
             recipe.learner,
             "lm",
             "learners.sft:SFTLearner",
+            arguments={"seed": derive_seed(recipe.run.seed, "adapter")},
             from_data=("total_steps",),
         )
     seed = derive_seed(recipe.run.seed, "head")
@@ -113,11 +114,16 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
         "temperature": generation.temperature,
         "max_response_tokens": generation.max_new_tokens,
         "total_steps": recipe.updates,
+        "seed": derive_seed(recipe.run.seed, "adapter", "actor"),
     }
     target = "actors.weights.senders:SyncedActor"
     yield _learner("actor", "actor", recipe.actor, "lm", target, arguments)
     if recipe.critic is not None:
-        arguments = {"total_steps": recipe.updates} | algorithm.critic_arguments()
+        arguments = {
+            "total_steps": recipe.updates,
+            "seed": derive_seed(recipe.run.seed, "adapter", "critic"),
+            **algorithm.critic_arguments(),
+        }
         target = "learners.critic:CriticLearner"
         yield _learner("critic", "critic", recipe.critic, "value", target, arguments)
     if algorithm.needs_reference and not recipe.shares_reference:
