@@ -100,7 +100,7 @@ class Driver:
                 metrics |= self.learn(batch, step)
                 self.algorithm.after_step(batch)
             with self.folder.phase("sync", step):
-                metrics["sync/probe_difference"] = self.workers.weights.sync(step)
+                metrics |= self.workers.weights.sync(step)
                 self.version = step
         metrics |= self.alarms.report(step, of_metrics(metrics, self.recipe))
         return metrics, int(batch.lengths.sum())
@@ -144,7 +144,7 @@ class Driver:
         else:
             batch = replace(batch, old_logprobs=batch.rollout_logprobs)
         if workers.reference is not None:
-            reading["ref_logprobs"] = scatter_rows(workers.reference, "logprobs", batch)
+            reading["ref_logprobs"] = scatter_rows(*workers.reference, batch)
         if workers.critic is not None:
             reading["values"] = scatter_rows(workers.critic, "infer", batch)
         read = {k: gather_rows(v, batch, "score", self.deadline_s) for k, v in reading.items()}

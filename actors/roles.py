@@ -65,6 +65,13 @@ class Role(Demand):
             return "learner"
         return "function" if self.model is None else "frozen"
 
+    @property
+    def fingerprint(self) -> str:
+        """The method that proves its frozen weights unchanged; empty where it has none."""
+        if self.kind == "learner" and self.model is not None and self.model.lora is not None:
+            return "base_fingerprint"
+        return "fingerprint" if self.kind == "frozen" else ""
+
 
 def roles_of(recipe: Recipe) -> dict[str, Role]:
     """Return every role the recipe needs, by name, in the order in which processes are placed."""
@@ -80,6 +87,7 @@ def _supervised_role(recipe: SFTRecipe | RMRecipe) -> Role:
             recipe.learner,
             "lm",
             "learners.sft:SFTLearner",
+            arguments={"seed": derive_seed(recipe.run.seed, "adapter")},
             from_data=("total_steps",),
         )
     seed = derive_seed(recipe.run.seed, "head")
@@ -98,20 +106,27 @@ def _supervised_role(recipe: SFTRecipe | RMRecipe) -> Role:
 def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
     generation = recipe.generation
     algorithm = recipe.algorithm
-    yield engine_role(recipe.actor.model, generation, recipe.cluster, recipe.run.seed)
+    lora = recipe.actor.model.lora if recipe.sync.lora == "adapter" else None
+    rank = lora.rank if lora else None
+    yield engine_role(recipe.actor.model, generation, recipe.cluster, recipe.run.seed, rank)
     arguments: dict[str, Any] = {
         "algorithm": find_algorithm(algorithm.kind)(algorithm, recipe.step.group_size),
         "temperature": generation.temperature,
         "max_response_tokens": generation.max_new_tokens,
         "total_steps": recipe.updates,
+        "seed": derive_seed(recipe.run.seed, "adapter", "actor"),
     }
     target = "actors.weights.senders:SyncedActor"
     yield _learner("actor", "actor", recipe.actor, "lm", target, arguments)
     if recipe.critic is not None:
-        arguments = {"total_steps": recipe.updates} | algorithm.critic_arguments()
+        arguments = {
+            "total_steps": recipe.updates,
+            "seed": derive_seed(recipe.run.seed, "adapter", "critic"),
+            **algorithm.critic_arguments(),
+        }
         target = "learners.critic:CriticLearner"
         yield _learner("critic", "critic", recipe.critic, "value", target, arguments)
-    if algorithm.needs_reference:
+    if algorithm.needs_reference and not recipe.shares_reference:
         yield _reference(recipe)
     for i, reward in enumerate(recipe.rewards):
         yield _reward(f"rewards.{i}", reward, recipe)
@@ -132,9 +147,15 @@ def _rl_roles(recipe: RLRecipe) -> Iterator[Role]:
 
 
 def engine_role(
-    model: ModelSettings, generation: GenerationSettings, cluster: ClusterSettings, seed: int
+    model: ModelSettings,
+    generation: GenerationSettings,
+    cluster: ClusterSettings,
+    seed: int,
+    adapter_rank: int | None = None,
 ) -> Role:
-    """Return the role that generates; also used where a model is only sampled."""
+    """Return the role that generates; also used where a model is only sampled. With an
+    `adapter_rank` it takes adapters in place of weights.
+    """
     return Role(
         name="engine",
         section="generation",
@@ -151,6 +172,7 @@ def engine_role(
             "generation": generation,
             "device": cluster.device,
             "shared": shares_gpus(cluster),
+            "adapter_rank": adapter_rank,
         },
         each=tuple({"seed": derive_seed(seed, "engine", i)} for i in range(generation.engines)),
         from_data=("max_model_tokens", "stop_token_ids"),

@@ -202,6 +202,9 @@ def position_problems(
     return list(problems_of(rules))
 
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can make room for
+
+
 class SyncSettings(Settings):
     """The sync of the Actor's weights, and the agreement of engines and Actor that it needs."""
 
@@ -224,6 +227,11 @@ class SyncSettings(Settings):
         8, description="prompts sampled for the comparison before step 1"
     )
     deadline_s: float = Field(600, gt=0, description="seconds one sync may take")
+    lora: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what an Actor with LoRA sends: weights with the adapter merged in, or the "
+        "adapter alone",
+    )
 
 
 class RewardSettings(Settings):
@@ -246,6 +254,11 @@ class RewardSettings(Settings):
 class ReferenceSettings(Settings):
     model: ModelSettings | None = Field(
         None, description="the frozen reference; null: the Actor's starting model"
+    )
+    share: bool | None = Field(
+        None,
+        description="the Actor without its adapter is the Reference; null: where the Actor has "
+        "LoRA and model is null",
     )
     workers: Count = Field(1, description="processes that score")
     threads: PositiveInt = Field(1, description="CPU threads of each process")
@@ -442,6 +455,13 @@ class RLRecipe(Settings):
     def updates(self) -> int:
         """Optimizer steps of the whole run."""
         return self.step.steps * self.updates_per_step
+
+    @property
+    def shares_reference(self) -> bool:
+        """True when the Actor without its adapter is the Reference: no process of its own."""
+        share = self.reference.share
+        possible = self.actor.model.lora is not None and self.reference.model is None
+        return self.algorithm.needs_reference and (possible if share is None else share)
 
     @property
     def max_logprob_diff(self) -> float:

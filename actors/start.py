@@ -50,7 +50,8 @@ def start_groups(
 
 class Workers:
     """The running processes of one RL run, by role; `critic`, `reference` and `evaluator` are None
-    where the recipe has none.
+    where the recipe has none. `reference` is the group that gives the Reference's log-probs, and
+    its method.
     """
 
     def __init__(self, recipe: RLRecipe, data: RunData, placement: Placement) -> None:
@@ -64,10 +65,13 @@ class Workers:
         self.engines = engines
         self.actor = groups["actor"]
         self.critic = groups.get("critic")
-        self.reference = groups.get("reference")
+        self.reference = (self.actor, "base_infer") if recipe.shares_reference else None
+        if "reference" in groups:
+            self.reference = (groups["reference"], "logprobs")
         self.evaluator = groups.get("evaluator")
         self.learners = {name: groups[name] for name, role in roles.items() if role.learner}
-        self.frozen = [groups[name] for name, role in roles.items() if role.kind == "frozen"]
+        methods = {name: role.fingerprint for name, role in roles.items()}
+        self.frozen = {name: (groups[name], method) for name, method in methods.items() if method}
         self.deadline_s = recipe.cluster.call_deadline_s
         sources = [groups[f"reward {reward.name}"] for reward in recipe.rewards]
         compared = recipe.step.group_size if recipe.algorithm.compares_groups else 1
@@ -81,14 +85,21 @@ class Workers:
         self.loaded = self.fingerprints()
 
     def fingerprints(self) -> dict[str, list[str]]:
-        """Return the fingerprints of all frozen models, by role; one a process."""
+        """Return the fingerprints of all frozen models, and of what is frozen below an adapter, by
+        role; one a process.
+        """
         deadline_s = self.deadline_s
         return {
-            group.name: group.call("fingerprint", phase="fingerprint", deadline_s=deadline_s)
-            for group in self.frozen
+            name: group.call(method, phase="fingerprint", deadline_s=deadline_s)
+            for name, (group, method) in self.frozen.items()
         }
 
     def check_frozen(self) -> None:
-        """Raise WorkerError unless Reference and Reward models are as they were loaded."""
-        if self.fingerprints() != self.loaded:
-            raise WorkerError("export: a frozen model (Reference or Reward) changed during the run")
+        """Raise WorkerError unless Reference and Reward models, and the models below adapters, are
+        as they were loaded.
+        """
+        now = self.fingerprints()
+        if changed := [name for name, prints in self.loaded.items() if now[name] != prints]:
+            raise WorkerError(
+                f"export: a frozen model ({', '.join(changed)}) changed during the run"
+            )

@@ -12,6 +12,7 @@ from learners.checkpoints import load_causal_lm
 from learners.experience import Experience
 from learners.forward import response_logprobs
 from learners.learner import Learner
+from learners.lora import without_adapter
 from learners.losses import Stats
 from learners.settings import LearnerSettings, Rank
 
@@ -31,11 +32,12 @@ class ActorLearner(Learner):
         max_response_tokens: int,
         total_steps: int,
         rank: Rank,
+        seed: int = 0,
     ) -> None:
         self.algorithm = algorithm
         self.temperature = temperature
         self.max_response_tokens = max_response_tokens
-        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps)
+        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps, seed)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, self.temperature)
@@ -67,6 +69,18 @@ class ActorLearner(Learner):
             return self.infer(Experience.from_ids([ids[:1]], [ids[1:]]))[0].tolist()
         finally:
             self.temperature = temperature
+
+    def base_infer(self, shard: Experience) -> Tensor:
+        """Return `infer` of the base, without the adapter: a Reference's log-probs. Call on every
+        rank.
+        """
+        with without_adapter(self.model):
+            return self.infer(shard)
+
+    def base_probe(self, ids: list[int]) -> list[float]:
+        """Return `probe` of the base, without the adapter. Call on every rank."""
+        with without_adapter(self.model):
+            return self.probe(ids)
 
     def loss_denominator(self, shard: Experience) -> float:
         return shard.loss_denominator(

@@ -18,11 +18,18 @@ class CriticLearner(Learner):
     token t.
     """
 
+    has_head = True
+
     def __init__(
-        self, settings: LearnerSettings, value_clip: float | None, total_steps: int, rank: Rank
+        self,
+        settings: LearnerSettings,
+        value_clip: float | None,
+        total_steps: int,
+        rank: Rank,
+        seed: int = 0,
     ) -> None:
         self.value_clip = value_clip
-        super().__init__(lambda: load_critic(settings.model), settings, rank, total_steps)
+        super().__init__(lambda: load_critic(settings.model), settings, rank, total_steps, seed)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_values(model, batch)

@@ -115,9 +115,12 @@ def deepspeed_config(settings: LearnerSettings) -> dict[str, Any]:
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return Torch's optimizer, with weight decay on matrices only, as usual for Transformers."""
+    """Return Torch's optimizer of what is trained, with weight decay on matrices only, as usual for
+    Transformers.
+    """
     # a ZeRO-3 shard is flat, so its own shape tells no matrix from a vector
-    shapes = {p: getattr(p, "ds_shape", p.shape) for p in model.parameters()}
+    trained = (p for p in model.parameters() if p.requires_grad)
+    shapes = {p: getattr(p, "ds_shape", p.shape) for p in trained}
     matrices = [p for p, shape in shapes.items() if len(shape) >= 2]
     vectors = [p for p, shape in shapes.items() if len(shape) < 2]
     groups = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,6 +21,9 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from learners.checkpoints import REWARD_MODEL, as_it_came, is_a, quiet
 from learners.errors import UserError
+from learners.lora import adapter_config
+
+ADAPTER_FOLDER = "adapter"
 
 
 def save_config(model: Any, folder: Path) -> None:
@@ -50,6 +55,17 @@ def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         with quiet():
             model.save_pretrained(folder, state_dict=state)
     except SafetensorError as error:  # as it calls a full disk
+        raise OSError(f"{folder}: {error}") from error
+
+
+def save_adapter(model: Any, adapter: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter of a model, by PEFT's names, as PEFT loads it beside the base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(adapter_config(model), indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    try:
+        save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from error
 
 

@@ -27,6 +27,7 @@ from learners.deepspeed_setup import (
     start_process_group,
 )
 from learners.experience import Experience, map_rows
+from learners.lora import attach, head_of, without_dropout
 from learners.losses import Stats
 from learners.schedules import schedule
 from learners.settings import LearnerSettings, Rank
@@ -42,6 +43,7 @@ class Learner(TrainedWeights, ABC):
     """
 
     rows_per_unit = 1  # 2 where they are pairs, which no micro-batch may part
+    has_head = False  # one that is trained whole beside an adapter
 
     def __init__(
         self,
@@ -49,12 +51,16 @@ class Learner(TrainedWeights, ABC):
         settings: LearnerSettings,
         rank: Rank,
         total_steps: int,
+        seed: int = 0,
     ) -> None:
         """Start the rank with the model that `load` loads; under ZeRO-3 no process ever holds it
-        whole.
+        whole. Every rank draws the same adapter, if there is one, from `seed`.
         """
         start_process_group(rank)
         self.model = load_sharded(load, settings) if settings.zero_stage == 3 else load()
+        if lora := settings.model.lora:
+            head = head_of(self.model) if self.has_head else []
+            attach(self.model, lora, head, seed, settings.model.path)
         self.settings = settings
         self.rank = rank
         self.device = f"cuda:{torch.cuda.current_device()}" if rank.device == "cuda" else "cpu"
@@ -125,7 +131,8 @@ class Learner(TrainedWeights, ABC):
     @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
         """Return the metrics `train` would report, without learning."""
-        return self._pass(shard, learn=False)
+        with without_dropout(self.model):
+            return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
         """Return `forward` of every row without gradient: [b] or [b,T] on the CPU, in the shard's
@@ -133,7 +140,8 @@ class Learner(TrainedWeights, ABC):
         """
         budget = self.settings.micro_batch_tokens
         rounds = int(self._reduce([len(shard.micro_batches(budget))], dist.ReduceOp.MAX)[0])
-        return map_rows(shard, budget, self.engine, self.device, rounds)
+        with without_dropout(self.model):
+            return map_rows(shard, budget, self.engine, self.device, rounds)
 
     def _pass(self, shard: Experience, learn: bool) -> dict[str, float]:
         micro_batches = shard.micro_batches(self.settings.micro_batch_tokens, self.rows_per_unit)

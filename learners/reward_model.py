@@ -28,6 +28,7 @@ class RewardModelLearner(Learner):
     """
 
     rows_per_unit = 2
+    has_head = True
 
     def __init__(
         self,
@@ -41,7 +42,11 @@ class RewardModelLearner(Learner):
         self.reward_model = reward_model
         torch.manual_seed(seed)  # draws the new head, the same on every rank
         super().__init__(
-            lambda: load_reward_model(settings.model, pad_token_id), settings, rank, total_steps
+            lambda: load_reward_model(settings.model, pad_token_id),
+            settings,
+            rank,
+            total_steps,
+            seed,
         )
         forget_calibration(self.model.config)
 

@@ -111,6 +111,26 @@ def full_dtype(name: Any) -> Any:
 DType = Annotated[Literal["float32", "bfloat16"], BeforeValidator(full_dtype)]
 
 
+class LoraSettings(Settings):
+    """An adapter of low rank that is trained in place of the weights, which stay as they are."""
+
+    rank: PositiveInt = Field(description="rank of the adapter's matrices")
+    alpha: float | None = Field(
+        None, gt=0, description="the adapter counts alpha / rank; null: twice the rank"
+    )
+    targets: Literal["all-linear"] | tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        "all-linear",
+        description="names of the linear layers that get one, such as [q_proj, v_proj]; "
+        "all-linear: every one but the output layer",
+    )
+    dropout: Decay = Field(0.0, description="dropout before the adapter, in training")
+
+    @property
+    def scaled_alpha(self) -> float:
+        """Alpha as it is used."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 class ModelSettings(Settings):
     path: DiskPath = Field(description="folder of a Hugging Face model, or a hub name")
     like: DiskPath | None = Field(
@@ -134,6 +154,9 @@ class ModelSettings(Settings):
         None,
         description="chat template: a Jinja file, or a name where the tokenizer has several; null: "
         "the tokenizer's own",
+    )
+    lora: LoraSettings | None = Field(
+        None, description="train an adapter in place of the weights; null: all weights"
     )
 
 

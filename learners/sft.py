@@ -15,8 +15,10 @@ from learners.settings import LearnerSettings, Rank
 class SFTLearner(Learner):
     """One rank of SFT: the mean negative log-likelihood per answer token of the mini-batch."""
 
-    def __init__(self, settings: LearnerSettings, total_steps: int, rank: Rank) -> None:
-        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps)
+    def __init__(
+        self, settings: LearnerSettings, total_steps: int, rank: Rank, seed: int = 0
+    ) -> None:
+        super().__init__(lambda: load_causal_lm(settings.model), settings, rank, total_steps, seed)
 
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
         return response_logprobs(model, batch, 1.0)

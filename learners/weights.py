@@ -15,7 +15,8 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from learners.export import save_config, save_weights
+from learners.export import ADAPTER_FOLDER, save_adapter, save_config, save_weights
+from learners.lora import base_digest, base_name, is_adapter, layer_name, merged, peft_name
 from learners.settings import LearnerSettings, Rank
 
 
@@ -28,39 +29,57 @@ class TrainedWeights:
     rank: Rank
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return (name, dtype, full shape) of every parameter, in the order `iter_groups` yields
-        them.
+        """Return (name, dtype, full shape) of every parameter of the plain model, in the order
+        `iter_groups` yields them.
         """
         return [
-            (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            (base_name(name), p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
             for layer in self._layers()
             for name, p in layer.items()
+            if not is_adapter(name)
         ]
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Yield full weights, one layer at a time, as (names, clones). Collective under ZeRO-3: all
-        ranks in lockstep.
+        """Yield full weights of the plain model, one layer at a time, as (names, clones), with the
+        adapter merged into them. Collective under ZeRO-3: all ranks in lockstep.
         """
         for layer in self._layers():
             # does nothing to parameters that are not sharded
             with deepspeed.zero.GatheredParameters(list(layer.values())):
-                clones = [p.detach().clone() for p in layer.values()]
-            yield list(layer), clones
+                group = merged(self.model, layer)
+            yield group
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Return the trained weights of a model with LoRA (adapter and head) whole, on the CPU, by
+        PEFT's names. Collective under ZeRO-3.
+        """
+        found: dict[str, Tensor] = {}
+        for layer in self._layers():
+            trained = {name: p for name, p in layer.items() if p.requires_grad}
+            with deepspeed.zero.GatheredParameters(list(trained.values())):
+                found |= {peft_name(n): p.detach().cpu().clone() for n, p in trained.items()}
+        return found
+
+    def base_fingerprint(self) -> str:
+        """Return the digest of the frozen weights, the same on every rank and for every ZeRO stage.
+        Collective under ZeRO-3.
+        """
+        return base_digest(self.model)
 
     def _layers(self) -> list[dict[str, Tensor]]:
         """Group the parameters by the first number in their names (the layer); embeddings and heads
-        are by themselves.
+        are by themselves. An adapter is in the group of the weight that it changes.
         """
         layers: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.model.named_parameters():
-            parts = name.split(".")
+            parts = layer_name(name).split(".")
             number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
             layers.setdefault(".".join(parts[: number + 1]), {})[name] = parameter
         return list(layers.values())
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face model that plain Transformers loads. Call on every rank; rank 0
-        writes.
+        """Write a Hugging Face model that plain Transformers loads and, of one with LoRA, the
+        adapter for PEFT inside it. Call on every rank; rank 0 writes.
         """
         known = self.model.state_dict()
         state = {name: b.cpu() for name, b in self.model.named_buffers() if name in known}
@@ -70,6 +89,10 @@ class TrainedWeights:
         if self.rank.index == 0:
             save_weights(self.model, state, Path(folder))
             save_config(self.model, Path(folder))
+        if self.settings.model.lora:
+            adapter = self.adapter()
+            if self.rank.index == 0:
+                save_adapter(self.model, adapter, Path(folder, ADAPTER_FOLDER))
 
     def export_config(self, folder: str) -> None:
         """Write the config.json that `export` writes, without the weights. Call on every rank;
@@ -80,50 +103,75 @@ class TrainedWeights:
 
     def disk_bytes(self) -> tuple[int, int]:
         """Return the bytes that an export and that a checkpoint of all ranks take at least."""
-        sizes = [(math.prod(shape), dtype.itemsize) for _, dtype, shape in self.metadata()]
-        model = sum(count * size for count, size in sizes)
+        model = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.metadata())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        count = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in trained)
+        weights = count * trained[0].element_size()
+        exported = model + weights if self.settings.model.lora else model
         moments = 2 if self.settings.optimizer.kind == "adamw" else 0
         if self.settings.zero_stage == 0:
-            return model, model * (1 + moments)
-        masters = 4 * (1 + moments) * sum(count for count, _ in sizes)
+            return exported, weights * (1 + moments)
+        masters = 4 * (1 + moments) * count
         # ZeRO-3 keeps the float32 weights alone
-        return model, masters + (model if self.settings.zero_stage < 3 else 0)
+        return exported, masters + (weights if self.settings.zero_stage < 3 else 0)
 
     def save(self, folder: str) -> None:
-        """Write a resumable checkpoint: weights, optimizer, schedule and RNG. Call on every
-        rank.
+        """Write a resumable checkpoint: weights (with LoRA those that are trained, and the digest
+        of the base), optimizer, schedule and RNG. Call on every rank.
         """
         self.engine.save_checkpoint(
-            folder, tag="state", client_state={"rng": torch.get_rng_state()}
+            folder,
+            tag="state",
+            client_state={"rng": torch.get_rng_state()},
+            exclude_frozen_parameters=self.settings.model.lora is not None,
         )
+        layout = self._layout() | self._base()
         if self.rank.index == 0:
-            Path(folder, "layout.json").write_text(json.dumps(self._layout()))
+            Path(folder, "layout.json").write_text(json.dumps(layout))
 
     def load(self, folder: str) -> None:
-        """Continue from `save`. Raises ValueError when the world size or ZeRO stage is another."""
+        """Continue from `save`. Raises ValueError when the world size, ZeRO stage, adapter or base
+        is another.
+        """
         saved = json.loads(Path(folder, "layout.json").read_text())
+        base = {"base": saved.pop("base")} if "base" in saved else {}
         if saved != self._layout():
             raise ValueError(
                 f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
                 "same layout"
             )
+        if base != self._base():
+            raise ValueError(
+                f"{folder}: its adapter was trained on other weights than those of "
+                f"{self.settings.model.path}: use the model that it was trained on"
+            )
         plan = self.engine.lr_scheduler
-        base = plan.base_lrs
+        rates = plan.base_lrs
         asked = [
             {name: value for name, value in group.items() if name != "params"}
             for group in plan.optimizer.param_groups
         ]
-        path, client = self.engine.load_checkpoint(folder, tag="state")
+        path, client = self.engine.load_checkpoint(
+            folder, tag="state", load_module_strict=self.settings.model.lora is None
+        )
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint here that it can read")
         torch.set_rng_state(client["rng"])
         # what is saved are the rates and decays of that recipe, for a run as long as that was to be
-        plan.base_lrs = base
+        plan.base_lrs = rates
         for i, group in enumerate(plan.optimizer.param_groups):
-            group |= asked[i] | {"lr": base[i] * plan.lr_lambdas[i](plan.last_epoch)}
+            group |= asked[i] | {"lr": rates[i] * plan.lr_lambdas[i](plan.last_epoch)}
 
-    def _layout(self) -> dict[str, int]:
-        return {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
+    def _layout(self) -> dict[str, Any]:
+        layout = {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
+        lora = self.settings.model.lora
+        return layout | (
+            {"lora": lora.model_dump(mode="json", exclude={"dropout"})} if lora else {}
+        )
+
+    def _base(self) -> dict[str, Any]:
+        """Return what a checkpoint says of weights that are not in it. Collective under ZeRO-3."""
+        return {"base": self.base_fingerprint()} if self.settings.model.lora else {}
 
 
 def read_saved(folder: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from actors.settings import GenerationSettings
+from actors.settings import ADAPTER_RANKS, GenerationSettings
 from actors.weights.client import transfer_backend
 from learners.errors import UserError
 from learners.settings import DeviceType, ModelSettings
@@ -20,8 +20,11 @@ def engine_arguments(
     device: DeviceType,
     max_model_tokens: int,
     shared: bool = False,
+    adapter_rank: int | None = None,
 ) -> dict[str, Any]:
-    """Return vLLM's EngineArgs as plain data. Ids in, ids out: no tokenizer."""
+    """Return vLLM's EngineArgs as plain data. Ids in, ids out: no tokenizer. With an `adapter_rank`
+    there is room for the adapter that is served, and for the next one.
+    """
     return {
         "model": model.path,
         "dtype": model.dtype,
@@ -42,7 +45,14 @@ def engine_arguments(
             if device == "cpu"
             else _on_gpu(generation, shared)
         ),
+        **(_with_adapters(adapter_rank) if adapter_rank else {}),
     }
+
+
+def _with_adapters(rank: int) -> dict[str, Any]:
+    most = min(room for room in ADAPTER_RANKS if room >= rank)
+    # two are kept in CPU memory: a new one is read before the one that serves is dropped
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": most}
 
 
 def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, Any]:

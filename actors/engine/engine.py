@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from actors.engine.adapter import Adapter, Adapters
 from actors.engine.arguments import build_engine, engine_arguments
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
@@ -82,13 +83,15 @@ class GenerationEngine:
         stop_token_ids: Sequence[int],
         shared: bool = False,
         seed: int = 0,
+        adapter_rank: int | None = None,
     ) -> None:
         """Start the engine and wait until it is ready; raise what vLLM raises if it cannot start.
 
         `max_model_tokens` bounds prompt + response. A response ends with one of `stop_token_ids`,
         which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, and weights
         arrive from an Actor rank on the same GPU. Requests without seeds draw from `seed` and the
-        version of the weights.
+        version of the weights. With an `adapter_rank` it takes LoRA adapters up to that rank in
+        place of weights.
         """
         self.seed = seed
         self.version = 0
@@ -98,6 +101,7 @@ class GenerationEngine:
         self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
+        self._adapters = Adapters()
         self._running: dict[str, tuple[_Group, int]] = {}
         self._probes: dict[str, Future[list[float]]] = {}
         self._requests = 0
@@ -110,7 +114,7 @@ class GenerationEngine:
         self._thread = threading.Thread(target=self._loop, name="generation", daemon=True)
         self._thread.start()
         try:
-            self._build(model, generation, shared)
+            self._build(model, generation, shared, adapter_rank)
         except BaseException:
             self.close()
             raise
@@ -195,10 +199,7 @@ class GenerationEngine:
 
         self._worker("finish_weight_update")
         self._update_open = False
-        if weight_version is not None:
-            self._engine.set_weight_version(weight_version)
-        if not self._running and not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
+        self._serve_version(weight_version)
         first, *others = self._engine.collective_rpc(take_receipt)
         if any(other != first for other in others):
             raise RuntimeError(
@@ -207,11 +208,36 @@ class GenerationEngine:
         return first
 
     @in_loop
+    def load_adapter(self, adapter: Adapter) -> Receipt:
+        """Replace the adapter, all in one: the engine is STALE until `accept`. Requests under way
+        fail: vLLM would finish them with the adapter before. Return the receipt.
+        """
+        self._fail_running(RuntimeError("the adapter under these requests was replaced"))
+        self._stale = self._update_open = True
+        try:
+            receipt = self._adapters.load(adapter, self._engine)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
+        self._update_open = False
+        self._serve_version(str(adapter.version))
+        return receipt
+
+    def _serve_version(self, weight_version: str | None) -> None:
+        if weight_version is not None:
+            self._engine.set_weight_version(weight_version)
+        if not self._running and not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
+
+    @in_loop
     def accept(self, version: int) -> None:
-        """Serve with the new weights, which are proved to be those of `version`."""
+        """Serve with the new weights, which are proved to be those of `version`; forget adapters
+        that are not.
+        """
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
+        self._adapters.forget_others(self._engine)
         self.version = version
         self._stale = False
         self._draw_anew()
@@ -310,12 +336,12 @@ class GenerationEngine:
         self._end = RuntimeError("the engine was closed")
 
     @in_loop
-    def _build(self, model: ModelSettings, generation: GenerationSettings, shared: bool) -> None:
+    def _build(self, model: ModelSettings, generation: GenerationSettings, *others: Any) -> None:
         # vLLM has its own count of positions; ours holds (build_engine)
         key = "generation.max_model_tokens"
         if problems := length_problems(key, model, self.max_model_tokens):
             raise UserError(problems)
-        arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, shared)
+        arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, *others)
         self._engine = build_engine(arguments, self.device, generation.threads)
         self._draw_anew()
 
@@ -384,7 +410,8 @@ class GenerationEngine:
         name = str(self._requests)
         kind = RequestOutputKind.FINAL_ONLY
         sampling = SamplingParams(**params, flat_logprobs=True, detokenize=False, output_kind=kind)
-        self._engine.add_request(name, tokens_input(ids, cache_salt=salt), sampling)
+        prompt = tokens_input(ids, cache_salt=salt)
+        self._engine.add_request(name, prompt, sampling, lora_request=self._adapters.serving)
         return name
 
     def _collect(self, output: Any) -> None:

@@ -395,7 +395,22 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "sync/probe_difference",
             "nats",
             "Largest difference of engine and Actor log-probs on the probe after the weight sync.",
-            "below `sync.max_logprob_diff`",
+            "below `sync.max_logprob_diff`; in bfloat16 with LoRA merged, what rounding the merged"
+            " weights does is part of it",
+        ),
+        Metric(
+            "sync/adapter_effect",
+            "nats",
+            "LoRA: largest difference of the Actor's log-probs on the probe with its adapter and"
+            " without.",
+            "grows from 0",
+        ),
+        Metric(
+            "sync/adapter_decidable",
+            "",
+            "LoRA: 1 where that difference is larger than engine and Actor may differ, so that the"
+            " probe tells an engine with the adapter from one without; 0 where digests alone tell.",
+            "1 after the first steps; in bfloat16 later",
         ),
     ),
     "SFT and reward models": (

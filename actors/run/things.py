@@ -172,18 +172,22 @@ def found_by(recipe: Recipe, tokenizer: Any, sets: Mapping[str, Rows[Any]]) -> F
 
 
 def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Found:
-    """Return the weights of the models that are not trained, from their processes' fingerprints by
-    role.
+    """Return the weights that are not trained, of whole models and of those below an adapter, from
+    their processes' fingerprints by role.
     """
     roles = roles_of(recipe)
     return {
         f"{roles[name].model_key}.path": {
             NAMED: {"path": model.path},
-            f"weights of the {name}": " ".join(sorted(set(prints))),
+            f"{_frozen_part(roles[name])} of the {name}": " ".join(sorted(set(prints))),
         }
         for name, prints in fingerprints.items()
         if (model := roles[name].model)
     }
+
+
+def _frozen_part(role: Role) -> str:
+    return "frozen weights" if role.learner else "weights"
 
 
 def _rows(rows: Rows[Any], places: range) -> str:

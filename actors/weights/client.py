@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.cluster.groups import WorkerError, gather
+from actors.engine.adapter import Adapter
 from actors.weights.proof import Receipt, SyncError
 from learners.errors import in_a_line
 from learners.settings import DeviceType
 
 OBJECT_STORE = "ray_object_store"  # our backend: weights travel through Ray's shared memory
+ADAPTER = "adapter"  # alone, through Ray's object store, whatever the devices
 
 
 def transfer_backend(device: DeviceType, shared: bool) -> str:
@@ -72,6 +74,11 @@ class EngineClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         version = weight_version or str(self.version)
         self.received = self._call("finish_weight_update", [version] * len(self.handles))
+
+    def load_adapter(self, group: dict[str, Any], config: dict[str, Any]) -> None:
+        """Give every engine the adapter: a packed group, and its adapter_config.json."""
+        adapter = Adapter(group, config, self.version, self.deadline_s)
+        self.received = self._call("load_adapter", [adapter] * len(self.handles))
 
     def _call(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
         """Call `method` on every engine, each with its own of every argument; return the

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.weights.proof import digest
+from actors.weights.proof import SyncError, digest
 
 # bytes; every tensor of a packed group starts at a multiple, so that it can be read in place
 ALIGNMENT = 16
@@ -34,6 +34,22 @@ def pack_group(
         packed[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
     data = packed.numpy()
     return {**meta, "digest": digest(data)}, data
+
+
+def fetch_group(group: dict[str, Any], timeout_s: float) -> np.ndarray:
+    """Return the bytes of a group, whose `ref` is a Ray reference (shared memory if they lie on
+    this node) or the array itself. Raises SyncError if they are not those sent.
+    """
+    array = group["ref"]
+    if not isinstance(array, np.ndarray):
+        import ray
+
+        array = ray.get(array, timeout=timeout_s)
+    if digest(array) != group["digest"]:
+        raise SyncError(
+            f"{group['name']} arrived with digest {digest(array)}, sent was {group['digest']}"
+        )
+    return array
 
 
 def unpack_group(meta: dict[str, Any], packed: Tensor) -> list[tuple[str, Tensor]]:

@@ -63,6 +63,34 @@ def verify(sent: Receipt, received: Receipt, names: Sequence[str], engine: str =
         )
 
 
+def probe_decides(
+    actor: Sequence[float], base: Sequence[float], max_logprob_diff: float, mean_logprob_diff: float
+) -> bool:
+    """Tell whether the probe's log-probs with the adapter and without it (`base`) lie further apart
+    than engine and Actor may: then an engine without the adapter cannot pass for one with it.
+    """
+    gaps = [abs(a - b) for a, b in zip(actor, base, strict=True)]
+    return max(gaps) > max_logprob_diff or sum(gaps) / len(gaps) > mean_logprob_diff
+
+
+def check_adapter(
+    actor: Sequence[float],
+    base: Sequence[float],
+    engine_logprobs: Sequence[float],
+    engine: str = "engine",
+) -> None:
+    """Raise SyncError where the engine's log-probs of the probe are closer to those without the
+    adapter (`base`) than to those with it, on average.
+    """
+    given = zip(actor, base, engine_logprobs, strict=True)
+    nearer = sum(abs(without - e) - abs(with_it - e) for with_it, without, e in given)
+    if nearer < 0:
+        raise SyncError(
+            f"sync: {engine} serves the base model without the adapter: its log-probs of the probe "
+            f"are {-nearer / len(actor):.2e} nats nearer to those, on average"
+        )
+
+
 def check_probe(
     actor_logprobs: Sequence[float],
     engine_logprobs: Sequence[float],

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -29,8 +28,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from actors.weights.client import OBJECT_STORE
-from actors.weights.packing import unpack_group
-from actors.weights.proof import Receipt, SyncError, checksum, digest
+from actors.weights.packing import fetch_group, unpack_group
+from actors.weights.proof import Receipt, checksum
 
 
 @dataclass
@@ -67,28 +66,13 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
-        arrays = [self._fetch(group) for group in update_info.groups]
+        arrays = [fetch_group(group, self.timeout_s) for group in update_info.groups]
         for group, array in zip(update_info.groups, arrays, strict=True):
             with warnings.catch_warnings(action="ignore"):
                 # The store's memory is read-only, of which torch warns; loading only reads.
                 packed = torch.from_numpy(array)
             self.model.load_weights(unpack_group(group, packed))
             self.receipt.append((group["name"], group["digest"], group["names"]))
-
-    def _fetch(self, group: dict[str, Any]) -> np.ndarray:
-        """Return the bytes of a group (shared memory if they lie on this node). Raises SyncError if
-        they are not those sent.
-        """
-        array = group["ref"]
-        if not isinstance(array, np.ndarray):
-            import ray
-
-            array = ray.get(array, timeout=self.timeout_s)
-        if digest(array) != group["digest"]:
-            raise SyncError(
-                f"{group['name']} arrived with digest {digest(array)}, sent was {group['digest']}"
-            )
-        return array
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

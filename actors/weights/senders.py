@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import ray
 import torch
+from learners.lora import adapter_config
 from torch import Tensor
 
-from actors.weights.client import OBJECT_STORE, EngineClient
+from actors.weights.client import ADAPTER, OBJECT_STORE, EngineClient
 from actors.weights.packing import pack_group
 from actors.weights.proof import Receipt, checksum
 from learners.actor import ActorLearner
@@ -52,18 +53,24 @@ class SyncedActor(ActorLearner):
         self.client = EngineClient(engines, CLIENT_SHARE * deadline_s, workers_per_engine, names)
         self.sender = SENDERS[backend](self, self.client, self.rank.index, *rendezvous)
 
+    def adapter_config(self) -> dict[str, Any]:
+        """Return what adapter_config.json holds."""
+        return adapter_config(self.model)
+
     def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
         """Send all weights; return, on rank 0, what was sent, what each engine received, and the
-        names of all parameters. Raises SyncError.
+        names of all that is to arrive. Raises SyncError.
         """
         self.client.begin(version)
         sent = self.sender.send_weights()
-        return sent, self.client.received, [name for name, _, _ in self.metadata()]
+        return sent, self.client.received, self.sender.names()
 
 
 class Source(Protocol):
     def metadata(self) -> Metadata: ...
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]: ...
+    def adapter(self) -> dict[str, Tensor]: ...
+    def adapter_config(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -88,6 +95,10 @@ class Sender(ABC):
         rank.
         """
 
+    def names(self) -> list[str]:
+        """Return the names of all that is to arrive."""
+        return [name for name, _, _ in self.source.metadata()]
+
 
 class ObjectStoreSender(Sender):
     """Sends through Ray's object store: three calls to the engines, whatever the model's size.
@@ -111,6 +122,25 @@ class ObjectStoreSender(Sender):
             self.client.update_weights({"groups": groups})
             self.client.finish_weight_update()
         return [(group["name"], group["digest"], group["names"]) for group in groups]
+
+
+class AdapterSender(Sender):
+    """Sends the adapter alone, through Ray's object store: the engines have the same base."""
+
+    def __post_init__(self) -> None:
+        self.sent: list[str] = []
+
+    def send_weights(self) -> Receipt:
+        tensors = self.source.adapter()
+        self.sent = list(tensors)
+        if self.rank:
+            return []
+        meta, data = pack_group("the adapter", list(tensors.items()))
+        self.client.load_adapter({**meta, "ref": ray.put(data)}, self.source.adapter_config())
+        return [(meta["name"], meta["digest"], meta["names"])]
+
+    def names(self) -> list[str]:
+        return self.sent
 
 
 class GpuSender(Sender):
@@ -185,6 +215,7 @@ class IpcSender(GpuSender):
 
 SENDERS: dict[str, type[Sender]] = {
     OBJECT_STORE: ObjectStoreSender,
+    ADAPTER: AdapterSender,
     "nccl": NcclSender,
     "ipc": IpcSender,
 }

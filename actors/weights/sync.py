@@ -10,8 +10,8 @@ from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.cluster.layout import shares_gpus
 from actors.cluster.sharing import GpuSharing
 from actors.settings import RLRecipe
-from actors.weights.client import transfer_backend
-from actors.weights.proof import check_probe, verify
+from actors.weights.client import ADAPTER, transfer_backend
+from actors.weights.proof import check_adapter, check_probe, probe_decides, verify
 from learners.data.rows import Prompt
 
 FAILURE_S = 10.0  # for an engine to answer with the error of an update
@@ -34,18 +34,22 @@ class WeightSync:
         self.probe = probe
         self.recipe = recipe
         self.deadline_s = recipe.sync.deadline_s
+        self.readings = ("probe", "base_probe") if recipe.actor.model.lora else ("probe",)
 
     def connect(self, version: int) -> None:
         """Connect the Actor to the engines. At version 0 both have loaded the same files; later the
         engines are behind and get the weights.
         """
         cluster = self.recipe.cluster
+        backend = transfer_backend(cluster.device, shares_gpus(cluster))
+        if self.recipe.sync.lora == "adapter":
+            backend = ADAPTER
         self.actor.call(
             "connect",
             self.engines.handles,
             self.deadline_s,
             self.recipe.generation.tensor_parallel,
-            transfer_backend(cluster.device, shares_gpus(cluster)),
+            backend,
             self.actor.free_address(self.deadline_s),
             self.engines.names(),
             phase="sync",
@@ -54,13 +58,13 @@ class WeightSync:
         if version:
             self.sync(version)
 
-    def sync(self, version: int) -> float:
+    def sync(self, version: int) -> dict[str, float]:
         """Give every engine the Actor's weights and prove it; until then they are STALE and serve
         nothing.
 
         Digests and names of the received bytes must agree with what was sent, and log-probs of the
-        probe within the recipe's bounds. Returns the largest probe difference (nats). Raises
-        SyncError or WorkerError.
+        probe within the recipe's bounds. Returns the metrics of the proof. Raises SyncError or
+        WorkerError.
         """
         deadline_s = self.deadline_s
         actor = self.actor
@@ -73,18 +77,32 @@ class WeightSync:
         engines = self.engines.names()
         for engine, receipt in zip(engines, received, strict=True):
             verify(sent, receipt, parameters, engine)
-        pending = actor.submit("probe", self.probe)
+        pending = {reading: actor.submit(reading, self.probe) for reading in self.readings}
         theirs = self.engines.call(
             "probe_logprobs", self.probe, phase="sync", deadline_s=deadline_s
         )
-        ours = actor.gather(pending, "sync", deadline_s)[0]
-        bounds = (self.recipe.max_logprob_diff, self.recipe.mean_logprob_diff)
-        worst = max(
-            check_probe(ours, logprobs, *bounds, engine)
-            for engine, logprobs in zip(engines, theirs, strict=True)
-        )
+        ours = {name: actor.gather(refs, "sync", deadline_s)[0] for name, refs in pending.items()}
+        metrics = self._prove(ours, dict(zip(engines, theirs, strict=True)))
         self.engines.call("accept", version, phase="sync", deadline_s=deadline_s)
-        return worst
+        return metrics
+
+    def _prove(
+        self, ours: dict[str, list[float]], theirs: dict[str, list[float]]
+    ) -> dict[str, float]:
+        """Hold the engines' log-probs of the probe against the Actor's and, with LoRA, against its
+        base's.
+        """
+        bounds = (self.recipe.max_logprob_diff, self.recipe.mean_logprob_diff)
+        actor = ours["probe"]
+        metrics = {}
+        if base := ours.get("base_probe"):
+            decidable = probe_decides(actor, base, *bounds)
+            effect = max(abs(a - b) for a, b in zip(actor, base, strict=True))
+            metrics = {"sync/adapter_decidable": float(decidable), "sync/adapter_effect": effect}
+            for engine, given in theirs.items() if decidable else ():
+                check_adapter(actor, base, given, engine)
+        gaps = [check_probe(actor, given, *bounds, engine) for engine, given in theirs.items()]
+        return {"sync/probe_difference": max(gaps)} | metrics
 
     def _failures(self) -> list[str]:
         """Return what went wrong in the engines: a rank that waits in a transfer never hears of

@@ -65,7 +65,8 @@ def footprints(
     for name, model in models.items():
         found[name, False] = _footprint(recipe, model, longest)
     if actor := models.get("actor"):
-        found["actor", True] = memory.sending(found["actor", False], actor, recipe.cluster)
+        assert isinstance(recipe, RLRecipe)
+        found["actor", True] = memory.sending(found["actor", False], actor, recipe)
     return found
 
 

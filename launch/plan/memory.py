@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from actors.cluster.layout import shares_gpus
 from actors.roles import Head
-from actors.settings import ClusterSettings, GenerationSettings
+from actors.settings import ClusterSettings, GenerationSettings, RLRecipe
+from launch.plan.adapters import adapter_of, adapter_parameters, sync_bytes, trained
 from launch.plan.batches import Load
 from launch.plan.shapes import BYTES, Model, Shape
 from learners.settings import LearnerSettings, ModelSettings
@@ -60,24 +61,27 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
     wherever they lie.
 
     ZeRO 1-3 keep float32 master weights besides the weights even of a float32 model, and gradients
-    in float32; bfloat16 under ZeRO-1 keeps both kinds of gradients whole.
+    in float32; bfloat16 under ZeRO-1 keeps both kinds of gradients whole. Of what LoRA leaves
+    frozen there are weights alone.
     """
     stage = settings.zero_stage
     ranks = settings.ranks
-    whole = shape.parameters(head)
+    whole = shape.parameters(head) + adapter_of(shape, settings.model)
+    learned = trained(shape, head, settings.model)
     width = BYTES[settings.model.dtype]
-    share = whole / ranks
+    share = learned / ranks
     moments = 8 if settings.optimizer.kind == "adamw" else 0
     if stage == 0:
-        return {"weights": width * whole, "gradients": width * whole, "optimizer": moments * whole}
-    both = (6 if width == 2 else 4) * whole
+        states = {"gradients": width * learned, "optimizer": moments * learned}
+        return {"weights": width * whole, **states}
+    both = (6 if width == 2 else 4) * learned
     small = (
         sum(n * count for n, count in shape.tensors(head).items() if n <= PERSISTENT)
         if ranks > 1
         else 0
     )
     return {
-        "weights": int(width * (share + small)) if stage == 3 else width * whole,
+        "weights": int(width * (whole / ranks + small)) if stage == 3 else width * whole,
         "gradients": both if stage == 1 else int(4 * share),
         "optimizer": int((4 + moments) * share),
     }
@@ -158,7 +162,7 @@ def learner(
         device["gradients"] = states["gradients"]
     if settings.offload_optimizer:
         device.pop("gradients", None)
-        part = whole // settings.ranks
+        part = trained(model.shape, model.role.head, settings.model) // settings.ranks
         host |= {
             "optimizer": device.pop("optimizer"),
             "gradients": 4 * part,
@@ -192,6 +196,7 @@ def _learning(
     that is more, the optimizer step.
     """
     stage = settings.zero_stage
+    learned = trained(model.shape, model.role.head, settings.model)
     # With the optimizer offloaded, ZeRO-2 in bfloat16 still sums gradients in float32 on the GPU.
     elsewhere = settings.offload_optimizer and (stage == 3 or (stage == 2 and model.width == 4))
     backward = {
@@ -201,19 +206,19 @@ def _learning(
     }
     if settings.offload_optimizer:
         return backward
-    last = states["gradients"] if stage in (0, 3) else 4 * model.parameters // settings.ranks
-    step = {"gradients": last, "buffers": _step(model.parameters, settings)}
+    last = states["gradients"] if stage in (0, 3) else 4 * learned // settings.ranks
+    step = {"gradients": last, "buffers": _step(learned, settings)}
     return max(backward, step, key=total)
 
 
-def _step(whole: int, settings: LearnerSettings) -> int:
+def _step(learned: int, settings: LearnerSettings) -> int:
     """Return bytes the optimizer step works with: AdamW's denominator, and the gradient where
     DeepSpeed flattens a copy.
     """
     stage = settings.zero_stage
-    part = whole // settings.ranks
+    part = learned // settings.ranks
     if stage == 0:
-        part = whole
+        part = learned
     if stage == 3:
         part = min(part, LIVE)
     copied = stage == 3 or (stage > 0 and settings.model.dtype == "float32")
@@ -224,14 +229,14 @@ def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -
     """Return bytes of the buffer gradients are reduced in, and of single gradients larger than it,
     which ZeRO-2 in bfloat16 keeps. On CPU, pages of it that are never touched take no memory.
     """
-    whole = model.parameters
+    learned = trained(model.shape, model.role.head, settings.model)
     width = model.width
     if settings.zero_stage == 0 or (settings.zero_stage == 1 and width == 2):
-        return 4 * min(whole, BUCKET) if settings.ranks > 1 else 0
-    kept = settings.zero_stage == 2 and width == 2
+        return 4 * min(learned, BUCKET) if settings.ranks > 1 else 0
+    kept = settings.zero_stage == 2 and width == 2 and settings.model.lora is None
     tensors = model.shape.tensors(model.role.head)
     larger = sum(n * count for n, count in tensors.items() if n > BUCKET) if kept else 0
-    return width * (larger + (BUCKET if cluster.device == "cuda" else min(whole, BUCKET)))
+    return width * (larger + (BUCKET if cluster.device == "cuda" else min(learned, BUCKET)))
 
 
 def frozen(model: Model, reads: Load, cluster: ClusterSettings) -> Footprint:
@@ -252,7 +257,8 @@ def engine(model: Model, generation: GenerationSettings, cluster: ClusterSetting
     On shared GPUs it starts before the others and sleeps while they work: its weights wait in CPU
     memory, its KV cache is given up, also during a sync.
     """
-    whole = model.width * model.parameters
+    adapter = adapter_parameters(model.shape, model.role.arguments.get("adapter_rank") or 0)
+    whole = model.width * (model.parameters + adapter)
     weights = whole // generation.tensor_parallel
     if cluster.device == "cpu":
         always = {"weights": weights, "kv_cache": int(generation.kv_cache_gib * GIB)}
@@ -294,15 +300,17 @@ def kv_room(
     return max(0, room * parts // tokens - 1) // math.ceil(longest / block)
 
 
-def sending(footprint: Footprint, model: Model, cluster: ClusterSettings) -> Footprint:
+def sending(footprint: Footprint, model: Model, recipe: RLRecipe) -> Footprint:
     """Return an Actor rank that sends weights: on GPUs through packed buffers, one part of the
-    model gathered and copied; on CPUs by putting all of them into shared memory.
+    model gathered and copied; on CPUs, and where it sends its adapter alone, by putting all of them
+    into shared memory.
     """
-    whole = model.width * model.parameters
+    whole = sync_bytes(model, recipe)
     part = model.width * model.shape.largest_group("lm")
-    if cluster.device == "cpu":
+    if recipe.cluster.device == "cpu" or recipe.sync.lora == "adapter":
         packed = {"sync": 2 * whole}  # packed, and in the object store
-        return Footprint({}, footprint.host | {"sync": sum_of(footprint.host["sync"], packed)})
+        host = footprint.host | {"sync": sum_of(footprint.host["sync"], packed)}
+        return Footprint(footprint.device, host)
     packed = {"sync": min(PACKED, whole) + 2 * part}
     return Footprint(
         footprint.device | {"sync": sum_of(footprint.device["sync"], packed)}, footprint.host

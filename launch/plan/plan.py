@@ -14,6 +14,7 @@ from typing import Any
 
 from actors.roles import roles_of
 from actors.settings import Recipe, RLRecipe, position_problems
+from launch.plan.adapters import sync_bytes, trained
 from launch.plan.batches import batch, longest_sequence
 from launch.plan.devices import Memory, footprints, memories, memory_problems
 from launch.plan.memory import Footprint, kv_room
@@ -116,7 +117,7 @@ def _sync(recipe: Recipe, models: dict[str, Model]) -> dict[str, int]:
     if not isinstance(recipe, RLRecipe):
         return {"bytes": 0, "engines": 0, "devices": 0}
     engines = recipe.generation.engines
-    size = models["actor"].width * models["actor"].parameters
+    size = sync_bytes(models["actor"], recipe)
     devices = engines * recipe.generation.tensor_parallel
     return {"bytes": size, "engines": engines, "devices": devices}
 
@@ -180,7 +181,12 @@ def as_json(plan: Plan, hints: Mapping[str, str]) -> dict[str, Any]:
         "problems": plan.problems,
         "changes": [{key: what} for key, what in hints.items()],
         "models": {
-            role: {"path": m.settings.path, "dtype": m.settings.dtype, "parameters": m.parameters}
+            role: {
+                "path": m.settings.path,
+                "dtype": m.settings.dtype,
+                "parameters": m.parameters,
+                "trained": trained(m.shape, m.role.head, m.settings) if m.role.learner else 0,
+            }
             for role, m in plan.models.items()
         },
         "batch": plan.batch,

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.settings import Recipe, RLRecipe
+from launch.plan.adapters import trained
 from launch.plan.devices import Memory, where_are
 from launch.plan.hints import hints_for
 from launch.plan.memory import GIB, Use, sum_of, total
@@ -72,6 +73,12 @@ def _models(plan: Plan) -> Iterator[str]:
         roles.setdefault((m.settings.path, m.parameters, m.settings.dtype), []).append(role)
     for (path, parameters, dtype), names in roles.items():
         yield f"{path}: {_count(parameters)} parameters, {dtype} ({', '.join(names)})"
+    for role, m in plan.models.items():
+        if m.role.learner and m.settings.lora:
+            count = _count(trained(m.shape, m.role.head, m.settings))
+            yield f"{role}: LoRA of rank {m.settings.lora.rank} trains {count} parameters"
+    if isinstance(plan.recipe, RLRecipe) and plan.recipe.shares_reference:
+        yield "the Reference is the Actor without its adapter"
     for family in dict.fromkeys(
         m.shape.family for m in plan.models.values() if m.shape.own_head is not None
     ):

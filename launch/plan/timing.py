@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from actors.cluster.layout import shares_gpus
 from actors.settings import Recipe, RLRecipe
+from launch.plan.adapters import sync_bytes
 from launch.plan.batches import rows_of
 from launch.plan.shapes import Model
 
@@ -108,7 +109,8 @@ def _scoring(recipe: RLRecipe, models: Mapping[str, Model], tokens: float) -> fl
     """
     idle = {"engine"} | ({"actor"} if recipe.algorithm.old_logprobs == "engine" else set())
     times = []
-    for model in (model for name, model in models.items() if name not in idle):
+    shared = [models["actor"]] if recipe.shares_reference else []  # it reads once more
+    for model in (*shared, *(model for name, model in models.items() if name not in idle)):
         flops = 2 * model.active * tokens / model.role.processes
         times.append(flops / _speed(recipe, model.role.threads).flops)
     return _in_parallel(recipe, times) + _speed(recipe, 1).trip
@@ -129,16 +131,17 @@ def _in_parallel(recipe: Recipe, times: Sequence[float]) -> float:
 
 def _learning(model: Model, tokens: float, passes: int, recipe: Recipe) -> float:
     """Count forward and backward: 6 FLOPs per parameter and token, 8 when activations are computed
-    twice.
+    twice; 2 less with LoRA, which takes no gradient of the weights.
     """
     ranks = model.role.processes
     speed = _speed(recipe, model.role.threads)
     factor = 8 if model.settings.gradient_checkpointing else 6
+    factor -= 2 if model.settings.lora else 0
     micro_batches = tokens * passes / ranks / (model.role.micro_batch_tokens or 1)
     computing = factor * model.active * tokens * passes / ranks / speed.flops
     return max(computing, 3 * math.ceil(micro_batches) * model.shape.layers * speed.call)
 
 
-def _syncing(model: Model, recipe: Recipe) -> float:
+def _syncing(model: Model, recipe: RLRecipe) -> float:
     speed = _speed(recipe, model.role.threads)
-    return model.width * model.parameters / speed.transfer + speed.trip
+    return sync_bytes(model, recipe) / speed.transfer + speed.trip

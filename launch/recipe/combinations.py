@@ -20,6 +20,7 @@ from actors.settings import (
     RMRecipe,
     SFTRecipe,
 )
+from launch.recipe.lora import adapter_rules
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import (
     DataSettings,
@@ -56,6 +57,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from recipe.algorithm.problems(recipe.sequences_per_step)
         for part in (_batches, _rewards, _columns, _evaluation, _generation, _off_policy_sampling):
             yield from problems_of(part(recipe))
+        yield from problems_of(adapter_rules(recipe))
         yield from sharing_problems(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
         keys = ("train.evaluate_every", "held_out")
