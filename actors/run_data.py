@@ -19,6 +19,7 @@ from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    embedding_rows,
     ends_of_generation,
     generation_config,
     kernel_problems,
@@ -29,6 +30,7 @@ from learners.checkpoints import (
     sampling_defaults,
     vocabulary_problems,
 )
+from learners.data.pad import same_words, settle_filler
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
 from learners.data.store import by_source
 from learners.data.templates import ChatTemplate
@@ -51,6 +53,7 @@ class RunData:
     prompts: Rows[Prompt]
     held_out: Rows[Prompt]
     test: Rows[Prompt]
+    filler: str = ""  # what there is to say about the PAD that leaves the run
 
     @property
     def tokenizer(self) -> Any:
@@ -96,15 +99,19 @@ class RunData:
             return load_prompts(data, tokenizer, template, most) if data else Rows()
 
         evaluation = recipe.evaluation
-        sets = [rows(d) for d in (recipe.prompts, evaluation.prompts, evaluation.test_prompts)]
+        prompts, held_out, test = map(
+            rows, (recipe.prompts, evaluation.prompts, evaluation.test_prompts)
+        )
         if not template.stops:
             raise UserError(f"actor.model.path: {model.path}: {ENDLESS}")
-        return cls(template, *sets)
+        filler = settle_filler(tokenizer, embedding_rows(load_config(model)))
+        return cls(template, prompts, held_out, test, filler)
 
     @property
     def notices(self) -> list[str]:
         """Return what there is to say about files and texts, once each."""
-        return notices_of(self.prompts, self.held_out, self.test)
+        lines = notices_of(self.prompts, self.held_out, self.test)
+        return [*lines, self.filler] if self.filler else lines
 
     def model_problems(self, recipe: RLRecipe) -> list[str]:
         """Return the problems of the recipe's models, one line each.
@@ -189,8 +196,7 @@ class RunData:
                 return []
             message = "was trained with another tokenizer than the one in its folder"
             return [f"{key}.path: {path} {message}, so its scores would mean nothing"]
-        vocabulary = self.tokenizer.get_vocab()
-        if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
+        if path != actor and not same_words(load_tokenizer(model), self.tokenizer):
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         prompts = (p.ids for p in self.all_prompts)
         ends = "responses end (tokenizer, template, generation_config.json) with"
