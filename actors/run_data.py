@@ -19,6 +19,7 @@ from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    embedding_rows,
     ends_of_generation,
     generation_config,
     kernel_notices,
@@ -30,6 +31,7 @@ from learners.checkpoints import (
     sampling_defaults,
     vocabulary_problems,
 )
+from learners.data.pad import same_words, settle_filler
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
 from learners.data.store import by_source
 from learners.data.templates import ChatTemplate
@@ -54,7 +56,7 @@ class RunData:
     prompts: Rows[Prompt]
     held_out: Rows[Prompt]
     test: Rows[Prompt]
-    of_models: Sequence[str] = ()
+    of_models: Sequence[str] = ()  # what there is to say about them
 
     @property
     def tokenizer(self) -> Any:
@@ -84,7 +86,7 @@ class RunData:
         if problems := data.model_problems(recipe):
             raise UserError(problems)
         models = {r.model_key: r.model for r in roles_of(recipe).values() if r.model}
-        return replace(data, of_models=kernel_notices(models))
+        return replace(data, of_models=[*data.of_models, *kernel_notices(models)])
 
     @classmethod
     def read(cls, recipe: RLRecipe, today: date | None = None) -> RunData:
@@ -106,7 +108,8 @@ class RunData:
         test = rows(evaluation.test_prompts)
         if not template.stops:
             raise UserError(f"actor.model.path: {model.path}: {ENDLESS}")
-        return cls(template, prompts, held_out, test)
+        filler = settle_filler(tokenizer, embedding_rows(load_config(model)))
+        return cls(template, prompts, held_out, test, [filler] if filler else [])
 
     @property
     def notices(self) -> list[str]:
@@ -196,8 +199,7 @@ class RunData:
                 return []
             message = "was trained with another tokenizer than the one in its folder"
             return [f"{key}.path: {path} {message}, so its scores would mean nothing"]
-        vocabulary = self.tokenizer.get_vocab()
-        if path != actor and load_tokenizer(model).get_vocab() != vocabulary:
+        if path != actor and not same_words(load_tokenizer(model), self.tokenizer):
             return [f"{key}: {path} has another vocabulary than the Actor, whose ids it reads"]
         prompts = (p.ids for p in self.all_prompts)
         ends = "responses end (tokenizer, template, generation_config.json) with"

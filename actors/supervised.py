@@ -28,7 +28,7 @@ from actors.seeds import rows_of_mixture
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
 from learners.checkpoints import (
-    check_exportable_reward_model,
+    embedding_rows,
     ends_of_generation,
     generation_config,
     is_encoder,
@@ -39,12 +39,14 @@ from learners.checkpoints import (
     load_tokenizer,
     vocabulary_problems,
 )
+from learners.data.pad import settle_filler, settle_pad
 from learners.data.rows import Example, Rows, load_pairs, load_sft, notices_of
 from learners.data.store import by_part
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import tokenizer_digest
 from learners.errors import UserError
 from learners.experience import Experience
+from learners.heads import head_notice
 from learners.settings import ModelSettings
 
 EVALUATIONS = 10  # in a run whose recipe does not say how many
@@ -74,7 +76,7 @@ class SupervisedData:
     held_out: Rows[Any]
     calibration: Rows[Example]
     stops: Sequence[int] = ()
-    of_models: Sequence[str] = ()
+    of_model: Sequence[str] = ()  # what there is to say about it
 
     @classmethod
     def load(cls, recipe: SFTRecipe | RMRecipe, today: date | None = None) -> SupervisedData:
@@ -92,24 +94,26 @@ class SupervisedData:
             if recipe.held_out:
                 held_out = load_sft(recipe.held_out, tokenizer, template=template)
             rows = load_sft(recipe.data, tokenizer, template=template)
+            said = [settle_filler(tokenizer, embedding_rows(load_config(model)))]
             data = cls(tokenizer, examples_batch, rows, held_out, Rows(), template.stops)
         else:
-            check_exportable_reward_model(load_config(model), tokenizer)
             pairs = load_pairs(recipe.data, tokenizer, encoder, template)
             held_out_pairs = load_pairs(recipe.held_out, tokenizer, encoder, template)
             wanted = recipe.reward_model.calibration
             calibration = load_sft(wanted, tokenizer, encoder, template) if wanted else Rows()
+            said = [] if encoder else _of_reward_model(model, tokenizer, template.stops)
             data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
         problems = _unreadable("learner.model", model, data.rows, data.held_out)
         problems = problems or kernel_problems("learner.model", model)
         if problems := problems or _uncalibratable(model, data.calibration):
             raise UserError(problems)
-        return replace(data, of_models=kernel_notices({"learner.model": model}))
+        said = [*filter(None, said), *kernel_notices({"learner.model": model})]
+        return replace(data, of_model=said)
 
     @property
     def notices(self) -> list[str]:
         """Return what there is to say about files, texts and the model, once each."""
-        return [*notices_of(self.rows, self.held_out, self.calibration), *self.of_models]
+        return [*notices_of(self.rows, self.held_out, self.calibration), *self.of_model]
 
     @property
     def sets(self) -> dict[str, Rows[Any]]:
@@ -121,6 +125,16 @@ class SupervisedData:
         """Return the optimizer steps of the run."""
         train = recipe.train
         return train.steps or max(1, math.ceil(train.epochs * len(self.rows) / train.batch_size))
+
+
+def _of_reward_model(model: ModelSettings, tokenizer: Any, stops: Sequence[int]) -> list[str]:
+    """Settle the PAD of a decoder reward model whose texts end with one of `stops`; return what
+    there is to say about that and about its head.
+    """
+    config = load_config(model)
+    named = config.eos_token_id
+    ends = {*stops, *(named if isinstance(named, list) else [named])}
+    return [settle_pad(tokenizer, embedding_rows(config), ends), head_notice(config)]
 
 
 def _unreadable(key: str, model: ModelSettings, *data_sets: Sequence[Any]) -> list[str]:

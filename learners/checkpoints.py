@@ -19,8 +19,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
 )
@@ -34,14 +32,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from learners.calibration import calibration_problem
-from learners.data.tokenise import pad_problem
 from learners.errors import UserError, first_wrong, in_a_line
+from learners.heads import CRITIC, REWARD_MODEL, head_class, head_of, renamed_head
 from learners.kernels import attention_notice, refused_attention, resolve_attention
 from learners.positions import positions_of
+from learners.scorers import unreadable_head
 from learners.settings import ModelSettings
 
-REWARD_MODEL = "ForSequenceClassification"
-CRITIC = "ForTokenClassification"
 OWN_CODE = "comes with code of its own (auto_map)"
 ABSENT = ...  # stands for a value in a config where there is none
 
@@ -114,6 +111,11 @@ def load_config(model: ModelSettings) -> Any:
     """Load the checkpoint's config, with dropout off. Raises UserError when there is none."""
     config = _config_as_it_came(model)
     _without_dropout(config)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        rows = embedding_rows(config)
+        if isinstance(pad, int) and rows is not None and pad >= rows:
+            part.pad_token_id = None  # no embedding can be made with a PAD that has no row in it
     return config
 
 
@@ -208,7 +210,7 @@ def vocabulary_problems(
     Some tokenizers know more tokens than their model; only ids that the data use count. A model
     whose config does not say how many it knows (letters that it hashes) has no problem.
     """
-    size = getattr(load_config(model).get_text_config(), "vocab_size", None)
+    size = embedding_rows(load_config(model))
     last = max(map(max, filter(None, ids)))
     if size is None or size > last:
         return []
@@ -270,15 +272,9 @@ def is_encoder(config: Any) -> bool:
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or not causal
 
 
-def check_exportable_reward_model(config: Any, tokenizer: Any) -> None:
-    """Raise UserError where plain Transformers would read a decoder's score at another token than
-    we do.
-    """
-    if is_encoder(config):
-        return
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if wrong := pad_problem(tokenizer.pad_token_id, [tokenizer.eos_token_id, *ends]):
-        raise UserError(wrong)
+def embedding_rows(config: Any) -> int | None:
+    """Return how many ids a model knows; None where it hashes letters."""
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -307,26 +303,38 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
     we know how to read.
     """
     config = load_config(settings)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{settings.path}: {config.model_type} is an encoder-decoder; a reward model must be a "
-            "decoder or an encoder"
-        )
+    if wrong := unreadable_head(config):
+        raise UserError(f"{settings.path}: {wrong}")
     finished = is_a(config, REWARD_MODEL)
     if finished and config.num_labels != 1:
         raise UserError(f"{settings.path}: a reward model has one label, not {config.num_labels}")
     config.num_labels = 1
-    # RoBERTa counts its positions from its own PAD.
-    if pad_token_id is not None and not is_encoder(config):
-        config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
-    model, missing = _load(AutoModelForSequenceClassification, settings, config)
-    if not is_encoder(config) and not hasattr(model, "score"):
+    kind = head_class(REWARD_MODEL, config)
+    encoder = is_encoder(config)
+    model, missing = _load(
+        kind, settings, config, renamed_head(kind, config) if finished and not encoder else None
+    )
+    if not encoder and not hasattr(model, "score"):
         raise UserError(
             f"{settings.path}: {type(model).__name__} has no head named score, read at the "
             "last token"
         )
     _refuse_missing(missing if finished else missing - _new_head(model, missing), settings.path)
+    # RoBERTa counts its positions from its own PAD.
+    if pad_token_id is not None and not encoder:
+        _set_pad(model, pad_token_id)
     return model
+
+
+def _set_pad(model: Any, pad_token_id: int) -> None:
+    """Write the PAD into a decoder's config; its embedding gets rows up to it, where it has none
+    for it.
+    """
+    rows = model.get_input_embeddings().weight
+    if pad_token_id >= getattr(rows, "ds_shape", rows.shape)[0]:
+        with quiet():
+            model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
 
 
 def load_critic(settings: ModelSettings) -> Any:
@@ -345,31 +353,40 @@ def load_critic(settings: ModelSettings) -> Any:
         )
     mean, std = read_calibration(config)
     from_reward_model = is_a(config, REWARD_MODEL)
+    if from_reward_model and (wrong := unreadable_head(config)):
+        raise UserError(f"{settings.path}: {wrong}")
     finished = is_a(config, CRITIC)
     config.num_labels = 1
     write_calibration(config, Calibration(0.0, 1.0))
-    model, missing = _load(AutoModelForTokenClassification, settings, config)
+    kind = head_class(CRITIC, config)
+    renamed = renamed_head(kind, config) if from_reward_model else None
+    model, missing = _load(kind, settings, config, renamed)
     head = set() if finished else _new_head(model, missing)
-    if from_reward_model and head - {"score.bias"}:
+    if from_reward_model and any(not name.endswith(".bias") for name in head):
         raise UserError(
             f"{settings.path}: {type(model).__name__} cannot take over the reward model's "
             "score head"
         )
     _refuse_missing(missing - head, settings.path)
+    linear = head_of(model)
     with (
         torch.no_grad(),
-        _whole(model.score.parameters() if from_reward_model else map(model.get_parameter, head)),
+        _whole(linear.parameters() if from_reward_model else map(model.get_parameter, head)),
     ):
         for name in head:
             model.get_parameter(name).zero_()
         if from_reward_model:
-            model.score.weight.div_(std)
-            model.score.bias.fill_(-mean / std)
+            linear.weight.div_(std)
+            linear.bias.div_(std).add_(-mean / std)
     return model
 
 
-def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, set[str]]:
-    """Return the model in eval mode, and the names of weights that its checkpoint did not have."""
+def _load(
+    kind: Any, settings: ModelSettings, config: Any, renamed: Mapping[str, str] | None = None
+) -> tuple[Any, set[str]]:
+    """Return the model in eval mode, and the names of weights that its checkpoint did not have.
+    `renamed` are patterns of the checkpoint's names, with what stands in their place in the model.
+    """
     if settings.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError(
             f"{settings.path}: flash_attention_2 needs the package flash-attn; without it use auto"
@@ -377,13 +394,21 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
     if wrong := refused_attention(settings, config):
         raise UserError(f"{settings.path}: {wrong}")
     with quiet(), _one_line(settings.path):
-        model, info = auto_class.from_pretrained(
+        model, info = kind.from_pretrained(
             settings.path,
             config=config,
             dtype=getattr(torch, settings.dtype),
             attn_implementation=resolve_attention(settings, config),
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            **({"key_mapping": dict(renamed)} if renamed else {}),
+        )
+    if renamed:
+        _save_under_own_names(model, renamed)
+    if "score.bias" in info["unexpected_keys"]:
+        raise UserError(
+            f"{settings.path}: {type(model).__name__} has no place for its head's bias; lower "
+            "score_mean in config.json by it, and take it out of the weights"
         )
     # An embedding's padding_idx keeps that token from learning, also where it is the EOS.
     model.get_input_embeddings().padding_idx = None
@@ -393,6 +418,12 @@ def _load(auto_class: Any, settings: ModelSettings, config: Any) -> tuple[Any, s
         came if type(came) is type(model.config) else came.get_text_config()
     )
     return model, set(info["missing_keys"])
+
+
+def _save_under_own_names(model: Any, renamed: Mapping[str, str]) -> None:
+    """Keep `save_pretrained` from giving the head the name back that it had in the checkpoint."""
+    came_by = getattr(model, "_weight_conversions", ())
+    model._weight_conversions = [c for c in came_by if not renamed.keys() & {*c.source_patterns}]
 
 
 def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:

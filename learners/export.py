@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GenerationConfig,
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from learners.checkpoints import REWARD_MODEL, as_it_came, is_a, quiet
+from learners.checkpoints import as_it_came, is_a, quiet
 from learners.errors import UserError
+from learners.heads import REWARD_MODEL, head_class, write_read_me
 from learners.lora import adapter_config
 
 ADAPTER_FOLDER = "adapter"
@@ -28,7 +28,7 @@ ADAPTER_FOLDER = "adapter"
 
 def save_config(model: Any, folder: Path) -> None:
     """Write the config.json of a model that was loaded for training, with the dropout that it came
-    with, and the Python code that it brought.
+    with, the Python code that it brought and, where Transformers lacks its class, a README.md.
     """
     config = as_it_came(model)
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -37,6 +37,7 @@ def save_config(model: Any, folder: Path) -> None:
     if model.is_remote_code():
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
+    write_read_me(model, folder)
 
 
 def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
@@ -77,7 +78,7 @@ def export_saved(saved: dict[str, Tensor], files: Path, folder: Path) -> None:
     trusted = any(files.glob("*.py"))
     config = AutoConfig.from_pretrained(files, trust_remote_code=trusted)
     scores = is_a(config, REWARD_MODEL)
-    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    kind = head_class(REWARD_MODEL, config) if scores else AutoModelForCausalLM
     with quiet(), init_empty_weights(include_buffers=False):
         model = kind.from_config(config, dtype=config.dtype, trust_remote_code=trusted)
     model.tie_weights()  # which making it without memory undoes

@@ -10,6 +10,7 @@ from typing import Any
 from actors.rollouts.requests import Sample
 from learners.checkpoints import ends_of_generation, is_encoder, load_config, load_tokenizer
 from learners.data.example import for_encoder
+from learners.data.pad import same_words
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt, encode_response
@@ -49,7 +50,7 @@ class Reader:
         config = load_config(model)
         tokenizer = load_tokenizer(model)
         encoder = is_encoder(config)
-        same_ids = not encoder and tokenizer.get_vocab() == actor_tokenizer.get_vocab()
+        same_ids = not encoder and same_words(tokenizer, actor_tokenizer)
         renders = bool(tokenizer.chat_template)
         alike = _written_by(tokenizer) == _written_by(actor_tokenizer)
         ends = [] if encoder else ends_of_generation(model)

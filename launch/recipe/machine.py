@@ -29,10 +29,10 @@ from launch.recipe.resumed import no_run_to_resume, resume_problems
 from learners.calibration import calibration_problem
 from learners.data.files import DataFiles, find_files, format_of, json_lines, read_json
 from learners.data.shapes import BESIDE, recognised
-from learners.data.tokenise import pad_problem
 from learners.errors import Problem, UserError, first_wrong
 from learners.kernels import attention_notice, refused_attention
 from learners.positions import positions_of
+from learners.scorers import unreadable_head
 from learners.settings import ModelSettings, PairData, PromptData, SFTData, sources_of
 
 Data = PromptData | SFTData | PairData
@@ -124,7 +124,7 @@ def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Pr
     needs_none = key.startswith(("critic", "reference"))
     bare = not needs_none and not any((folder / name).exists() for name in TOKENIZER_FILES)
     no_tokenizer = f"has no tokenizer ({TOKENIZER_FILES[0]} and the like)" if bare else ""
-    for wrong in [no_tokenizer, *(malformed or [_unfit(key, config, folder, recipe)])]:
+    for wrong in [no_tokenizer, *(malformed or [_unfit(key, config, recipe)])]:
         if wrong:
             yield Problem((f"{key}.path",), f"{path}: {wrong}")
     if wrong := refused_attention(model, config):
@@ -150,7 +150,7 @@ def _malformed(config: dict[str, Any]) -> Iterator[str]:
             yield f"config.json: {name} must be {what}, not {in_words(value)}"
 
 
-def _unfit(key: str, config: dict[str, Any], folder: Path, recipe: Recipe) -> str:
+def _unfit(key: str, config: dict[str, Any], recipe: Recipe) -> str:
     """Return what keeps a checkpoint from playing its role; nothing where none is known."""
     name = str((config.get("architectures") or [""])[0])
     kind = config.get("model_type") or name
@@ -164,9 +164,9 @@ def _unfit(key: str, config: dict[str, Any], folder: Path, recipe: Recipe) -> st
     trains_scores = isinstance(recipe, RMRecipe)  # any backbone may get a score head
     policy = not (reward or critic or trains_scores)
     encoder = _is_encoder(config)
-    pad = _pad(folder, config) if trains_scores and not encoder else ""
     mean = config.get("score_mean", 0.0)
     uncalibrated = calibration_problem(mean, config.get("score_std", 1.0))
+    unreadable = unreadable_head(config)
     return first_wrong(
         (
             reward and not scorer,
@@ -186,7 +186,7 @@ def _unfit(key: str, config: dict[str, Any], folder: Path, recipe: Recipe) -> st
             policy and name and not causal,
             f"{name} has no language-model head; a ...ForCausalLM is needed",
         ),
-        (pad, pad),
+        (unreadable and (trains_scores or (scorer and not policy)), unreadable),
         ((reward or critic) and uncalibrated, f"config.json: {uncalibrated}"),
     )
 
@@ -197,21 +197,6 @@ def _is_encoder(config: dict[str, Any]) -> bool:
     """
     masked = any(str(name).endswith("ForMaskedLM") for name in config.get("architectures") or ())
     return (masked or config.get("model_type") in ENCODERS) and not config.get("is_decoder", False)
-
-
-def _pad(folder: Path, config: dict[str, Any]) -> str:
-    """Return what is wrong with the PAD token that JSON files give a decoder."""
-    special = read_json(folder / "special_tokens_map.json") or {}
-    written = read_json(folder / "tokenizer_config.json") or {}
-    tokens = special | {name: token for name, token in written.items() if token is not None}
-    pad, eos = (
-        token.get("content") if isinstance(token, dict) else token
-        for token in (tokens.get("pad_token"), tokens.get("eos_token"))
-    )
-    if pad is None:
-        pad = config.get("pad_token_id")
-        eos = config.get("eos_token_id")
-    return pad_problem(pad, eos if isinstance(eos, list) else [eos])
 
 
 def _data_file(key: str, data: Data) -> Iterator[Problem]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from learners.errors import DataError, in_a_line
@@ -107,20 +106,3 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.blake2b(
         json.dumps(seen, default=str, sort_keys=True).encode(), digest_size=8
     ).hexdigest()
-
-
-def pad_problem(pad: int | str | None, ends: Iterable[Any]) -> str:
-    """Return what is wrong with the PAD token of a decoder reward model, given the tokens that end
-    a response; nothing if it is sound.
-
-    Plain Transformers reads the score at the last token that is not PAD, so a response that ends
-    with PAD would lose its end.
-    """
-    if pad is None:
-        return "the tokenizer has no PAD token, which a reward model needs; add one, not the EOS"
-    if pad in ends:
-        return (
-            f"PAD equals EOS ({pad}), the same token: plain Transformers would read the score "
-            "before the EOS; give PAD a token of its own"
-        )
-    return ""

@@ -77,18 +77,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(p for p in place.rglob("*")) == before
 
 
-def test_pad_equal_to_eos_is_refused_for_a_reward_model(place: Path) -> None:
-    (place / "decoder/tokenizer_config.json").write_text(
-        '{"pad_token": "<eos>", "eos_token": "<eos>"}'
-    )
-    done = quatuor("rm", "rm.yaml")
-    assert (
-        done.returncode == 2
-        and "PAD equals EOS" in done.stderr
-        and len(done.stderr.splitlines()) == 1
-    )
-
-
 def test_help_lists_commands_and_every_key(place: Path) -> None:
     done = quatuor("--help")
     assert done.returncode == 0

@@ -51,7 +51,10 @@ DELTA = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
-CONVS = {"layer_types": ["conv", "full_attention", "conv", "conv"], "block_auto_adjust_ff_dim": False}
+CONVS = {
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "block_auto_adjust_ff_dim": False,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "opt": {**OLD, "ffn_dim": 80, "word_embed_proj_dim": 24},

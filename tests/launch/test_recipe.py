@@ -19,7 +19,7 @@ from launch.recipe.machine import ENCODERS, function_problems, is_local
 from launch.recipe.read import KINDS, RecipeError, annotated, load_recipe, read_recipe
 from launch.recipe.schema import recipe_keys
 from learners.settings import sources_of
-from tests.launch.small_recipes import DECODER, ENCODER, TOKENS, make_model
+from tests.launch.small_recipes import DECODER, REWARD_MODEL, TOKENS, make_model
 
 YESTERDAY = sorted((Path(__file__).parent / "yesterday").glob("*.yaml"))
 OLD_SYNC = {"gate": 0.01, "mean_gate": 0.001, "gate_prompts": 4}
@@ -905,22 +905,33 @@ def test_broken_files(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tokens", "told"),
+    ("config", "tokens"),
     [
-        ({}, {**TOKENS, "pad_token": "<eos>"}, "PAD equals EOS (<eos>)"),
-        ({"pad_token_id": 2, "eos_token_id": [1, 2]}, {}, "PAD equals EOS (2)"),
-        ({}, {"eos_token": "<eos>"}, "has no PAD token"),
-        ({"pad_token_id": 2, "eos_token_id": 2}, TOKENS, None),
-        (ENCODER, {}, None),
+        ({}, {**TOKENS, "pad_token": "<eos>"}),
+        ({"pad_token_id": 2, "eos_token_id": [1, 2]}, {}),
+        ({}, {"eos_token": "<eos>"}),
     ],
 )
-def test_pad_and_eos_of_a_reward_model(
-    place: Path, config: dict, tokens: dict, told: str | None
-) -> None:
+def test_no_pad_is_in_the_way_of_a_reward_model(place: Path, config: dict, tokens: dict) -> None:
+    """One is chosen when the data are read."""
     make_model(place / "base", {**DECODER, **config}, tokens)
-    found = problems("rm.yaml", "learner.model.path=./base")
-    assert (told in found[0]) if told else found == []
-    assert problems("sft.yaml", "learner.model.path=./decoder") == []  # elsewhere PAD may equal EOS
+    assert problems("rm.yaml", "learner.model.path=./base") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "ctrl", "architectures": ["CTRLLMHeadModel"]}, "ctrl has no head named"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "t5 is an encoder-decoder"),
+    ],
+)
+def test_models_whose_score_cannot_be_read(place: Path, config: dict, told: str) -> None:
+    make_model(place / "base", {**DECODER, **config})
+    assert told in problems("rm.yaml", "learner.model.path=./base")[0]
+    scorer = {**REWARD_MODEL, **config, "architectures": ["SomeForSequenceClassification"]}
+    make_model(place / "scorer", scorer)
+    found = problems("ppo.yaml", "rewards.0.model.path=./scorer", "critic.model.path=./scorer")
+    assert len(found) == 2 and all(told in line for line in found)
 
 
 def test_encoders_known_by_json_are_encoders_when_they_are_loaded() -> None:

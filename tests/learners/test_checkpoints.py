@@ -16,7 +16,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
@@ -26,7 +25,6 @@ from transformers import (
 
 from learners.checkpoints import (
     Calibration,
-    check_exportable_reward_model,
     is_encoder,
     load_causal_lm,
     load_config,
@@ -482,28 +480,6 @@ def test_code_that_comes_with_a_model_runs_only_when_trusted(tmp_path, monkeypat
 def test_a_calibration_must_be_usable(calibration):
     with pytest.raises(UserError, match="calibrated"):
         write_calibration(Qwen3Config(), Calibration(*calibration))
-
-
-def test_pad_equal_to_eos_cannot_be_exported():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    def tokenizer(**special):
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1})), **special
-        )
-
-    decoder = Qwen3Config(eos_token_id=EOS)
-    check_exportable_reward_model(decoder, tokenizer(pad_token="<pad>", eos_token="<eos>"))
-    check_exportable_reward_model(BertConfig(), tokenizer())
-    with pytest.raises(UserError, match="same token"):
-        check_exportable_reward_model(decoder, tokenizer(pad_token="<eos>", eos_token="<eos>"))
-    with pytest.raises(UserError, match="same token"):
-        check_exportable_reward_model(
-            Qwen3Config(eos_token_id=[5, 0]), tokenizer(pad_token="<pad>", eos_token="<eos>")
-        )
-    with pytest.raises(UserError, match="no PAD token"):
-        check_exportable_reward_model(decoder, tokenizer(eos_token="<eos>"))
 
 
 def test_a_config_that_counts_no_ids_has_no_problem_with_them(tmp_path):
