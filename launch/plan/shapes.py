@@ -92,6 +92,8 @@ class Shape:
     kv_elements: int = 0
     state_elements: int = 0
     compressed: bool = False  # the cache is no heads', so GPUs do not share it
+    normed: int = 0  # elements of a token that a layer's norms read
+    mixed: int = 0  # elements of a token that autograd keeps in float32 of a layer without keys
     head_width: int = 0  # what heads read, where it is not the hidden size
     auto: str = "sdpa"
 
@@ -283,6 +285,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
         layer=tuple(layer),
         final=(hidden,),
         kv_elements=2 * layers * kv_heads * head_dim,
+        normed=2 * hidden + (wide + narrow if family == "qwen3" else 0),
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 from actors.rollouts.sampling import sample_responses
 from actors.run_data import RunData
 from actors.settings import GenerationSettings, RLRecipe
-from launch.plan.plan import make_plan
 from launch import cli
+from launch.plan.plan import make_plan
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 from learners.checkpoints import kernel_problems, length_problems, load_causal_lm
