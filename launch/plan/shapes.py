@@ -140,7 +140,7 @@ class Shape:
 
     @property
     def kinds(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """How many layers there are of each kind, with the elements of each of its parameters."""
+        """Every kind of layer: how many there are, and the elements of each parameter of one."""
         alike = self.layers - sum(count for count, _ in self.others)
         return ((alike, self.layer), *self.others)
 
