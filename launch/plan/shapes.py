@@ -27,7 +27,7 @@ from learners.positions import positions_of
 from learners.settings import ModelSettings
 
 TABLE = Path(__file__).with_name("model_shapes.yaml")
-SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
+SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|it|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
 BERT = ("bert", "roberta", "xlm-roberta")  # encoders that are counted like it
 

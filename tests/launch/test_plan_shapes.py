@@ -68,6 +68,11 @@ PUBLISHED = {  # parameters in the models' own safetensors index or card
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "openai/gpt-oss-20b": 20_914_757_184,
     "gpt2": 124_439_808,
 }
 
