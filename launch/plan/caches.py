@@ -1,5 +1,5 @@
 """Elements that an engine keeps of a sequence: keys and values of every token, and the states of
-layers that have no keys.
+layers that have no keys; and what autograd keeps of such layers.
 
 Bounds from above: a sliding window counts as if all tokens were kept. vLLM gives blocks behind the
 window back, but a prompt may need them all at once.
@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from learners.kernels import NO_ATTENTION
 from learners.positions import get_field
 
 CONV = ("conv",)
 LINEAR = ("linear_attention", "mamba")
+# of those that have such attention, the ones whose cache vLLM compresses
+COMPRESSED = ("axk", "deepseek_v", "glm4_moe_lite", "glm_moe_dsa", "kimi", "longcat_flash")
+USUAL_STATE = 256  # of each hidden element, where a type's states are not known: Mamba-2's
+CHUNK = 64  # tokens that see each other in full in a layer with linear attention
 
 
 def kv_elements(config: Any, layers: int, kv_heads: int, head_dim: int) -> int:
@@ -22,34 +27,52 @@ def kv_elements(config: Any, layers: int, kv_heads: int, head_dim: int) -> int:
     `config` is what a config.json holds, or a config of Transformers.
     """
     attending = layers - _many(config, CONV) - _many(config, LINEAR)
-    compressed = get_field(config, "kv_lora_rank")
     if is_compressed(config):
-        return attending * (int(compressed) + int(get_field(config, "qk_rope_head_dim")))
+        return attending * (_size(config, "kv_lora_rank") + _size(config, "qk_rope_head_dim"))
     return 2 * attending * kv_heads * head_dim
 
 
 def is_compressed(config: Any) -> bool:
     """Tell DeepSeek's latent attention, whose cache is no heads' and is not cut among GPUs."""
-    fields = ("kv_lora_rank", "qk_rope_head_dim")
-    return all(type(get_field(config, name)) is int for name in fields)
+    named = str(get_field(config, "model_type")).startswith(COMPRESSED)
+    return bool(named and _size(config, "kv_lora_rank") and _size(config, "qk_rope_head_dim"))
 
 
 def state_elements(config: Any) -> int:
     """Return the elements of the states of one sequence, however long it is."""
+    hidden = _size(config, "hidden_size")
+    conv = hidden * _size(config, "conv_L_cache")
+    one = _mamba(config) or _delta(config) or USUAL_STATE * hidden
+    return _many(config, CONV) * conv + _many(config, LINEAR) * one
 
-    def size(name: str) -> int:
-        return int(get_field(config, name) or 0)
 
-    conv = size("hidden_size") * size("conv_L_cache")
-    inner = size("intermediate_size")
-    mamba = inner * (size("state_size") + size("conv_kernel"))
-    keys = size("linear_num_key_heads") * size("linear_key_head_dim")
-    values = size("linear_num_value_heads") * size("linear_value_head_dim")
-    mixed = (2 * keys + values) * size("linear_conv_kernel_dim")
-    delta = values * size("linear_key_head_dim") + mixed
-    return _many(config, CONV) * conv + _many(config, LINEAR) * (
-        mamba if size("state_size") else delta
-    )
+def mixed_elements(config: Any) -> int:
+    """Return float32 elements of one token that autograd keeps of a layer without keys, as
+    Transformers' own code computes it: measured and rounded up.
+    """
+    if _many(config, CONV):
+        return 2 * _size(config, "hidden_size")
+    if not _many(config, LINEAR):
+        return 0
+    delta = _size(config, "linear_num_value_heads") * _size(config, "linear_value_head_dim")
+    if delta:
+        return 30 * max(delta, CHUNK * _size(config, "linear_num_value_heads"))
+    inner = _size(config, "intermediate_size")
+    return 4 * inner * (_size(config, "state_size") or USUAL_STATE)
+
+
+def _mamba(config: Any) -> int:
+    states = _size(config, "state_size")
+    kernel = _size(config, "conv_kernel")
+    return _size(config, "intermediate_size") * (states + kernel) if states else 0
+
+
+def _delta(config: Any) -> int:
+    """Return the elements of a gated delta net's state: a matrix for each head, and a window."""
+    width = _size(config, "linear_key_head_dim")
+    keys = _size(config, "linear_num_key_heads") * width
+    values = _size(config, "linear_num_value_heads") * _size(config, "linear_value_head_dim")
+    return values * width + (2 * keys + values) * _size(config, "linear_conv_kernel_dim")
 
 
 def _many(config: Any, kinds: tuple[str, ...]) -> int:
@@ -57,6 +80,11 @@ def _many(config: Any, kinds: tuple[str, ...]) -> int:
     written = get_field(config, "layer_types") or get_field(config, "layers_block_type")
     if isinstance(written, list):
         return sum(kind in kinds for kind in written)
-    if kinds == LINEAR and get_field(config, "model_type") in ("mamba", "falcon_mamba"):
-        return int(get_field(config, "num_hidden_layers") or 0)
-    return 0
+    without = get_field(config, "model_type") in NO_ATTENTION
+    return _size(config, "num_hidden_layers") if without and kinds == LINEAR else 0
+
+
+def _size(config: Any, name: str) -> int:
+    """Return a size of a config; 0 where it has none."""
+    size = get_field(config, name)
+    return size if type(size) is int and size > 0 else 0

@@ -17,6 +17,7 @@ from actors.settings import ClusterSettings, GenerationSettings, RLRecipe
 from launch.plan.adapters import adapter_of, adapter_parameters, sync_bytes, trained
 from launch.plan.batches import Load
 from launch.plan.shapes import BYTES, Model, Shape
+from learners.kernels import CAPPED, SINKS
 from learners.settings import LearnerSettings, ModelSettings
 
 GIB = 2**30
@@ -88,14 +89,25 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
 
 
 def layer_activations(shape: Shape, dtype: str) -> int:
-    """Return bytes per token that autograd keeps of one layer (fused attention, dropout 0)."""
+    """Return bytes per token that autograd keeps of one layer (fused attention, dropout 0): exact
+    for types in the table of shapes, at least that for others.
+    """
     width = BYTES[dtype]
     if shape.family == "gpt2" or shape.encoder:
         return width * (8 * shape.hidden + 5 * shape.intermediate)
-    norm = 8 if width == 4 else 6  # RMSNorm computes in float32: bfloat16 inputs are kept twice
+    tabled = shape.own_head is None
+    # RMSNorm computes in float32: bfloat16 inputs are kept twice, by some types more often
+    norm = 6 if width == 2 and tabled else 8
     heads = (shape.heads + shape.kv_heads) * shape.head_dim
-    per_head = 2 * width + (norm if shape.family == "qwen3" else 0)
-    return (2 * norm + 2 * width) * shape.hidden + per_head * heads + 4 * width * shape.columns
+    # by other types more is kept of what fused weights make, by experts of what they are sent
+    copies = (2 if tabled else 5) + (2 * shape.experts.active if shape.experts else 0)
+    per_column = 8 if shape.family == "gpt_oss" else 4  # whose experts' inputs are clamped
+    mixing = 4 * shape.mixed
+    return (
+        norm * shape.normed
+        + width * (copies * shape.hidden + 2 * heads + per_column * shape.columns)
+        + mixing
+    )
 
 
 # --- what is estimated ----------------------------------------------------------------------------
@@ -128,12 +140,13 @@ def _reads(model: Model, load: Load) -> int:
 
 
 def _attention(shape: Shape, model: ModelSettings, load: Load) -> int:
-    """Return bytes per token of attention weights, which only the eager kernel writes out."""
-    return (
-        shape.heads * load.longest * (4 + BYTES[model.dtype])
-        if shape.is_eager(model.attention)
-        else 0
-    )
+    """Return bytes per token of attention weights, which only the eager kernel writes out, and
+    twice where it is eager for what it does to them.
+    """
+    if not shape.is_eager(model.attention):
+        return 0
+    times = 2 if shape.family in (*CAPPED, *SINKS) else 1
+    return times * shape.heads * load.longest * (4 + BYTES[model.dtype])
 
 
 def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) -> int:
@@ -297,7 +310,7 @@ def kv_room(
         # in float32; where both kinds share a cache, keys fill blocks as large as a state
         states = STATE * shape.state_elements * (2 if tokens else 1)
         return max(0, room * parts // (states + math.ceil(longest / block) * tokens) - 1)
-    return max(0, room * parts // tokens - 1) // math.ceil(longest / block)
+    return max(0, room * parts // max(1, tokens) - 1) // math.ceil(longest / block)
 
 
 def sending(footprint: Footprint, model: Model, recipe: RLRecipe) -> Footprint:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from launch.plan.caches import is_compressed, kv_elements, state_elements
+from launch.plan.caches import is_compressed, kv_elements, mixed_elements, state_elements
 from learners.checkpoints import is_encoder
 from learners.kernels import NO_ATTENTION
 from learners.positions import positions_of
@@ -28,6 +28,7 @@ SIZES = {  # a shape's sizes, by the names configs have for them
     "head_dim": ("qk_head_dim", "head_dim"),
 }
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+SENT = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 SHARED = "shared_expert"
 
 
@@ -49,7 +50,7 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
         with torch.device("meta"):
             model = auto.from_config(known)
         parts = _parts(model, sizes["layers"])
-        sparse = _experts(model, text, size_of)
+        sparse = _experts(model, text)
     except Exception as error:  # a config.json may break a model's code in any way
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
@@ -62,6 +63,8 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
         "compressed": is_compressed(text),
         "kv_elements": kv_elements(text, sizes["layers"], sizes["kv_heads"], sizes["head_dim"]),
         "state_elements": state_elements(text),
+        "mixed": mixed_elements(text),
+        "normed": _normed(model, sizes),
         "head_width": 0 if encoder else model.get_output_embeddings().weight.shape[1],
     }
     return {**told, **sizes, **parts}
@@ -93,19 +96,31 @@ def _sizes(config: Any, size_of: Callable[..., int]) -> dict[str, int]:
     return found | (none if config.model_type in NO_ATTENTION else {})
 
 
-def _experts(
-    model: Any, config: Any, size_of: Callable[..., int]
-) -> tuple[int, int, int, int, int] | None:
+def _experts(model: Any, config: Any) -> tuple[int, int, int, int, int] | None:
     """Return the fields of a shape's experts; None where there are none."""
     named = {name: p for name, p in model.named_parameters() if ".experts." in name}
     if not named:
         return None
     many = next(n for name in EXPERTS if (n := getattr(config, name, None)) is not None)
-    active = size_of(vars(config), "num_experts_per_tok")
+    active = next((n for name in SENT if (n := getattr(config, name, None))), many)
     columns = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     every = [m for name, m in model.named_modules() if SHARED in name and hasattr(m, "up_proj")]
     shared = max((m.up_proj.weight.shape[0] for m in every), default=0)
     return many, min(active, many), columns, shared, sum(p.numel() for p in named.values())
+
+
+def _normed(model: Any, sizes: dict[str, int]) -> int:
+    """Return the elements of one token that the norms of a layer read, at most."""
+    heads = {"q": sizes["heads"], "k": sizes["kv_heads"]}
+    layers: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if (found := re.match(r"(.*?\.\d+)\.(.*)", name)) and re.search(
+            r"(norm|ln_?\w*)\.weight$", found[2]
+        ):
+            elements = parameter.numel()
+            each = heads.get(found[2].split(".")[-2][0], 1) if elements == sizes["head_dim"] else 1
+            layers[found[1]] += each * elements
+    return max(layers.values(), default=0)
 
 
 def _parts(model: Any, layers: int) -> dict[str, Any]:

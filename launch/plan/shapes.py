@@ -27,7 +27,7 @@ from learners.positions import positions_of
 from learners.settings import ModelSettings
 
 TABLE = Path(__file__).with_name("model_shapes.yaml")
-SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|Thinking|2507|v0\.\d))+$")
+SAME_SHAPE = re.compile(r"(-(Base|Instruct|Chat|chat|hf|it|Thinking|2507|v0\.\d))+$")
 GATED = ("llama", "mistral", "qwen2", "qwen3")  # decoders with a gated MLP
 BERT = ("bert", "roberta", "xlm-roberta")  # encoders that are counted like it
 
@@ -92,6 +92,8 @@ class Shape:
     kv_elements: int = 0
     state_elements: int = 0
     compressed: bool = False  # the cache is no heads', so GPUs do not share it
+    normed: int = 0  # elements of a token that a layer's norms read
+    mixed: int = 0  # elements of a token that autograd keeps in float32 of a layer without keys
     head_width: int = 0  # what heads read, where it is not the hidden size
     auto: str = "sdpa"
 
@@ -138,7 +140,7 @@ class Shape:
 
     @property
     def kinds(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """How many layers there are of each kind, with the elements of each of its parameters."""
+        """Every kind of layer: how many there are, and the elements of each parameter of one."""
         alike = self.layers - sum(count for count, _ in self.others)
         return ((alike, self.layer), *self.others)
 
@@ -283,6 +285,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
         layer=tuple(layer),
         final=(hidden,),
         kv_elements=2 * layers * kv_heads * head_dim,
+        normed=2 * hidden + (wide + narrow if family == "qwen3" else 0),
     )
 
 

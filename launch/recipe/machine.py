@@ -26,6 +26,7 @@ from actors.settings import (
 from launch.recipe.combinations import OWN_COLUMNS, data_of, lacking_gpus, models_of
 from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
+from launch.recipe.served import not_served
 from learners.calibration import calibration_problem
 from learners.data.files import DataFiles, find_files, format_of, json_lines, read_json
 from learners.data.shapes import BESIDE, recognised
@@ -132,6 +133,8 @@ def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Pr
     if isinstance(recipe, RLRecipe) and not malformed and not key.startswith("rewards"):
         yield from position_problems(key, positions_of(config), recipe.generation)
     if isinstance(recipe, RLRecipe) and key == "actor.model" and not malformed:
+        if wrong := not_served(config):
+            yield Problem((f"{key}.path",), f"{path}: {wrong}")
         defaults = read_json(folder / "generation_config.json") or {}
         yield from model_sampling_problems(str(folder), defaults, recipe.generation)
 

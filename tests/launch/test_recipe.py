@@ -469,6 +469,20 @@ def test_a_run_saved_by_the_version_before_can_be_resumed(place: Path, kind: str
     assert "run.seed: is 7, the run to resume has 0" in changed
 
 
+def test_a_run_saved_with_a_kernel_that_auto_is_not_is_another_run(place: Path) -> None:
+    """Gemma-2's `auto` is eager, so one saved with sdpa had other numbers."""
+    config = {**DECODER, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    (place / "decoder/config.json").write_text(json.dumps(config))
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    saved = (Path(__file__).parent / "yesterday" / "saved" / "sft.yaml").read_text()
+    (place / "runs/new/config.yaml").write_text(saved)
+    (changed,) = problems("sft.yaml", resume=True)
+    assert "learner.model.attention: is 'eager', the run to resume has 'sdpa'" in changed
+    same = saved.replace("attention: sdpa", "attention: eager")
+    (place / "runs/new/config.yaml").write_text(same)
+    assert problems("sft.yaml", resume=True) == []
+
+
 @pytest.mark.parametrize("today", [OLD_SYNC, NEW_SYNC])
 def test_a_run_begun_with_the_old_names_can_be_resumed(place: Path, today: dict) -> None:
     write_sync(place, today)
