@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import ray
 import torch
-from learners.lora import adapter_config
 from torch import Tensor
 
 from actors.weights.client import ADAPTER, OBJECT_STORE, EngineClient
 from actors.weights.packing import pack_group
 from actors.weights.proof import Receipt, checksum
 from learners.actor import ActorLearner
+from learners.lora import adapter_config
 
 # of the buffer that weights pass through on shared GPUs, unless one tensor is larger
 PACKED_BYTES = 2**30
