@@ -20,6 +20,7 @@ from actors.settings import (
     RMRecipe,
     SFTRecipe,
 )
+from launch.recipe.adapters import adapter_rules
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import (
     DataSettings,
@@ -49,6 +50,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what is wrong with keys that are fine one by one and impossible in combination."""
     for key, model in models_of(recipe).items():
         yield from problems_of(_attention(key, model, recipe.cluster.device))
+    yield from problems_of(adapter_rules(recipe))
     for role in roles_of(recipe).values():
         if role.learner is not None:
             yield from problems_of(_learner(role.section, role.learner, recipe.cluster.device))
