@@ -189,7 +189,7 @@ def test_an_engine_that_takes_adapters_is_what_the_installed_vllm_takes() -> Non
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from actors.engine.arguments import engine_arguments
+    from actors.engine.arguments import NO_ADAPTERS, engine_arguments, in_our_words
     from actors.settings import ADAPTER_RANKS
 
     assert get_args(MaxLoRARanks) == ADAPTER_RANKS
@@ -208,7 +208,10 @@ def test_an_engine_that_takes_adapters_is_what_the_installed_vllm_takes() -> Non
     inspect.signature(LoRAModelManager.get_adapter).bind(None, 1)
     inspect.signature(LoRAModelManager._get_lora_layer_weights).bind(None, None, "name")
     assert "self._adapter_manager = " in inspect.getsource(WorkerLoRAManager)
-    assert "self.lora_manager = " in inspect.getsource(GPUModelRunner.load_lora_model)
+    load = inspect.getsource(GPUModelRunner.load_lora_model)
+    assert "self.lora_manager = " in load and f"{NO_ADAPTERS} yet" in load
+    told = in_our_words(ValueError(f"GPT2LMHeadModel {NO_ADAPTERS} yet."), "cuda")
+    assert told is not None and told.problems[0].startswith("sync.lora: vLLM serves no adapters")
 
 
 @engines

@@ -217,6 +217,16 @@ def test_an_engine_without_the_adapter_is_found_and_takes_no_prompt(
 
 
 @engines
+def test_an_adapter_that_cannot_be_served_is_refused_before_step_1(stage: Stage) -> None:
+    stage.start_anew("adapter")
+    stage.actor.call("break_next", "a part for no layer", phase="test", deadline_s=DEADLINE)
+    with pytest.raises(WorkerError, match="sync.lora: merged sends them within the weights"):
+        stage.weights.connect(0)
+    stage.weights.connect(0)
+    assert stage.mismatch(stage.generate()) <= BOUND
+
+
+@engines
 def test_a_base_that_changed_below_its_adapter_is_noticed(stage: Stage) -> None:
     stage.start_anew()
     workers: Any = object.__new__(Workers)
