@@ -5,6 +5,7 @@ kept in every checkpoint, and the whole of it at the end.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from ray.exceptions import RayTaskError
 from actors.cluster.groups import WorkerError, WorkerGroup
 from actors.roles import roles_of
 from actors.run.folder import MODEL_FILES, complete_or_absent
+from actors.run.progress import say
 from actors.settings import Recipe
 from learners.checkpoints import generation_config
 from learners.errors import UserError, in_a_line
+from learners.settings import ADAPTER_FOLDER
 
 LATE_S = 30.0  # a shared file system may show a new file to other machines so late
 
@@ -52,6 +55,7 @@ class Export:
             if self.role.head == "lm":
                 self.generation = generation_config(model, self.tokenizer, self.stops)
             self.write_files(run / MODEL_FILES)
+            self._say_unadapted()
         except UserError:
             raise
         except Exception as error:
@@ -68,6 +72,14 @@ class Export:
         group.call("export_config", str(folder), phase="export", deadline_s=self.deadline_s)
         self._written(folder, "config.json")
         self._write_beside_config(folder)
+
+    def _say_unadapted(self) -> None:
+        """Say which parts of models with LoRA get no adapter."""
+        for name, group in self.groups.items():
+            deadline_s = self.deadline_s
+            line = group.call("unadapted", phase="export", deadline_s=deadline_s)[0]
+            if line:
+                say(f"notice: {name}: model.lora: {line}")
 
     def write_model(self, folder: Path) -> None:
         """Write the whole model. At `folder` it appears complete, or not at all."""
@@ -102,3 +114,10 @@ class Export:
             for name, group in self.groups.items()
         }
         return sizes[self.name][0], sum(checkpoint for _, checkpoint in sizes.values())
+
+
+def show_adapter(model: Path) -> None:
+    """Link the adapter that lies in an exported model, if one does, beside it."""
+    link = model.with_name(ADAPTER_FOLDER)
+    if (model / ADAPTER_FOLDER).is_dir() and not os.path.lexists(link):
+        link.symlink_to(Path(model.name, ADAPTER_FOLDER))

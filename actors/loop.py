@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors.cluster.groups import WorkerGroup
 from actors.cluster.placement import Placement
-from actors.export import Export
+from actors.export import Export, show_adapter
 from actors.roles import roles_of
 from actors.run.alarms import Alarm, AlarmLog
 from actors.run.best import Best
@@ -307,6 +307,7 @@ class Loop:
         """
         try:
             self.training.export.write_model(model)
+            show_adapter(model)
         except Exception as error:
             kept = self.keep_weights(step)
             reason = self.reason(error)

@@ -10,6 +10,7 @@ from actors.run.folder import MODEL_FILES, complete_or_absent, finished_checkpoi
 from actors.run.room import no_room
 from learners.errors import UserError, first_wrong, in_a_line
 from learners.launchers import clear_foreign_launchers
+from learners.settings import ADAPTER_FOLDER
 
 EXPORTED = ("actor", "learner")  # folders of the trained roles whose model leaves a run
 
@@ -27,10 +28,12 @@ def export_model(source: Path, folder: Path) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     clear_foreign_launchers()  # before DeepSpeed is imported, which believes them
     from learners.export import export_saved
-    from learners.weights import read_saved
+    from learners.weights import export_adapter, read_saved
 
     try:
         saved = read_saved(learner)
+    except UserError:  # of the base that an adapter was trained on
+        raise
     except Exception as error:
         raise RuntimeError(f"{learner}: cannot be read: {in_a_line(error)}") from error
     if wrong := no_room(folder, sum(tensor.nbytes for tensor in saved.values())):
@@ -38,6 +41,7 @@ def export_model(source: Path, folder: Path) -> None:
     try:
         with complete_or_absent(folder) as draft:
             export_saved(saved, checkpoint / MODEL_FILES, draft)
+            export_adapter(learner, draft / ADAPTER_FOLDER)
     except OSError as error:
         reason = error.strerror or in_a_line(error)
         raise UserError(
@@ -90,6 +94,8 @@ def _say(checkpoint: Path, folder: Path) -> None:
     """Print where the model is, and what a reward model lacks."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     print(f"the model of {checkpoint} is in {folder}")
+    if (adapter := folder / ADAPTER_FOLDER).is_dir():
+        print(f"its adapter, for PEFT, is in {adapter}")
     scores = any(
         str(name).endswith("ForSequenceClassification") for name in config["architectures"]
     )

@@ -22,16 +22,27 @@ from learners.settings import LearnerSettings, OptimizerSettings, Rank
 
 class RoleForward(nn.Module):
     """Module that DeepSpeed wraps: its forward is the role's computation, so that ZeRO's hooks see
-    all of it.
+    all of it. Unless it is `saved_whole`, what is frozen is not in its checkpoints.
     """
 
-    def __init__(self, model: nn.Module, role_forward: Any) -> None:
+    def __init__(self, model: nn.Module, role_forward: Any, saved_whole: bool = True) -> None:
         super().__init__()
         self.model = model
         self.role_forward = role_forward
+        self.saved_whole = saved_whole
 
     def forward(self, batch: Experience) -> Tensor:
         return self.role_forward(self.model, batch)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what a checkpoint holds. DeepSpeed itself would keep a frozen weight that is tied,
+        under its second name.
+        """
+        state = super().state_dict(*args, **kwargs)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if not (self.saved_whole or parameter.requires_grad):
+                del state[name]
+        return state
 
 
 def start_process_group(rank: Rank) -> None:

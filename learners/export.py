@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from learners.checkpoints import as_it_came, is_a, quiet
 from learners.errors import UserError
 from learners.heads import REWARD_MODEL, head_class, write_read_me
-from learners.lora import adapter_config
-
-ADAPTER_FOLDER = "adapter"
 
 
 def save_config(model: Any, folder: Path) -> None:
@@ -59,10 +57,10 @@ def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         raise OSError(f"{folder}: {error}") from error
 
 
-def save_adapter(model: Any, adapter: dict[str, Tensor], folder: Path) -> None:
-    """Write the adapter of a model, by PEFT's names, as PEFT loads it beside the base."""
+def save_adapter(config: Mapping[str, Any], adapter: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter (its weights by PEFT's names) as PEFT loads it beside the base."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(adapter_config(model), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     try:
         save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -68,7 +68,7 @@ class Learner(TrainedWeights, ABC):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=RoleForward(self.model, self.forward),
+            model=RoleForward(self.model, self.forward, saved_whole=settings.model.lora is None),
             optimizer=self.optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer, schedule(settings.optimizer, total_steps)

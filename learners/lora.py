@@ -62,6 +62,7 @@ def attach(
         warnings.simplefilter("ignore")  # of PEFT: a layer that is turned around, a target twice
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
+    model.train(model.training)  # new modules begin in training mode
     # the tuner itself would wrap them; PEFT's files only name them
     config.modules_to_save = sorted({_owner(name) for name in head}) or None
     for name, parameter in model.named_parameters():
@@ -126,11 +127,11 @@ def _targets(settings: LoraSettings, linear: list[str], path: str) -> list[str]:
     for target in asked:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise UserError(
-                f"model.lora.targets: {path} has no linear layer {target!r} to adapt; it has "
-                f"{', '.join(names) or 'none'}"
+                f"{path}: no linear layer to adapt is called {target!r} (model.lora.targets); "
+                f"there are {', '.join(names) or 'none'}"
             )
     if not asked:
-        raise UserError(f"model.lora: {path} has no linear layer to adapt")
+        raise UserError(f"{path}: there is no linear layer that model.lora could adapt")
     return sorted(asked)
 
 

@@ -24,6 +24,8 @@ Count = Annotated[int, Field(ge=1, le=4096)]  # of processes or machines
 Few = Annotated[int, Field(ge=1, le=128)]  # of GPUs in one machine
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Column = Annotated[str, Field(min_length=1)]
+ADAPTER_FOLDER = "adapter"  # of an exported model
 VARIABLE = re.compile(r"\$(?:(?P<bare>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\})")
 
 
@@ -118,7 +120,7 @@ class LoraSettings(Settings):
     alpha: float | None = Field(
         None, gt=0, description="the adapter counts alpha / rank; null: twice the rank"
     )
-    targets: Literal["all-linear"] | tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+    targets: Literal["all-linear"] | Annotated[tuple[Column, ...], Field(min_length=1)] = Field(
         "all-linear",
         description="names of the linear layers that get one, such as [q_proj, v_proj]; "
         "all-linear: every one but the output layer",
@@ -239,7 +241,6 @@ class RMTrainSettings(TrainSettings):
 
 
 Scalar = bool | int | float | str
-Column = Annotated[str, Field(min_length=1)]
 
 
 class DataSettings(Settings):

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,21 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from learners.export import ADAPTER_FOLDER, save_adapter, save_config, save_weights
-from learners.lora import base_digest, base_name, is_adapter, layer_name, merged, peft_name
-from learners.settings import LearnerSettings, Rank
+from learners.checkpoints import load_causal_lm, load_reward_model
+from learners.errors import UserError
+from learners.export import save_adapter, save_config, save_weights
+from learners.lora import (
+    adapter_config,
+    attach,
+    base_digest,
+    base_name,
+    fused_experts,
+    is_adapter,
+    layer_name,
+    merged,
+    peft_name,
+)
+from learners.settings import ADAPTER_FOLDER, LearnerSettings, ModelSettings, Rank
 
 
 class TrainedWeights:
@@ -66,6 +78,16 @@ class TrainedWeights:
         """
         return base_digest(self.model)
 
+    def unadapted(self) -> str:
+        """Return in words what of the model has weights of its own kind and gets no adapter, though
+        all linear layers are to have one; nothing where there is none.
+        """
+        lora = self.settings.model.lora
+        experts = fused_experts(self.model)
+        if lora is None or lora.targets != "all-linear" or not experts:
+            return ""
+        return f"experts get no adapter and stay as they are: {len(experts)}, such as {experts[0]}"
+
     def _layers(self) -> list[dict[str, Tensor]]:
         """Group the parameters by the first number in their names (the layer); embeddings and heads
         are by themselves. An adapter is in the group of the weight that it changes.
@@ -81,6 +103,10 @@ class TrainedWeights:
         """Write a Hugging Face model that plain Transformers loads and, of one with LoRA, the
         adapter for PEFT inside it. Call on every rank; rank 0 writes.
         """
+        if self.settings.model.lora:
+            adapter = self.adapter()
+            if self.rank.index == 0:
+                save_adapter(adapter_config(self.model), adapter, Path(folder, ADAPTER_FOLDER))
         known = self.model.state_dict()
         state = {name: b.cpu() for name, b in self.model.named_buffers() if name in known}
         for names, tensors in self.iter_groups():
@@ -89,10 +115,6 @@ class TrainedWeights:
         if self.rank.index == 0:
             save_weights(self.model, state, Path(folder))
             save_config(self.model, Path(folder))
-        if self.settings.model.lora:
-            adapter = self.adapter()
-            if self.rank.index == 0:
-                save_adapter(self.model, adapter, Path(folder, ADAPTER_FOLDER))
 
     def export_config(self, folder: str) -> None:
         """Write the config.json that `export` writes, without the weights. Call on every rank;
@@ -133,14 +155,15 @@ class TrainedWeights:
         """Continue from `save`. Raises ValueError when the world size, ZeRO stage, adapter or base
         is another.
         """
-        saved = json.loads(Path(folder, "layout.json").read_text())
-        base = {"base": saved.pop("base")} if "base" in saved else {}
+        saved = _read_layout(Path(folder))
+        base = saved.pop("base", None)
+        saved.pop("adapter", None)
         if saved != self._layout():
             raise ValueError(
                 f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
                 "same layout"
             )
-        if base != self._base():
+        if base is not None and base["digest"] != self.base_fingerprint():
             raise ValueError(
                 f"{folder}: its adapter was trained on other weights than those of "
                 f"{self.settings.model.path}: use the model that it was trained on"
@@ -170,22 +193,83 @@ class TrainedWeights:
         )
 
     def _base(self) -> dict[str, Any]:
-        """Return what a checkpoint says of weights that are not in it. Collective under ZeRO-3."""
-        return {"base": self.base_fingerprint()} if self.settings.model.lora else {}
+        """Return what a checkpoint with LoRA says of weights that are not in it, and of the adapter
+        beside them. Collective under ZeRO-3.
+        """
+        model = self.settings.model
+        if model.lora is None:
+            return {}
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        base = {
+            "digest": self.base_fingerprint(),
+            "model": model.model_dump(mode="json"),
+            "head": [name for name in trained if not is_adapter(name)],
+        }
+        return {"base": base, "adapter": adapter_config(self.model)}
 
 
 def read_saved(folder: Path) -> dict[str, Tensor]:
-    """Return the whole weights of every rank's `save`, in the dtype they were trained in, on the
-    CPU. Files alone are read: there need be neither ranks nor their devices.
+    """Return the whole weights of the plain model of every rank's `save`, in the dtype they were
+    trained in, on the CPU. Files alone are read (with LoRA also those of the base): there need be
+    neither ranks nor their devices. Raises UserError where the base is another.
     """
-    stage = json.loads((folder / "layout.json").read_text())["zero_stage"]
+    trained = _read_trained(folder)
+    base = _read_layout(folder).get("base")
+    return trained if base is None else _merged_into(base, trained)
+
+
+def export_adapter(saved: Path, folder: Path) -> None:
+    """Write the adapter of a checkpoint for PEFT, if it has one."""
+    layout = _read_layout(saved)
+    if "adapter" not in layout:
+        return
+    adapter = {
+        peft_name(name): tensor
+        for name, tensor in _read_trained(saved).items()
+        if is_adapter(name) or name in layout["base"]["head"]
+    }
+    save_adapter(layout["adapter"], adapter, folder)
+
+
+def _read_layout(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "layout.json").read_text()))
+
+
+def _read_trained(folder: Path) -> dict[str, Tensor]:
+    """Return the weights that are in a checkpoint: without those of a frozen base."""
+    layout = _read_layout(folder)
+    stage = layout["zero_stage"]
     first = "zero_pp_rank_0_mp_rank_00" if stage == 3 else "mp_rank_00"
     file = folder / "state" / f"{first}_model_states.pt"
     # DeepSpeed pickles objects of its own beside the tensors
     module = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
     if stage == 3:  # whose ranks hold parts, in float32; here the names, dtypes and buffers are
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            whole = get_fp32_state_dict_from_zero_checkpoint(folder, tag="state", lazy_mode=True)
+            whole = get_fp32_state_dict_from_zero_checkpoint(
+                folder, tag="state", lazy_mode=True, exclude_frozen_parameters="base" in layout
+            )
         parameters = {name for name, tensor in module.items() if not tensor.numel()}
         module |= {name: whole[name].contiguous().to(module[name].dtype) for name in parameters}
     return {name.removeprefix("model."): tensor for name, tensor in module.items()}
+
+
+@torch.no_grad()
+def _merged_into(base: Mapping[str, Any], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the base with the adapter merged into them. Raises UserError where it
+    is not the one that the adapter was trained on.
+    """
+    settings = ModelSettings(**base["model"])
+    assert settings.lora is not None
+    scores = base["head"]
+    model = load_reward_model(settings, None) if scores else load_causal_lm(settings)
+    attach(model, settings.lora, scores, path=settings.path)
+    if base_digest(model) != base["digest"]:
+        raise UserError(
+            f"{settings.path}: has other weights than those that the adapter was trained on: put "
+            "them back there"
+        )
+    model.load_state_dict(trained, strict=False)
+    names, tensors = merged(model, dict(model.named_parameters()))
+    kept = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return buffers | dict(zip(names, tensors, strict=True))

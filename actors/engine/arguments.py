@@ -92,6 +92,7 @@ def our_key(argument: str, device: DeviceType) -> str:
     }[argument.replace("-", "_").lower()]
 
 
+NO_ADAPTERS = "does not support LoRA"
 ARGUMENT = re.compile(
     r"(?:--)?\b(gpu[-_]memory[-_]utilization|kv[-_]cache[-_]memory[-_]bytes|max[-_]model[-_]len"
     r"|VLLM_CPU_KVCACHE_SPACE|max[-_]num[-_]batched[-_]tokens|max[-_]num[-_]seqs"
@@ -108,6 +109,11 @@ def in_our_words(error: ValueError, device: DeviceType) -> UserError | None:
     of the arguments that come from a recipe.
     """
     text = " ".join(str(error).partition("See https")[0].split())
+    if NO_ADAPTERS in text:
+        return UserError(
+            f"sync.lora: vLLM serves no adapters for this model ({text}): use merged, which sends "
+            "the adapter within the weights"
+        )
     if found := NO_ROOM.search(text):
         tokens, needed, there, fitting = found.groups()
         enough = float(needed) + 0.01  # they are rounded

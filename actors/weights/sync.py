@@ -38,24 +38,24 @@ class WeightSync:
 
     def connect(self, version: int) -> None:
         """Connect the Actor to the engines. At version 0 both have loaded the same files; later the
-        engines are behind and get the weights.
+        engines are behind and get the weights. An adapter that goes alone goes at version 0 too,
+        though it changes nothing yet: what vLLM cannot serve is known before step 1.
         """
         cluster = self.recipe.cluster
+        alone = self.recipe.sync.lora == "adapter"
         backend = transfer_backend(cluster.device, shares_gpus(cluster))
-        if self.recipe.sync.lora == "adapter":
-            backend = ADAPTER
         self.actor.call(
             "connect",
             self.engines.handles,
             self.deadline_s,
             self.recipe.generation.tensor_parallel,
-            backend,
+            ADAPTER if alone else backend,
             self.actor.free_address(self.deadline_s),
             self.engines.names(),
             phase="sync",
             deadline_s=self.deadline_s,
         )
-        if version:
+        if version or alone:
             self.sync(version)
 
     def sync(self, version: int) -> dict[str, float]:

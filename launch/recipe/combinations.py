@@ -20,7 +20,7 @@ from actors.settings import (
     RMRecipe,
     SFTRecipe,
 )
-from launch.recipe.lora import adapter_rules
+from launch.recipe.adapters import adapter_rules, adapter_uses
 from learners.errors import Problem, Rule, problems_of
 from learners.settings import (
     DataSettings,
@@ -50,6 +50,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what is wrong with keys that are fine one by one and impossible in combination."""
     for key, model in models_of(recipe).items():
         yield from problems_of(_attention(key, model, recipe.cluster.device))
+    yield from problems_of(adapter_rules(recipe))
     for role in roles_of(recipe).values():
         if role.learner is not None:
             yield from problems_of(_learner(role.section, role.learner, recipe.cluster.device))
@@ -57,7 +58,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from recipe.algorithm.problems(recipe.sequences_per_step)
         for part in (_batches, _rewards, _columns, _evaluation, _generation, _off_policy_sampling):
             yield from problems_of(part(recipe))
-        yield from problems_of(adapter_rules(recipe))
+        yield from problems_of(adapter_uses(recipe))
         yield from sharing_problems(recipe)
     if isinstance(recipe, SFTRecipe) and recipe.train.evaluate_every and recipe.held_out is None:
         keys = ("train.evaluate_every", "held_out")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from actors.engine.adapter import Adapter
 from actors.engine.engine import GenerationEngine
 from actors.weights import senders
 from actors.weights.packing import pack_group
@@ -23,8 +24,8 @@ class FaultyActor(SyncedActor):
 
     fault = ""
 
-    def connect(self, engines: Any, deadline_s: float, workers_per_engine: int = 1) -> None:
-        super().connect(engines, deadline_s, workers_per_engine)
+    def connect(self, engines: Any, deadline_s: float, *others: Any) -> None:
+        super().connect(engines, deadline_s, *others)
         groups = super().iter_groups()
         self.first = {
             name: t for names, tensors in groups for name, t in zip(names, tensors, strict=True)
@@ -54,7 +55,20 @@ class FaultyActor(SyncedActor):
                 continue
             if self.fault == "a head left stale" and names == ["lm_head.weight"]:
                 tensors = [self.first[names[0]]]
+            if self.fault == "an adapter left out":
+                tensors = [self.first[name] for name in names]
             yield names, tensors
+
+    def adapter(self) -> dict[str, Tensor]:
+        tensors = super().adapter()
+        if self.fault == "a part for no layer":
+            tensors = {name.replace("layers.1", "layers.9"): t for name, t in tensors.items()}
+        return tensors
+
+    def disturb_the_base(self) -> None:
+        weight = next(iter(self.model.parameters()))
+        assert not weight.requires_grad
+        weight.data[0, 0] += 1e-3
 
     def without_hearing(self, update: dict[str, Any]) -> None:
         with contextlib.suppress(SyncError):
@@ -72,6 +86,7 @@ class FaultyEngine(GenerationEngine):
     """After `forget_the_head`, the next update leaves a tied head with its old packed weights."""
 
     forgetful = False
+    dropping = False
     delay_s = 0.0
 
     def dawdle(self, seconds: float) -> None:
@@ -86,6 +101,22 @@ class FaultyEngine(GenerationEngine):
 
     def forget_the_head(self) -> None:
         self.forgetful = True
+
+    def drop_the_next_adapter(self) -> None:
+        self.dropping = True
+
+    def load_adapter(self, adapter: Adapter) -> Receipt:
+        """After `drop_the_next_adapter`, load it and serve the base."""
+        receipt = super().load_adapter(adapter)
+        if self.dropping:
+            self._adapters.serving = None
+            self.dropping = False
+        return receipt
+
+    def adapters(self) -> tuple[list[int], str]:
+        """Return the numbers of the adapters that vLLM has, and the name of the one that serves."""
+        serving = self._adapters.serving
+        return sorted(self._engine.list_loras()), serving.lora_name if serving else ""
 
     def finish_weight_update(self, weight_version: str | None = None) -> Receipt:
         from actors.weights import receiver

@@ -178,6 +178,43 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
 
 
 @engines
+def test_an_engine_that_takes_adapters_is_what_the_installed_vllm_takes() -> None:
+    """Its calls, the ranks it has room for, the manager whose layers `unused_parts` looks at."""
+    from typing import get_args
+
+    from vllm import EngineArgs
+    from vllm.config.lora import LoRAConfig, MaxLoRARanks
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from actors.engine.arguments import NO_ADAPTERS, engine_arguments, in_our_words
+    from actors.settings import ADAPTER_RANKS
+
+    assert get_args(MaxLoRARanks) == ADAPTER_RANKS
+    arguments = engine_arguments(
+        ModelSettings(path="m", dtype="bfloat16"), GenerationSettings(), "cuda", 512, True, 17
+    )
+    arguments.pop("weight_transfer_config")
+    taken = EngineArgs(**arguments)
+    assert taken.enable_lora and taken.max_lora_rank == 32
+    config = LoRAConfig(max_loras=taken.max_loras, max_cpu_loras=taken.max_cpu_loras)
+    assert (config.max_loras, config.max_cpu_loras) == (1, 2)
+    inspect.signature(LLMEngine.add_lora).bind(None, object())
+    inspect.signature(LLMEngine.remove_lora).bind(None, 1)
+    inspect.signature(LLMEngine.list_loras).bind(None)
+    inspect.signature(LLMEngine.add_request).bind(None, "1", {}, None, lora_request=None)
+    inspect.signature(LoRAModelManager.get_adapter).bind(None, 1)
+    inspect.signature(LoRAModelManager._get_lora_layer_weights).bind(None, None, "name")
+    assert "self._adapter_manager = " in inspect.getsource(WorkerLoRAManager)
+    load = inspect.getsource(GPUModelRunner.load_lora_model)
+    assert "self.lora_manager = " in load and f"{NO_ADAPTERS} yet" in load
+    told = in_our_words(ValueError(f"GPT2LMHeadModel {NO_ADAPTERS} yet."), "cuda")
+    assert told is not None and told.problems[0].startswith("sync.lora: vLLM serves no adapters")
+
+
+@engines
 def test_gpu_workers_have_the_methods_the_loop_calls() -> None:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu_worker import Worker

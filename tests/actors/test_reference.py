@@ -55,11 +55,11 @@ def test_a_frozen_model_that_changed_is_noticed(tmp_path: Path, cluster: None) -
     group.gather(group.start(arguments, 60), "start", 60)
     workers: Any = object.__new__(Workers)
     workers.deadline_s = 60
-    workers.frozen = [group]
+    workers.frozen = {"reference": (group, "fingerprint")}
     workers.loaded = workers.fingerprints()
     workers.check_frozen()
     group.call("disturb", phase="test", deadline_s=60)
-    with pytest.raises(WorkerError, match="a frozen model .* changed during the run"):
+    with pytest.raises(WorkerError, match=r"a frozen model \(reference\) changed during the run"):
         workers.check_frozen()
 
 

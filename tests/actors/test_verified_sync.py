@@ -74,7 +74,9 @@ class Stage:
         """Send the Actor's weights and prove them, within the bounds of float32 (BOUND)."""
         recipe = recipe_of(self.path, deadline_s)
         assert recipe.max_logprob_diff == recipe.mean_logprob_diff == BOUND
-        return WeightSync(self.actor, engines, GpuSharing(), PROBE, recipe).sync(version)
+        metrics = WeightSync(self.actor, engines, GpuSharing(), PROBE, recipe).sync(version)
+        assert metrics.keys() == {"sync/probe_difference"}
+        return metrics["sync/probe_difference"]
 
     def learn(self) -> None:
         """One step that moves every weight."""

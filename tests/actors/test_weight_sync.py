@@ -18,7 +18,15 @@ from torch import Tensor
 
 from actors.weights.client import EngineClient
 from actors.weights.packing import pack_group, unpack_group
-from actors.weights.proof import Receipt, SyncError, check_probe, checksum, verify
+from actors.weights.proof import (
+    Receipt,
+    SyncError,
+    check_adapter,
+    check_probe,
+    checksum,
+    probe_decides,
+    verify,
+)
 from actors.weights.senders import SENDERS, Metadata, ObjectStoreSender
 from learners.experience import PromptRequest, Rollout
 
@@ -116,6 +124,38 @@ def test_check_probe_measures_the_largest_difference() -> None:
     ) == pytest.approx(0.5)
     with pytest.raises(SyncError, match="2.50e-01 on average"):
         check_probe([-1.0, -2.0], [-1.5, -2.0], max_logprob_diff=1.0, mean_logprob_diff=0.2)
+
+
+WITH = [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(
+    ("without", "decides"),
+    [
+        (WITH, False),  # B is zero
+        ([-1.0, -2.0, -3.4], False),
+        ([-1.0, -2.0, -3.6], True),  # one is too far off
+        ([-1.3, -2.3, -3.3], True),  # all of them together are
+    ],
+)
+def test_the_probe_decides_where_an_engine_without_the_adapter_would_be_out_of_bounds(
+    without: list[float], decides: bool
+) -> None:
+    bounds = {"max_logprob_diff": 0.5, "mean_logprob_diff": 0.25}
+    assert probe_decides(WITH, without, **bounds) is decides
+    try:
+        check_probe(WITH, without, **bounds)
+        refused = False
+    except SyncError:
+        refused = True
+    assert refused is decides
+
+
+def test_an_engine_has_to_be_nearer_to_the_actor_with_its_adapter() -> None:
+    without = [-1.0, -2.0, -9.0]
+    check_adapter(WITH, without, [-1.0, -2.1, -5.9])
+    with pytest.raises(SyncError, match=r"engine\[1\] serves the base model without the adapter"):
+        check_adapter(WITH, without, [-1.0, -2.0, -6.1], "engine[1]")
 
 
 # --- the engine's side ----------------------------------------------------------------------------

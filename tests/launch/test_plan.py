@@ -18,7 +18,7 @@ from launch import cli
 from launch.plan.devices import ranges
 from launch.plan.hints import hints_for
 from launch.plan.memory import GIB, model_states, total
-from launch.plan.plan import Plan, make_plan
+from launch.plan.plan import Plan, as_json, make_plan
 from launch.plan.shapes import Shape, find_shape
 from launch.plan.table import print_plan, show_plan
 from launch.recipe.combinations import Recipe, combination_problems
@@ -63,6 +63,7 @@ def test_every_shipped_recipe_fits(path: Path) -> None:
         ("grpo_qwen3_0.6b", 1, 1, 22),
         ("ppo_qwen3_0.6b", 1, 1, 22),
         ("grpo_qwen3_8b", 1, 8, 80),
+        ("grpo_qwen3_8b_lora", 1, 1, 80),
         ("ppo_qwen3_8b", 1, 8, 80),
         ("grpo_qwen3_32b", 4, 8, 80),
         ("ppo_qwen3_14b", 4, 8, 80),
@@ -280,6 +281,34 @@ def test_sync_and_kv_cache() -> None:
     blocks = engine["kv_cache"] // (16 * 144 * 1024) - 1  # vLLM keeps one for itself
     assert made.kv_room == blocks // (5120 // 16) == 71
     assert total(engine) == pytest.approx(0.85 * 80 * GIB, rel=1e-6)
+
+
+def test_what_lora_saves() -> None:
+    """Gradients and Adam states of an adapter alone, no Reference, and less to send. By hand: q and
+    o 4096 x 4096, k and v 4096 x 1024, three of 4096 x 12288, in 36 layers, of rank 32.
+    """
+    adapter = 36 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    made = plan("grpo_qwen3_8b_lora")
+    (gpu,) = (memory for memory in made.memories if memory.is_gpu)
+    actor = gpu.uses["score"]["actor"]
+    assert actor["weights"] == 2 * (8_190_735_360 + adapter)
+    assert actor["optimizer"] == 12 * adapter
+    assert gpu.uses["learn"]["actor"]["gradients"] == 4 * adapter
+    assert "reference" not in made.models and made.sync["bytes"] == 2 * 8_190_735_360
+    whole = plan("grpo_qwen3_8b_lora", "actor.model.lora=")
+    assert not whole.fits and "reference" in whole.models
+    assert made.seconds["learn"] < whole.seconds["learn"]
+    alone = plan("grpo_qwen3_8b_lora", "sync.lora=adapter")
+    assert alone.sync["bytes"] == 2 * adapter and alone.fits
+    assert alone.seconds["sync"] < made.seconds["sync"]
+
+
+def test_a_critic_with_lora_trains_its_head_too() -> None:
+    same = "critic.model.path=Qwen/Qwen3-8B"
+    made = plan("ppo_qwen3_8b", "critic.model.lora.rank=8", same)
+    critic = as_json(made, {})["models"]["critic"]
+    adapter = 36 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    assert critic["trained"] == adapter + 4096 + 1
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -674,7 +703,9 @@ def test_json_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "path": "Qwen/Qwen3-8B",
         "dtype": "bfloat16",
         "parameters": 8_190_735_360,
+        "trained": 8_190_735_360,
     }
+    assert told["models"]["engine"]["trained"] == 0
     assert [(m["node"], m["gpu"]) for m in told["memory"]] == [
         *((0, gpu) for gpu in range(8)),
         (0, None),

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from launch import cli
+from launch.plan.adapters import adapter_parameters
 from launch.plan.batches import Load
 from launch.plan.memory import layer_activations, training_activations
 from launch.plan.shapes import find_shape, model_table, read_shape
@@ -25,7 +26,7 @@ from launch.tasks.unique_digits import make_model
 from learners.errors import UserError
 from learners.experience import Experience
 from learners.forward import response_logprobs
-from learners.settings import ModelSettings
+from learners.settings import LoraSettings, ModelSettings
 
 SMALL = {
     "vocab_size": 96,
@@ -343,3 +344,15 @@ def test_plan_says_that_a_type_takes_seconds(
     assert cli.main(["plan", str(recipe), f"learner.model.path={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert "gemma2 is not in the table: counted on torch's meta device, which takes seconds" in out
+
+
+@pytest.mark.parametrize(("family", "sizes"), CONFIGS, ids=[family for family, _ in CONFIGS])
+def test_an_adapter_is_counted_as_peft_makes_it(family: str, sizes: dict[str, Any]) -> None:
+    from learners.lora import attach, is_adapter
+
+    config = CONFIG_MAPPING[family](**sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        attach(model, LoraSettings(rank=4))
+    made = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+    assert adapter_parameters(read_shape(config.to_dict()), 4) == made

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.roles import roles_of
 from actors.run.resume import Resume
 from actors.settings import RLRecipe
 from launch.recipe.combinations import Recipe
@@ -64,6 +65,9 @@ NASTY = [
     "12:30:00",
     "2026-01-01",
 ]
+
+
+LORA = "actor.model.lora.rank=8"
 
 
 def problems(path: str, *overrides: str, files: bool = True, resume: bool = False) -> list[str]:
@@ -757,6 +761,18 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
             ["algorithm.old_logprobs=engine", "algorithm.rollout_correction.cap=2"],
             "algorithm.old_logprobs: engine leaves nothing to correct",
         ),
+        ("grpo", ["reference.share=true"], "reference.share: needs actor.model.lora"),
+        (
+            "grpo",
+            [LORA, "reference.share=true", "reference.model.path=./decoder"],
+            "reference.share: makes the Actor without its adapter the Reference: leave out",
+        ),
+        ("grpo", ["sync.lora=adapter"], "sync.lora: adapter needs actor.model.lora"),
+        (
+            "grpo",
+            ["actor.model.lora.rank=513", "sync.lora=adapter"],
+            "sync.lora: vLLM takes no adapter of rank 513, only up to 512",
+        ),
         ("ppo", ["evaluation.every_steps=5"], "evaluation.every_steps: needs held-out prompts"),
         ("ppo", ["evaluation.function=a:b"], "evaluation.function: has nothing to score"),
         ("sft", ["train.evaluate_every=5"], "train.evaluate_every: needs held-out examples"),
@@ -765,6 +781,37 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
 def test_combinations(place: Path, kind: str, overrides: list[str], told: str) -> None:
     found = problems(f"{kind}.yaml", *overrides, files=False)
     assert len(found) == 1 and told in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shared"),
+    [
+        ([LORA], True),
+        ([LORA, "reference.share=true"], True),
+        ([LORA, "reference.share=false"], False),
+        ([LORA, "reference.model.path=./decoder"], False),
+        ([], False),
+        (["reference.share=false"], False),
+    ],
+)
+def test_who_is_the_reference(place: Path, overrides: list[str], shared: bool) -> None:
+    recipe = load_recipe("grpo.yaml", ["algorithm.kl_beta=0.1", *overrides])
+    assert isinstance(recipe, RLRecipe)
+    assert recipe.shares_reference is shared
+    assert ("reference" in roles_of(recipe)) is not shared
+    without = load_recipe("grpo.yaml", ["algorithm.kl_beta=0", *overrides])
+    assert isinstance(without, RLRecipe)
+    assert not without.shares_reference and "reference" not in roles_of(without)
+
+
+def test_what_is_frozen_has_a_fingerprint(place: Path) -> None:
+    roles = roles_of(load_recipe("ppo.yaml", [LORA]))
+    assert {name: role.fingerprint for name, role in roles.items()} == {
+        "engine": "",
+        "actor": "base_fingerprint",
+        "critic": "",
+        "reward rm": "fingerprint",
+    }
 
 
 def mixture(*sources: str) -> str:

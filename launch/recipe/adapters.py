@@ -1,12 +1,33 @@
-"""LoRA in combination with other keys of a recipe."""
+"""`model.lora` against the rest of the recipe: an adapter belongs to a model that is trained."""
 
 from __future__ import annotations
 
-from actors.settings import ADAPTER_RANKS, RLRecipe
+from collections.abc import Iterator
+
+from actors.roles import roles_of
+from actors.settings import ADAPTER_RANKS, Recipe, RLRecipe
 from learners.errors import Rule
 
 
-def adapter_rules(recipe: RLRecipe) -> list[Rule]:
+def adapter_rules(recipe: Recipe) -> Iterator[Rule]:
+    """Yield the rules for every model of the recipe that is to have an adapter."""
+    roles = [role for role in roles_of(recipe).values() if role.model is not None]
+    trained = {role.model_key for role in roles if role.learner is not None}
+    for key, role in {role.model_key: role for role in roles}.items():
+        if role.model is None or (lora := role.model.lora) is None:
+            continue
+        named = f"{key}.lora"
+        only = f"is for models that are trained ({', '.join(sorted(trained))}); this one is only"
+        yield key not in trained, (named,), f"{only} read: leave it out"
+        yield (
+            lora.dropout > 0 and key == "actor.model",
+            (f"{named}.dropout",),
+            f"{lora.dropout:g} makes the policy that is updated another than the one that has "
+            "answered; use 0",
+        )
+
+
+def adapter_uses(recipe: RLRecipe) -> list[Rule]:
     """Require an adapter of the Actor where the Reference or the sync is made of it."""
     lora = recipe.actor.model.lora
     share = recipe.reference.share
