@@ -368,7 +368,10 @@ def load_critic(settings: ModelSettings) -> Any:
             model.get_parameter(name).zero_()
         if from_reward_model:
             linear.weight.div_(std)
-            linear.bias.div_(std).add_(-mean / std)
+            if head:  # it came without a bias
+                linear.bias.fill_(-mean / std)
+            else:
+                linear.bias.sub_(mean).div_(std)
     return model
 
 
