@@ -1,6 +1,7 @@
 """Models as Hugging Face saves them: configs, tokenizers, weights and the heads put on them.
 
-Every head is one that plain Transformers knows, so that whatever is trained here loads there.
+Heads are those of Transformers wherever it has one (learners/heads.py), so that what is trained
+here loads there.
 """
 
 from __future__ import annotations

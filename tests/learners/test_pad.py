@@ -181,6 +181,12 @@ def test_a_pad_that_was_added_by_hand_is_no_crash(place, name):
     settings = place(name, make("<pad>", pad_token="<pad>"), pad_token_id=10)
     assert load_causal_lm(settings).config.pad_token_id is None
     assert not response_values(load_critic(settings), Experience.placeholder()).any()
+    Path("sft.yaml").write_text(
+        "kind: sft\nrun: {folder: run}\nlearner: {model: {path: ./base}}\n"
+        "data: {path: pairs.jsonl, response_column: chosen}\n"
+    )
+    data = SupervisedData.load(load_recipe("sft.yaml"))
+    assert data.tokenizer.pad_token == "<eos>" and "as its PAD" in data.notices[-1]
     data = SupervisedData.load(load_recipe("rm.yaml"))
     assert any("no row for its PAD <pad> (10): the embedding" in line for line in data.notices)
     model = load_reward_model(settings, data.tokenizer.pad_token_id)
