@@ -91,7 +91,7 @@ def _taken(folder: Path) -> str:
 
 
 def _say(checkpoint: Path, folder: Path) -> None:
-    """Print where the model is, and what a reward model lacks."""
+    """Print where the model is, what a reward model lacks, and who loads it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     print(f"the model of {checkpoint} is in {folder}")
     if (adapter := folder / ADAPTER_FOLDER).is_dir():
@@ -99,5 +99,9 @@ def _say(checkpoint: Path, folder: Path) -> None:
     scores = any(
         str(name).endswith("ForSequenceClassification") for name in config["architectures"]
     )
+    if (folder / "README.md").is_file():
+        print(
+            f"Transformers has no {config['architectures'][0]}: its README.md says how to read it"
+        )
     if scores and "score_std" not in config:
         print("its scores are not calibrated: that is done at the end of a run")

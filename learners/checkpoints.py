@@ -1,6 +1,7 @@
 """Models as Hugging Face saves them: configs, tokenizers, weights and the heads put on them.
 
-Every head is one that plain Transformers knows, so that whatever is trained here loads there.
+Heads are those of Transformers wherever it has one (learners/heads.py), so that what is trained
+here loads there.
 """
 
 from __future__ import annotations
@@ -377,7 +378,10 @@ def load_critic(settings: ModelSettings) -> Any:
             model.get_parameter(name).zero_()
         if from_reward_model:
             linear.weight.div_(std)
-            linear.bias.div_(std).add_(-mean / std)
+            if head:  # it came without a bias
+                linear.bias.fill_(-mean / std)
+            else:
+                linear.bias.sub_(mean).div_(std)
     return model
 
 

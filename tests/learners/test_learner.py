@@ -5,6 +5,7 @@ at a time.
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,13 +15,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GraniteConfig,
+    GraniteForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from learners.checkpoints import load_causal_lm, load_critic, load_reward_model, read_calibration
 from learners.experience import Experience
-from learners.export import export_saved
+from learners.export import export_saved, save_config, save_weights
 from learners.settings import (
     LearnerSettings,
     ModelSettings,
@@ -211,17 +214,17 @@ def infer(rank, role, settings, batch):
     return outputs, engine.probe(batch.input_ids[0, :5].tolist()) if role == "ppo" else None
 
 
-def save_and_continue(rank, settings, batch, folder):
-    engine = learner(rank, "ppo", settings)
-    shard = share(rank, "ppo", batch)
+def save_and_continue(rank, settings, batch, folder, role="ppo"):
+    engine = learner(rank, role, settings)
+    shard = share(rank, role, batch)
     engine.train(shard)
     engine.save(folder)
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
 
-def load_and_continue(rank, settings, batch, folder):
-    engine = learner(rank, "ppo", settings)
-    shard = share(rank, "ppo", batch)
+def load_and_continue(rank, settings, batch, folder, role="ppo"):
+    engine = learner(rank, role, settings)
+    shard = share(rank, role, batch)
     engine.load(folder)
     return [engine.train(shard) for _ in range(2)], weights_of(engine)
 
@@ -402,10 +405,11 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Folders of tiny models: a decoder with tied and with untied embeddings, and a reward
-    model.
+    """Folders of tiny models: a decoder with tied and with untied embeddings, and a reward model;
+    a decoder of a family without heads in Transformers, with no row for PAD, and its reward model.
     """
-    folders = {name: str(tmp_path_factory.mktemp(name)) for name in ("tied", "untied", "reward")}
+    names = ("tied", "untied", "reward", "own", "own_reward")
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in names}
     for name in ("tied", "untied"):
         torch.manual_seed(0)
         config = Qwen3Config(
@@ -423,6 +427,13 @@ def paths(tmp_path_factory):
         )
         Qwen3ForCausalLM(config).save_pretrained(folders[name])
     load("reward", ModelSettings(path=folders["tied"])).save_pretrained(folders["reward"])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": PAD}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.05}
+    GraniteForCausalLM(GraniteConfig(**sizes, **heads)).save_pretrained(folders["own"])
+    model = load("reward", ModelSettings(path=folders["own"]))
+    save_weights(model, dict(model.state_dict()), Path(folders["own_reward"]))
+    save_config(model, Path(folders["own_reward"]))
     return folders
 
 
@@ -852,6 +863,7 @@ def test_an_export_loads_in_plain_transformers(
         ("ppo", "tied", 3, "bfloat16"),
         ("reward", "untied", 2, "float32"),
         ("reward", "untied", 3, "float32"),
+        ("reward", "own", 3, "float32"),
     ],
 )
 def test_a_checkpoint_becomes_the_model_that_the_run_exports(
@@ -872,6 +884,24 @@ def test_a_checkpoint_becomes_the_model_that_the_run_exports(
     taken.append(sum(file.stat().st_size for file in (tmp_path / "learner").rglob("*.pt")))
     for least, size in zip(foretold, taken, strict=True):
         assert 0.5 * size < least <= size
+
+
+@pytest.mark.parametrize(
+    ("role", "start", "stage"),
+    [("reward", "own", 2), ("reward", "own", 3), ("critic", "own_reward", 3)],
+)
+def test_a_head_of_our_own_is_trained_as_any(
+    ranks, paths, settings_of, batches, tmp_path, role, start, stage
+):
+    """The embedding, too, that grew by a row for PAD; and it goes on from its checkpoint."""
+    settings = settings_of(role, stage, path=paths[start])
+    expected = plain_training(role, settings.model, SGD, batches[role])
+    assert_trained_like(expected, ranks[2].run(train, role, settings, batches[role]), SGD)
+    arguments = (settings, batches[role], str(tmp_path), role)
+    saved = ranks[2].run(save_and_continue, *arguments)
+    loaded = ranks[2].run(load_and_continue, *arguments)
+    for (metrics, weights), (again, same) in zip(saved, loaded, strict=True):
+        assert metrics == again and torch.equal(weights, same)
 
 
 # --- the learning rate ----------------------------------------------------------------------------
