@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from actors.rollouts.requests import texts_of
+from learners.checkpoints import load_causal_lm
 from learners.data.conversation import Conversation
 from learners.data.templates import ChatTemplate
 from learners.experience import PromptRequest, Rollout
+from learners.settings import ModelSettings
 from tests.actors.tiny_models import EOS, THREADS, VOCAB, Served, logprobs, save_model, start_engine
 
 pytestmark = pytest.mark.engines
@@ -249,3 +251,36 @@ def test_when_the_loop_dies_everyone_who_waits_is_told(
 def test_an_engine_that_cannot_start_raises(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="config"):
         start_engine(tmp_path)
+
+
+def test_the_engine_caps_attention_as_the_actor_does(tmp_path: Path) -> None:
+    """Gemma-2 with the kernel that auto chooses, and with the one that drops its cap."""
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, VOCAB, (1, 40)).tolist()[0]
+    engine = start_engine(tmp_path)
+    try:
+        seen = torch.tensor(engine.probe_logprobs(ids))
+    finally:
+        engine.close()
+    actor = load_causal_lm(ModelSettings(path=str(tmp_path)))
+    torch.testing.assert_close(logprobs(actor, ids), seen, rtol=0, atol=1e-4)
+    model.set_attn_implementation("sdpa")
+    assert (logprobs(model.eval(), ids) - seen).abs().max() > 0.05
