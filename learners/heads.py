@@ -127,12 +127,6 @@ def write_read_me(model: Any, folder: Path) -> None:
         (folder / "README.md").write_text(READ_ME.format(name=type(model).__name__), "utf-8")
 
 
-def head_names(model: Any) -> list[str]:
-    """Return the names of the parameters outside the backbone."""
-    backbone = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(backbone)]
-
-
 def head_of(model: Any) -> Any:
     """Return the module that reads scores or values: a linear map of the last hidden state."""
     return next(getattr(model, name) for name in NAMES if hasattr(model, name))
