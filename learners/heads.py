@@ -98,8 +98,11 @@ def _made(kind: str, config_class: Any) -> Any:
     family = next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel"))
     assert issubclass(family, PreTrainedModel)
     stem = MODEL_MAPPING[config_class].__name__.removesuffix("Model")
+    # Llama 4 names the backbone otherwise than its weights are; what is tied to them tells
+    tied = getattr(causal, "_tied_weights_keys", None) or {}
+    prefix = next(iter(tied.values()), causal.base_model_prefix).partition(".")[0]
     # Transformers tells by the module whether a class's weights have the layout it knows
-    body = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
+    body = {"base_model_prefix": prefix, "__module__": causal.__module__}
     return type(f"{stem}{kind}", (OwnHead, GENERIC[kind], family), body)
 
 

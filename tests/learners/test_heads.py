@@ -61,8 +61,9 @@ FAMILIES = {
     "granite": LLAMA,
     "cohere": LLAMA,
     "lfm2": {**LLAMA, "full_attn_idxs": [1]},
+    "llama4_text": {**LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
 }
-OWN_REWARD_MODEL = ("cohere", "granite", "lfm2", "olmoe")
+OWN_REWARD_MODEL = ("cohere", "granite", "lfm2", "llama4_text", "olmoe")
 TRANSFORMERS_CRITIC = ("llama", "gpt2", "gpt_bigcode", "gpt_neox", "falcon")
 
 
