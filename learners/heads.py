@@ -131,8 +131,10 @@ def write_read_me(model: Any, folder: Path) -> None:
 
 
 def head_of(model: Any) -> Any:
-    """Return the module that reads scores or values: a linear map of the last hidden state."""
-    return next(getattr(model, name) for name in NAMES if hasattr(model, name))
+    """Return the linear map that reads scores or values off the last hidden state; None where a
+    model's own code calls it something else.
+    """
+    return next((getattr(model, name) for name in NAMES if hasattr(model, name)), None)
 
 
 def renamed_head(auto_class: Any, config: Any) -> dict[str, str]:
