@@ -363,13 +363,13 @@ def load_critic(settings: ModelSettings) -> Any:
     renamed = renamed_head(kind, config) if from_reward_model else None
     model, missing = _load(kind, settings, config, renamed)
     head = set() if finished else _new_head(model, missing)
-    if from_reward_model and any(not name.endswith(".bias") for name in head):
+    linear = head_of(model)
+    if from_reward_model and (not linear or any(not name.endswith(".bias") for name in head)):
         raise UserError(
             f"{settings.path}: {type(model).__name__} cannot take over the reward model's "
             "score head"
         )
     _refuse_missing(missing - head, settings.path)
-    linear = head_of(model)
     with (
         torch.no_grad(),
         _whole(linear.parameters() if from_reward_model else map(model.get_parameter, head)),

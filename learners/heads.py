@@ -98,8 +98,11 @@ def _made(kind: str, config_class: Any) -> Any:
     family = next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel"))
     assert issubclass(family, PreTrainedModel)
     stem = MODEL_MAPPING[config_class].__name__.removesuffix("Model")
+    # Llama 4 names the backbone otherwise than its weights are; what is tied to them tells
+    tied = getattr(causal, "_tied_weights_keys", None) or {}
+    prefix = next(iter(tied.values()), causal.base_model_prefix).partition(".")[0]
     # Transformers tells by the module whether a class's weights have the layout it knows
-    body = {"base_model_prefix": causal.base_model_prefix, "__module__": causal.__module__}
+    body = {"base_model_prefix": prefix, "__module__": causal.__module__}
     return type(f"{stem}{kind}", (OwnHead, GENERIC[kind], family), body)
 
 
@@ -127,15 +130,11 @@ def write_read_me(model: Any, folder: Path) -> None:
         (folder / "README.md").write_text(READ_ME.format(name=type(model).__name__), "utf-8")
 
 
-def head_names(model: Any) -> list[str]:
-    """Return the names of the parameters outside the backbone."""
-    backbone = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(backbone)]
-
-
 def head_of(model: Any) -> Any:
-    """Return the module that reads scores or values: a linear map of the last hidden state."""
-    return next(getattr(model, name) for name in NAMES if hasattr(model, name))
+    """Return the linear map that reads scores or values off the last hidden state; None where a
+    model's own code calls it something else.
+    """
+    return next((getattr(model, name) for name in NAMES if hasattr(model, name)), None)
 
 
 def renamed_head(auto_class: Any, config: Any) -> dict[str, str]:

@@ -170,13 +170,17 @@ def _unfit(key: str, config: dict[str, Any], recipe: Recipe) -> str:
     mean = config.get("score_mean", 0.0)
     uncalibrated = calibration_problem(mean, config.get("score_std", 1.0))
     unreadable = unreadable_head(config)
+    two_parts = config.get("is_encoder_decoder") is True
     return first_wrong(
         (
             reward and not scorer,
             f"has no score head: {name or 'it'} is not a ...ForSequenceClassification; train one "
             "with quatuor rm",
         ),
-        (reward and labels != 1, f"has {labels} labels; a reward model gives one score"),
+        (
+            scorer and not policy and labels != 1,
+            f"has {labels} labels; a reward model gives one score",
+        ),
         (
             critic and encoder,
             f"is an encoder ({kind}); a critic reads the Actor's tokens one by one: use a decoder",
@@ -189,7 +193,7 @@ def _unfit(key: str, config: dict[str, Any], recipe: Recipe) -> str:
             policy and name and not causal,
             f"{name} has no language-model head; a ...ForCausalLM is needed",
         ),
-        (unreadable and (trains_scores or (scorer and not policy)), unreadable),
+        (unreadable and not policy and (trains_scores or scorer or two_parts), unreadable),
         ((reward or critic) and uncalibrated, f"config.json: {uncalibrated}"),
     )
 

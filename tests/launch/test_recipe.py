@@ -993,6 +993,9 @@ def test_models_whose_score_cannot_be_read(place: Path, config: dict, told: str)
     make_model(place / "scorer", scorer)
     found = problems("ppo.yaml", "rewards.0.model.path=./scorer", "critic.model.path=./scorer")
     assert len(found) == 2 and all(told in line for line in found)
+    if "is_encoder_decoder" in config:
+        make_model(place / "half", {**DECODER, **config})
+        assert told in problems("ppo.yaml", "critic.model.path=./half")[0]
 
 
 def test_encoders_known_by_json_are_encoders_when_they_are_loaded() -> None:
@@ -1005,6 +1008,8 @@ def test_two_labels_are_not_a_score(place: Path) -> None:
     config = {**DECODER, "architectures": ["Qwen3ForSequenceClassification"]}
     make_model(place / "two", config)
     assert "has 2 labels" in problems("ppo.yaml", "rewards.0.model.path=./two")[0]
+    assert "has 2 labels" in problems("ppo.yaml", "critic.model.path=./two")[0]
+    assert "has 2 labels" in problems("rm.yaml", "learner.model.path=./two")[0]
 
 
 def test_resume_needs_a_run_with_checkpoints(place: Path) -> None:
