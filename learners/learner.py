@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -131,8 +132,7 @@ class Learner(TrainedWeights, ABC):
     @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
         """Return the metrics `train` would report, without learning."""
-        with without_dropout(self.model):
-            return self._pass(shard, learn=False)
+        return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
         """Return `forward` of every row without gradient: [b] or [b,T] on the CPU, in the shard's
@@ -157,7 +157,8 @@ class Learner(TrainedWeights, ABC):
             # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's
             # gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
-            outputs = self.engine(batch)
+            with nullcontext() if learn else without_dropout(self.model):
+                outputs = self.engine(batch)
             loss, stats = self.loss(outputs, batch, denominator)
             if learn:
                 # A loss that overflowed may have a finite gradient, or none behind a clip: a NaN
@@ -199,7 +200,10 @@ class Learner(TrainedWeights, ABC):
             ours = [OffloadStateTypeEnum.optim_states]
             if self.settings.zero_stage == 3:
                 ours.append(OffloadStateTypeEnum.hp_params)
+                if self._frozen():  # beside which it would lay out weights where others are
+                    ours.append(OffloadStateTypeEnum.lp_params)
             self.engine.offload_states(include=[x for x in OffloadStateTypeEnum if x not in ours])
+            self._move_frozen("cpu")
         self._move_optimizer("cpu")
         if self.rank.device == "cuda":
             torch.cuda.empty_cache()
@@ -210,7 +214,17 @@ class Learner(TrainedWeights, ABC):
             self.model.to(self.device)
         elif not self.settings.offload_parameters:
             self.engine.reload_states()
+            self._move_frozen(self.device)
         self._move_optimizer(self.device)
+
+    def _frozen(self) -> list[Tensor]:
+        """Return what this rank holds of the weights that are not trained."""
+        return [getattr(p, "ds_tensor", p) for p in self.model.parameters() if not p.requires_grad]
+
+    def _move_frozen(self, device: str) -> None:
+        """Move the weights that are not trained, which DeepSpeed leaves where they are."""
+        for tensor in self._frozen():
+            tensor.data = tensor.data.to(device)
 
     def _move_optimizer(self, device: str) -> None:
         """Move optimizer states and, under ZeRO-3, the master weights to `device`, unless they are
