@@ -199,7 +199,10 @@ class Learner(TrainedWeights, ABC):
             ours = [OffloadStateTypeEnum.optim_states]
             if self.settings.zero_stage == 3:
                 ours.append(OffloadStateTypeEnum.hp_params)
+                if self._frozen():  # beside which it would lay out weights where others are
+                    ours.append(OffloadStateTypeEnum.lp_params)
             self.engine.offload_states(include=[x for x in OffloadStateTypeEnum if x not in ours])
+            self._move_frozen("cpu")
         self._move_optimizer("cpu")
         if self.rank.device == "cuda":
             torch.cuda.empty_cache()
@@ -210,7 +213,17 @@ class Learner(TrainedWeights, ABC):
             self.model.to(self.device)
         elif not self.settings.offload_parameters:
             self.engine.reload_states()
+            self._move_frozen(self.device)
         self._move_optimizer(self.device)
+
+    def _frozen(self) -> list[Tensor]:
+        """Return what this rank holds of the weights that are not trained."""
+        return [getattr(p, "ds_tensor", p) for p in self.model.parameters() if not p.requires_grad]
+
+    def _move_frozen(self, device: str) -> None:
+        """Move the weights that are not trained, which DeepSpeed leaves where they are."""
+        for tensor in self._frozen():
+            tensor.data = tensor.data.to(device)
 
     def _move_optimizer(self, device: str) -> None:
         """Move optimizer states and, under ZeRO-3, the master weights to `device`, unless they are

@@ -451,15 +451,29 @@ def train(
 
     learner = SFTLearner(settings, 10, rank)
     metrics = []
+    moved: list[Any] = []
+    learner._move_frozen = bound_to(moved, learner._move_frozen)  # type: ignore[method-assign]
     for times in turns:
         metrics.append(learner.train(batch_of(rank)))
         for _ in range(times):
             learner.offload()
             move_visibly(learner)
             learner.reload()
+    moves = 0 if settings.zero_stage == 0 or settings.offload_parameters else 2 * sum(turns)
+    assert moved.count("cpu") == moves, "DeepSpeed leaves what is frozen on the GPU"
     return metrics, torch.cat(
         [t.float().flatten() for _, tensors in learner.iter_groups() for t in tensors]
     )
+
+
+def bound_to(seen: list[Any], move: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`move`, which notes where to."""
+
+    def moving(to: Any) -> None:
+        seen.append(to)
+        move(to)
+
+    return moving
 
 
 def move_visibly(learner: Any) -> None:
@@ -474,10 +488,19 @@ def move_visibly(learner: Any) -> None:
         moved += learner.engine.optimizer.fp32_partitioned_groups_flat
     assert len(moved) >= 2 and {x.dtype for x in moved} == {torch.float64}
     learner._move_optimizer(torch.float32)
+    held = {x.dtype for x in learner._frozen()}
+    learner._move_frozen(torch.float64)
+    assert {x.dtype for x in learner._frozen()} == ({torch.float64} if held else held)
+    for dtype in held:
+        learner._move_frozen(dtype)
 
 
 def settings_of(
-    folder: Path, stage: int, dtype: str = "float32", **changes: Any
+    folder: Path,
+    stage: int,
+    dtype: str = "float32",
+    lora: dict[str, int] | None = None,
+    **changes: Any,
 ) -> LearnerSettings:
     values = {
         "ranks": 2,
@@ -486,41 +509,46 @@ def settings_of(
         "optimizer": {"learning_rate": 1e-2},
     }
     return LearnerSettings.model_validate(
-        {"model": {"path": str(folder), "dtype": dtype}, **values, **changes}
+        {"model": {"path": str(folder), "dtype": dtype, "lora": lora}, **values, **changes}
     )
 
 
 @engines
 @pytest.mark.parametrize(
-    ("stage", "dtype"),
+    ("stage", "dtype", "lora"),
     [
-        (0, "float32"),
-        (1, "float32"),
-        (2, "float32"),
-        (3, "float32"),
-        (2, "bfloat16"),
-        (3, "bfloat16"),
+        *((stage, "float32", None) for stage in (0, 1, 2, 3)),
+        (2, "bfloat16", None),
+        (3, "bfloat16", None),
+        (0, "float32", {"rank": 4}),
+        (2, "bfloat16", {"rank": 4}),
+        (3, "bfloat16", {"rank": 4}),
     ],
 )
 def test_a_learner_that_leaves_and_comes_back_learns_the_same(
-    ranks: Any, folder: Path, stage: int, dtype: str
+    ranks: Any, folder: Path, stage: int, dtype: str, lora: dict[str, int] | None
 ) -> None:
-    settings = settings_of(folder, stage, dtype)
+    settings = settings_of(folder, stage, dtype, lora=lora)
     stayed, left = (ranks.run(train, settings, turns) for turns in ((0, 0, 0), (2, 1, 0)))
     for (metrics, weights), (expected, expected_weights) in zip(left, stayed, strict=True):
         assert metrics == expected and torch.equal(weights, expected_weights)
 
 
 @engines
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype", "lora"),
+    [
+        *((stage, dtype, None) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")),
+        (3, "bfloat16", {"rank": 4}),
+    ],
+)
 def test_an_offloaded_learner_learns_the_same(
-    ranks: Any, folder: Path, stage: int, dtype: str
+    ranks: Any, folder: Path, stage: int, dtype: str, lora: dict[str, int] | None
 ) -> None:
     changes = {"offload_optimizer": True, "offload_parameters": stage == 3}
     turns = (1, 0) if (stage, dtype) != (1, "bfloat16") else (0, 0)
-    plain = ranks.run(train, settings_of(folder, stage, dtype), (0, 0))
-    offloaded = ranks.run(train, settings_of(folder, stage, dtype, **changes), turns)
+    plain = ranks.run(train, settings_of(folder, stage, dtype, lora), (0, 0))
+    offloaded = ranks.run(train, settings_of(folder, stage, dtype, lora, **changes), turns)
     rounding = 2**-7 if dtype == "bfloat16" else 1e-4
     for (metrics, weights), (expected, expected_weights) in zip(offloaded, plain, strict=True):
         assert metrics == [pytest.approx(one, rel=1e-4) for one in expected]
