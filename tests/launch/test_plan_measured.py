@@ -174,3 +174,22 @@ def test_sgd_has_master_weights_alone(ranks: Ranks, model: Path) -> None:
     )
     planned = model_states(find_shape(str(model)), "lm", settings)
     assert ranks.run(largest_states, settings)[0][1] == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "bfloat16"), (3, "bfloat16")])
+def test_of_what_lora_leaves_frozen_there_are_weights_alone(
+    ranks: Ranks, model: Path, stage: int, dtype: str
+) -> None:
+    settings = LearnerSettings.model_validate(
+        {
+            "model": {"path": str(model), "dtype": dtype, "lora": {"rank": 64}},
+            "ranks": ranks.world_size,
+            "zero_stage": stage,
+            "micro_batch_tokens": 64,
+        }
+    )
+    planned = model_states(find_shape(str(model)), "lm", settings)
+    for _, measured in ranks.run(largest_states, settings):
+        for kind in ("weights", "optimizer"):
+            assert measured[kind] == pytest.approx(planned[kind], rel=0.05), kind
+        assert measured["gradients"] == pytest.approx(planned["gradients"], rel=0.1)
