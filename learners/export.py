@@ -45,8 +45,9 @@ def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     written over them. Raises OSError when nothing can be written at `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)  # Transformers only logs that it is a file
-    # Names as any checkpoint of this kind has them, not as the one that was loaded happened to.
-    vars(model).pop("_weight_conversions", None)
+    # Names as any checkpoint of this kind has them, not as the one that was loaded happened to: a
+    # weight sync goes on with those.
+    loaded = vars(model).pop("_weight_conversions", None)
     if model.can_generate():
         # Transformers refuses to save one that asks for a temperature without sampling.
         model.generation_config = GenerationConfig()
@@ -55,6 +56,9 @@ def save_weights(model: Any, state: dict[str, Tensor], folder: Path) -> None:
             model.save_pretrained(folder, state_dict=state)
     except SafetensorError as error:  # as it calls a full disk
         raise OSError(f"{folder}: {error}") from error
+    finally:
+        if loaded is not None:
+            model._weight_conversions = loaded
 
 
 def save_adapter(config: Mapping[str, Any], adapter: dict[str, Tensor], folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
+from learners.checkpoint_names import Entry, entries_of, to_checkpoint
 from learners.checkpoints import load_causal_lm, load_reward_model
 from learners.errors import UserError
 from learners.export import save_adapter, save_config, save_weights
@@ -39,22 +41,39 @@ class TrainedWeights:
     engine: Any
     settings: LearnerSettings
     rank: Rank
+    _entries: list[Entry] | None = None
 
-    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return (name, dtype, full shape) of every parameter of the plain model, in the order
+    def metadata(self) -> list[Entry]:
+        """Return (name, dtype, full shape) of every tensor of the plain model, in the order
         `iter_groups` yields them.
         """
-        return [
-            (base_name(name), p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
-            for layer in self._layers()
-            for name, p in layer.items()
-            if not is_adapter(name)
-        ]
+        if self._entries is None:
+            self._entries = [
+                entry for layer in self._held() for entry in entries_of(self.model, layer)
+            ]
+        return self._entries
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Yield full weights of the plain model, one layer at a time, as (names, clones), with the
-        adapter merged into them. Collective under ZeRO-3: all ranks in lockstep.
+        """Yield full weights of the plain model, one layer at a time, as (names, clones) under the
+        names of a checkpoint, with the adapter merged into them. Collective under ZeRO-3: all ranks
+        in lockstep.
         """
+        for names, tensors in self._gathered():
+            yield to_checkpoint(self.model, names, tensors)
+
+    def _held(self) -> list[list[Entry]]:
+        """Return (name, dtype, full shape) of every tensor, layer by layer, as it is in memory."""
+        return [
+            [
+                (base_name(n), t.dtype, tuple(getattr(t, "ds_shape", t.shape)))
+                for n, t in layer.items()
+                if not is_adapter(n)
+            ]
+            for layer in self._layers()
+        ]
+
+    def _gathered(self) -> Iterator[tuple[list[str], list[Tensor]]]:
+        """Yield what `iter_groups` yields, under the names of the model in memory."""
         for layer in self._layers():
             # does nothing to parameters that are not sharded
             with deepspeed.zero.GatheredParameters(list(layer.values())):
@@ -89,11 +108,14 @@ class TrainedWeights:
         return f"experts get no adapter and stay as they are: {len(experts)}, such as {experts[0]}"
 
     def _layers(self) -> list[dict[str, Tensor]]:
-        """Group the parameters by the first number in their names (the layer); embeddings and heads
-        are by themselves. An adapter is in the group of the weight that it changes.
+        """Group the parameters, and the buffers that checkpoints hold, by the first number in their
+        names (the layer); embeddings and heads are by themselves. An adapter is in the group of the
+        weight that it changes.
         """
         layers: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
+        kept = self.model.state_dict()
+        buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
+        for name, parameter in [*self.model.named_parameters(), *buffers.items()]:
             parts = layer_name(name).split(".")
             number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
             layers.setdefault(".".join(parts[: number + 1]), {})[name] = parameter
@@ -107,9 +129,8 @@ class TrainedWeights:
             adapter = self.adapter()
             if self.rank.index == 0:
                 save_adapter(adapter_config(self.model), adapter, Path(folder, ADAPTER_FOLDER))
-        known = self.model.state_dict()
-        state = {name: b.cpu() for name, b in self.model.named_buffers() if name in known}
-        for names, tensors in self.iter_groups():
+        state: dict[str, Tensor] = {}
+        for names, tensors in self._gathered():
             if self.rank.index == 0:
                 state.update(zip(names, (t.cpu() for t in tensors), strict=True))
         if self.rank.index == 0:
@@ -125,7 +146,8 @@ class TrainedWeights:
 
     def disk_bytes(self) -> tuple[int, int]:
         """Return the bytes that an export and that a checkpoint of all ranks take at least."""
-        model = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.metadata())
+        held = itertools.chain.from_iterable(self._held())
+        model = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in held)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         count = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in trained)
         weights = count * trained[0].element_size()

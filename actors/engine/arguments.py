@@ -153,11 +153,17 @@ def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) ->
 
     import actors.weights.receiver  # noqa: F401  registers our transfer backend
 
+    if device == "cpu":
+        from actors.engine.rotary import correct_rotary_positions
+
+        correct_rotary_positions()
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
     try:
-        engine = LLMEngine.from_engine_args(
-            EngineArgs(**arguments, weight_transfer_config=transfer)
-        )
+        chosen = EngineArgs(**arguments, weight_transfer_config=transfer)
+        if device == "cpu" and chosen.create_model_config().has_inner_state:
+            # States of linear attention or a convolution are kept only for prompts that may be cut.
+            chosen.enable_prefix_caching = False
+        engine = LLMEngine.from_engine_args(chosen)
     except ValueError as error:
         if told := in_our_words(error, device):
             raise told from error

@@ -1,10 +1,11 @@
 """The engine's side of a weight sync: our CPU backend of vLLM's weight-transfer API, and functions
 that run in the worker of any backend. Imports vLLM.
 
-Four facts about vLLM on a CPU shape it: weights must be loaded inside a layerwise reload, because
+Five facts about vLLM on a CPU shape it: weights must be loaded inside a layerwise reload, because
 most layers have packed and dropped what they were given; the base class synchronises an accelerator
 that is not there; a reload that was interrupted continues where it stood, unless it is cleared
-away; and a tied `lm_head` keeps its old packed copy.
+away; a tied `lm_head` keeps its old packed copy; and experts are packed only while their kernel is
+built.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -60,6 +62,10 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
 
     def start_weight_update(self) -> None:
         self.receipt: Receipt = []
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, FusedMoEMethodBase):
+                method.moe_kernel = None  # built again of the new weights, and so are they packed
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
