@@ -277,7 +277,7 @@ def kept_by_autograd(config: Any, dtype: torch.dtype, kernel: str) -> int:
     [pytest.param(f, marks=() if f in QUICK else pytest.mark.engines) for f in FAMILIES],
 )
 def test_activations_are_never_more_than_planned(family: str, dtype: Any) -> None:
-    """With the kernel that auto chooses; at most two and a half times as much is planned."""
+    """With the kernel that auto chooses; at most 2.6 times as much is planned."""
     values = FAMILIES[family]
     large = values | {name: size for name, size in LARGE.items() if name in values}
     if family == "deepseek_v3":
