@@ -40,6 +40,7 @@ class Export:
         learners = {name: role for name, role in roles_of(recipe).items() if role.learner}
         self.name, self.role = next(iter(learners.items()))
         self.groups = {name: groups[name] for name in learners}
+        self.adapted = [name for name, role in learners.items() if role.model and role.model.lora]
         self.tokenizer = tokenizer
         self.stops = stops
         self.deadline_s = recipe.cluster.call_deadline_s
@@ -75,10 +76,10 @@ class Export:
 
     def _say_unadapted(self) -> None:
         """Say which parts of models with LoRA get no adapter."""
-        for name, group in self.groups.items():
-            deadline_s = self.deadline_s
-            line = group.call("unadapted", phase="export", deadline_s=deadline_s)[0]
-            if line:
+        for name in self.adapted:
+            group = self.groups[name]
+            lines = group.call("unadapted", phase="export", deadline_s=self.deadline_s)
+            if line := lines[0]:
                 say(f"notice: {name}: model.lora: {line}")
 
     def write_model(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -131,8 +132,7 @@ class Learner(TrainedWeights, ABC):
     @torch.no_grad()
     def evaluate(self, shard: Experience) -> dict[str, float]:
         """Return the metrics `train` would report, without learning."""
-        with without_dropout(self.model):
-            return self._pass(shard, learn=False)
+        return self._pass(shard, learn=False)
 
     def infer(self, shard: Experience) -> Tensor:
         """Return `forward` of every row without gradient: [b] or [b,T] on the CPU, in the shard's
@@ -157,7 +157,8 @@ class Learner(TrainedWeights, ABC):
             # Without an explicit boundary ZeRO-1 and ZeRO-2 keep only the last micro-batch's
             # gradient.
             self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
-            outputs = self.engine(batch)
+            with nullcontext() if learn else without_dropout(self.model):
+                outputs = self.engine(batch)
             loss, stats = self.loss(outputs, batch, denominator)
             if learn:
                 # A loss that overflowed may have a finite gradient, or none behind a clip: a NaN

@@ -83,8 +83,8 @@ class TrainedWeights:
         all linear layers are to have one; nothing where there is none.
         """
         lora = self.settings.model.lora
-        experts = fused_experts(self.model)
-        if lora is None or lora.targets != "all-linear" or not experts:
+        experts = fused_experts(self.model) if lora and lora.targets == "all-linear" else []
+        if not experts:
             return ""
         return f"experts get no adapter and stay as they are: {len(experts)}, such as {experts[0]}"
 

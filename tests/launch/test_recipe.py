@@ -676,6 +676,16 @@ def test_every_source_of_a_mixture_is_looked_at(place: Path) -> None:
         ),
         (
             "ppo",
+            ["rewards.0.model.lora.rank=8"],
+            "rewards.0.model.lora: is for models that are trained (actor.model, critic.model)",
+        ),
+        (
+            "ppo",
+            ["actor.model.lora.rank=8", "actor.model.lora.dropout=0.1"],
+            "actor.model.lora.dropout: 0.1 makes the policy that is updated another",
+        ),
+        (
+            "ppo",
             ["actor.offload_optimizer=true"],
             "actor.offload_optimizer: needs cluster.device cuda",
         ),

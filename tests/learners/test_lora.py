@@ -316,7 +316,8 @@ def train_an_adapter(rank, role, settings, batch, folder):
     other = made()
     other.load(f"{folder}/learner")
     seen["resumed"] = other.train(shard)
-    ours, theirs = engine.adapter(), other.adapter()
+    ours = engine.adapter()
+    theirs = other.adapter()
     seen["same"] = all(torch.equal(ours[name], theirs[name]) for name in ours)
     return seen
 
