@@ -75,9 +75,8 @@ class Adapters:
 
     def forget_others(self, engine: Any) -> None:
         """Remove all adapters but the one that serves."""
-        if self.serving is not None:
-            for number in engine.list_loras() - {self.serving.lora_int_id}:
-                engine.remove_lora(number)
+        for number in engine.list_loras() - {self.serving.lora_int_id}:
+            engine.remove_lora(number)
 
 
 def unused_parts(worker: Any, number: int) -> list[str]:

@@ -237,7 +237,8 @@ class GenerationEngine:
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
-        self._adapters.forget_others(self._engine)
+        if self._adapters.serving:
+            self._adapters.forget_others(self._engine)
         self.version = version
         self._stale = False
         self._draw_anew()

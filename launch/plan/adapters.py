@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from actors.roles import Head
 from actors.settings import RLRecipe
 from launch.plan.shapes import Model, Shape
@@ -10,20 +12,34 @@ from learners.settings import ModelSettings
 LEAST_COLUMNS = 16  # of a linear layer; vectors and routers have fewer beside the hidden size
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Return the elements of an adapter beside every linear layer, one of whose sides is the hidden
-    size; experts that are fused into one parameter have none.
+def adapter_tensors(shape: Shape, rank: int) -> Counter[int]:
+    """Return how many parameters of an adapter beside every linear layer have so many elements. One
+    side of a linear layer is the hidden size; experts fused into one parameter have no adapter.
     """
     hidden = shape.hidden
     most = 3 * max(hidden, shape.heads * shape.head_dim, shape.intermediate)
     columns = [n // hidden for n in shape.layer if n % hidden == 0]
-    sides = sum(hidden + c for c in columns if LEAST_COLUMNS <= c <= most)
-    return shape.layers * rank * sides
+    found: Counter[int] = Counter()
+    for others in (c for c in columns if LEAST_COLUMNS <= c <= most):
+        found.update({rank * hidden: shape.layers})
+        found.update({rank * others: shape.layers})
+    return found
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """Return the elements of an adapter of a model."""
+    return sum(n * count for n, count in adapter_tensors(shape, rank).items())
 
 
 def adapter_of(shape: Shape, settings: ModelSettings) -> int:
     """Return the elements of a model's adapter; 0 where it has none."""
     return adapter_parameters(shape, settings.lora.rank) if settings.lora else 0
+
+
+def tensors(shape: Shape, head: Head, settings: ModelSettings) -> Counter[int]:
+    """Return how many parameters of a model, its adapter among them, have so many elements."""
+    adapter = adapter_tensors(shape, settings.lora.rank) if settings.lora else Counter()
+    return shape.tensors(head) + adapter
 
 
 def trained(shape: Shape, head: Head, settings: ModelSettings) -> int:

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from actors.cluster.layout import shares_gpus
 from actors.roles import Head
 from actors.settings import ClusterSettings, GenerationSettings, RLRecipe
-from launch.plan.adapters import adapter_of, adapter_parameters, sync_bytes, trained
+from launch.plan.adapters import (
+    adapter_of,
+    adapter_parameters,
+    sync_bytes,
+    tensors,
+    trained,
+)
 from launch.plan.batches import Load
 from launch.plan.shapes import BYTES, Model, Shape
 from learners.kernels import CAPPED, SINKS
@@ -77,7 +83,7 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
         return {"weights": width * whole, **states}
     both = (6 if width == 2 else 4) * learned
     small = (
-        sum(n * count for n, count in shape.tensors(head).items() if n <= PERSISTENT)
+        sum(n * k for n, k in tensors(shape, head, settings.model).items() if n <= PERSISTENT)
         if ranks > 1
         else 0
     )
@@ -247,8 +253,8 @@ def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -
     if settings.zero_stage == 0 or (settings.zero_stage == 1 and width == 2):
         return 4 * min(learned, BUCKET) if settings.ranks > 1 else 0
     kept = settings.zero_stage == 2 and width == 2 and settings.model.lora is None
-    tensors = model.shape.tensors(model.role.head)
-    larger = sum(n * count for n, count in tensors.items() if n > BUCKET) if kept else 0
+    sizes = model.shape.tensors(model.role.head)
+    larger = sum(n * count for n, count in sizes.items() if n > BUCKET) if kept else 0
     return width * (larger + (BUCKET if cluster.device == "cuda" else min(learned, BUCKET)))
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from actors.cluster.groups import WorkerError
 from actors.rewards.model import RewardWorker
 from actors.rollouts.requests import Sample
 from actors.run import metrics
+from launch.export import export_model
 from learners.settings import ModelSettings
 from tests.e2e.conftest import Run, Workshop
 
@@ -48,6 +51,38 @@ def test_training_that_blew_up_stops_with_a_checkpoint(workshop: Workshop) -> No
     assert [step["skipped_updates"] for step in run.steps] == [0, 1, 1]
     assert [row["step"] for row in run.alarms] == [2, 3]
     assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_an_adapter_is_trained_saved_and_exported(workshop: Workshop, tmp_path: Path) -> None:
+    """The run that was stopped and resumed ends with the same bytes, and so does an export of its
+    checkpoint; the model without the adapter is the base.
+    """
+    base = workshop.folder / "base"
+    overrides = [
+        f"learner.model.path={base}",
+        "learner.model.lora={rank: 8}",
+        "learner.optimizer.learning_rate=0.01",
+        f"data.path={workshop.folder / 'data' / 'sft.jsonl'}",
+        "held_out=null",
+        "train.evaluate_every=0",
+        "run.checkpoint_every_steps=2",
+        "run.keep_checkpoints=5",
+    ]
+    whole = workshop.run("sft", "adapter", *overrides, "train.steps=4")
+    assert whole.steps[-1]["loss"] < whole.steps[0]["loss"]
+    stopped = workshop.run("sft", "adapter_again", *overrides, "train.steps=2")
+    workshop.run("sft", "adapter_again", *overrides, "train.steps=4", resume=True)
+    export_model(whole.folder, tmp_path / "exported")
+    files = ("model.safetensors", "adapter/adapter_model.safetensors")
+    for model in (stopped.model, tmp_path / "exported"):
+        for name in files:
+            assert (model / name).read_bytes() == (whole.model / name).read_bytes()
+    adapter = load_file(whole.folder / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in adapter.values())
+    merged = load_file(whole.model / "model.safetensors")
+    before = load_file(base / "model.safetensors")
+    kept = [name for name in before if torch.equal(before[name], merged[name])]
+    assert 0 < len(kept) == len(before) - len(adapter) / 2
 
 
 def test_the_decoder_reward_model_wins_held_out_pairs(reward_model: Run) -> None:
