@@ -8,6 +8,7 @@ any other. `--only` takes some; what the JSON file says of the others stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -55,7 +56,7 @@ def examine_apart(
         process = context.Process(target=examine, args=(name, tuple(cells), theirs, folder))
         process.start()
         theirs.close()
-        found, late = _received(ours, time.monotonic() + limit_s)
+        found, late = _received(ours, len(cells), time.monotonic() + limit_s)
         process.join(0 if late else 20)
         process.kill()
         process.join()
@@ -63,16 +64,16 @@ def examine_apart(
     return {cell: found.get(cell, why) for cell in cells}
 
 
-def _received(pipe: Connection, deadline: float) -> tuple[Cells, bool]:
-    """Return what was answered until the end, and whether that is the deadline's."""
+def _received(pipe: Connection, count: int, deadline: float) -> tuple[Cells, bool]:
+    """Return up to `count` answers, and whether the deadline was why there are no more."""
     found: Cells = {}
-    try:
-        while pipe.poll(max(0.0, deadline - time.monotonic())):
+    with contextlib.suppress(EOFError):  # the process has ended
+        while len(found) < count:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                return found, True
             cell, words = pipe.recv()
             found[cell] = words
-    except EOFError:
-        return found, False
-    return found, True
+    return found, False
 
 
 def examine(name: str, cells: Sequence[str], answers: Connection, folder: str) -> None:
