@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,8 +56,7 @@ def examine_apart(
         process = context.Process(target=examine, args=(name, tuple(cells), theirs, folder))
         process.start()
         theirs.close()
-        found = dict(_received(ours, time.monotonic() + limit_s))
-        late = process.is_alive() and len(found) < len(cells)
+        found, late = _received(ours, len(cells), time.monotonic() + limit_s)
         process.join(0 if late else 20)
         process.kill()
         process.join()
@@ -65,10 +64,16 @@ def examine_apart(
     return {cell: found.get(cell, why) for cell in cells}
 
 
-def _received(pipe: Connection, deadline: float) -> Iterator[tuple[str, str]]:
+def _received(pipe: Connection, count: int, deadline: float) -> tuple[Cells, bool]:
+    """Return up to `count` answers, and whether the deadline was why there are no more."""
+    found: Cells = {}
     with contextlib.suppress(EOFError):  # the process has ended
-        while pipe.poll(max(0.0, deadline - time.monotonic())):
-            yield pipe.recv()
+        while len(found) < count:
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                return found, True
+            cell, words = pipe.recv()
+            found[cell] = words
+    return found, False
 
 
 def examine(name: str, cells: Sequence[str], answers: Connection, folder: str) -> None:
@@ -81,7 +86,8 @@ def examine(name: str, cells: Sequence[str], answers: Connection, folder: str) -
 
     torch.set_num_threads(1)
     from benchmarks import family_checks as checks
-    from benchmarks.family_shapes import SHAPES
+    from benchmarks.family_shapes import ENGINE_IN_BFLOAT16, SHAPES
+    from learners.settings import ModelSettings
 
     def answer(cell: str, check: Any, *arguments: Any) -> None:
         if cell in cells:
@@ -97,7 +103,9 @@ def examine(name: str, cells: Sequence[str], answers: Connection, folder: str) -
     answer("critic_from_sft", checks.check_critic, path, Path(folder, "critic"))
     answer("critic_from_reward_model", checks.check_critic_of_reward_model, path, reward_model)
     if set(cells) & set(WITH_ENGINE):
-        for cell, words in checks.with_engine(folder, path).items():
+        dtype = "bfloat16" if name in ENGINE_IN_BFLOAT16 else "float32"
+        settings = ModelSettings(path=path, dtype=dtype)
+        for cell, words in checks.with_engine(folder, settings).items():
             if cell in cells:
                 answers.send((cell, words))
     answers.close()

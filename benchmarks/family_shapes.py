@@ -203,3 +203,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         **SPREAD,
     },
 }
+
+# Engines on CPUs compute these in bfloat16 alone: compared are means, within its rounding.
+ENGINE_IN_BFLOAT16 = ("qwen3_next",)

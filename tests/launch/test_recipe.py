@@ -874,6 +874,16 @@ def test_reward_names_are_unique(place: Path) -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
+def test_linear_attention_on_cpus_needs_bfloat16(place: Path) -> None:
+    """vLLM has its kernel for 16 bit alone, and says so with an assertion at the first prompt."""
+    config = {**DECODER, "model_type": "qwen3_next"}
+    (place / "decoder" / "config.json").write_text(json.dumps(config))
+    (found,) = problems("grpo.yaml")
+    assert "actor.model.dtype: ./decoder: on CPUs vLLM computes the linear attention" in found
+    assert not [p for p in problems("grpo.yaml", "actor.model.dtype=bfloat16") if "linear" in p]
+    assert problems("sft.yaml") == []
+
+
 @pytest.mark.parametrize(
     ("kind", "override", "told"),
     [
