@@ -38,7 +38,7 @@ from learners.checkpoints import (
 from learners.errors import UserError, in_a_line
 from learners.experience import Experience, PromptRequest, Rollout, map_rows
 from learners.forward import response_logprobs, response_values, sequence_scores
-from learners.settings import ModelSettings, Rank
+from learners.settings import LearnerSettings, ModelSettings, Rank
 from learners.weights import TrainedWeights
 
 EXACT = 5e-6  # the same numbers, added up in another order
@@ -61,6 +61,7 @@ class Weights(TrainedWeights):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.rank = Rank(0, 1, "", 0)
+        self.settings = LearnerSettings(model=ModelSettings(path="none"))
 
 
 def make_model(shape: dict[str, Any], folder: Path, seed: int = 0) -> str:

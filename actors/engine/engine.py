@@ -20,7 +20,7 @@ import torch
 
 from actors.engine.adapter import Adapter, Adapters
 from actors.engine.arguments import build_engine, engine_arguments
-from actors.engine.limits import cpu_problem
+from actors.engine.limits import engine_problem
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
 from actors.weights.proof import Receipt
@@ -343,7 +343,7 @@ class GenerationEngine:
         key = "generation.max_model_tokens"
         if problems := length_problems(key, model, self.max_model_tokens):
             raise UserError(problems)
-        if self.device == "cpu" and (wrong := cpu_problem(load_config(model), model.dtype)):
+        if wrong := engine_problem(load_config(model), model.dtype, self.device):
             raise UserError(f"actor.model: {model.path}: {wrong}")
         arguments = engine_arguments(model, generation, self.device, self.max_model_tokens, *others)
         self._engine = build_engine(arguments, self.device, generation.threads)

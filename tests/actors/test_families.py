@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.engine.limits import GATED_DELTA, cpu_problem
+from actors.engine.limits import GATED_DELTA, engine_problem
 from benchmarks import families
 from benchmarks import family_checks as checks
 from benchmarks.family_shapes import SHAPES
@@ -117,9 +117,17 @@ def test_words_name_no_folder_and_say_what_an_error_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", GATED_DELTA)
 def test_what_an_engine_cannot_do_on_cpus_is_told_by_the_config(kind: str) -> None:
     config = {"model_type": kind}
-    assert "set dtype: bfloat16" in cpu_problem(config, "float32")
-    assert cpu_problem({"model_type": "whole", "text_config": config}, "float32")
-    assert not cpu_problem(config, "bfloat16") and not cpu_problem(SHAPES["qwen3"], "float32")
+    assert "set dtype: bfloat16" in engine_problem(config, "float32", "cpu")
+    assert engine_problem({"model_type": "whole", "text_config": config}, "float32", "cpu")
+    assert not engine_problem(config, "bfloat16", "cpu")
+    assert not engine_problem(config, "float32", "cuda")
+    assert not engine_problem(SHAPES["qwen3"], "float32", "cpu")
+
+
+def test_families_that_no_engine_can_follow_are_told_by_the_config() -> None:
+    assert "cannot take new weights" in engine_problem(SHAPES["gpt_oss"], "bfloat16", "cuda")
+    assert "no kernel for mamba on CPUs" in engine_problem(SHAPES["mamba"], "float32", "cpu")
+    assert not engine_problem(SHAPES["mamba"], "float32", "cuda")
 
 
 @pytest.mark.engines
