@@ -267,9 +267,9 @@ def test_a_model_with_code_of_its_own(
         "learner.model.trust_remote_code: true to run it"
     )
     assert cli.main(["sft", "sft.yaml", "--check", "learner.model.trust_remote_code=true"]) == 0
-    assert capsys.readouterr().err == (
-        "learner.model: Python code that comes with ./decoder will run\n"
-    )
+    runs, notice = capsys.readouterr().err.splitlines()
+    assert runs == "learner.model: Python code that comes with ./decoder will run"
+    assert "learner.model.attention: auto is eager for ./decoder: its own code" in notice
 
 
 def test_a_reward_model_that_scores_with_another_tokenizer_than_it_was_trained_with(
