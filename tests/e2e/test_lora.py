@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import Run, Workshop
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.engines, pytest.mark.models, pytest.mark.timeout(400)]
 
 
 def run_lora(name: str, workshop: Workshop, sft: Run, *overrides: str, resume: bool = False) -> Run:

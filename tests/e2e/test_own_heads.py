@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from launch.export import export_model
 from tests.e2e.conftest import Run, Workshop
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.models]
 
 
 def make_base(folder: Path, tokenizer: Tokenizer) -> None:

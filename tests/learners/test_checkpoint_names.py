@@ -99,6 +99,7 @@ def gathered(rank: Any, path: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_sharded_weights_travel_as_the_file_holds_them(

@@ -416,6 +416,7 @@ def trained(pools, base, tmp_path_factory):
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("role", "n", "stage"), CASES)
 def test_ranks_train_one_adapter_and_never_the_base(trained, base, role, n, stage):
@@ -443,6 +444,7 @@ def test_ranks_train_one_adapter_and_never_the_base(trained, base, role, n, stag
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("role", "n", "stage"), [c for c in CASES if c[1:] != (2, 1)])
 def test_both_exports_compute_what_the_live_model_does(trained, base, role, n, stage):
@@ -463,6 +465,7 @@ def test_both_exports_compute_what_the_live_model_does(trained, base, role, n, s
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("role", "n", "stage", "dtype"),
@@ -488,6 +491,7 @@ def test_a_checkpoint_holds_the_adapter_and_becomes_the_exported_model(
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bfloat16_and_recomputed_activations(trained, stage):
@@ -502,6 +506,7 @@ def test_bfloat16_and_recomputed_activations(trained, stage):
 
 
 @pytest.mark.engines
+@pytest.mark.models
 @pytest.mark.timeout(300)
 def test_another_base_or_adapter_is_refused_in_one_line(pools, trained, base, tmp_path):
     _, folder = trained("ppo", 2, 3)
