@@ -60,16 +60,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_log_probs_are_those_of_plain_transformers(
     name: str, made: dict[str, str], tmp_path: Path
 ) -> None:
-    try:
-        checks.check_actor(made[name])
-    except UserError as refused:
-        assert "eager" in str(refused) or "scaled_dot_product_attention" in str(refused)
-        return
+    checks.check_actor(made[name])
     checks.check_export(made[name], tmp_path)
     checks.check_bfloat16(made[name])
 
 
-@pytest.mark.parametrize("name", ["mistral (sliding window)", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mistral (sliding window)", "qwen3_moe", "deepseek_v3", "gemma2", "phi"]
+)
 def test_a_family_is_right_as_reward_model_and_critic(
     name: str, made: dict[str, str], tmp_path: Path
 ) -> None:
