@@ -11,6 +11,7 @@ one sequence at a time, or the engine.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from actors.settings import GenerationSettings
 from actors.weights.packing import pack_group
 from actors.weights.proof import Receipt, verify
 from benchmarks.family_shapes import ENDS
+from launch.recipe.served import not_served
 from learners.checkpoints import (
     Calibration,
     load_causal_lm,
@@ -266,6 +268,8 @@ class Engine:
     """
 
     def __init__(self, model: ModelSettings) -> None:
+        wrong = not_served(json.loads(Path(model.path, "config.json").read_text()))
+        assert not wrong, wrong  # as the check of a recipe says before it would start one
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(model, theirs), daemon=True)

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -21,6 +21,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
+from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 REWARD_MODEL = "ForSequenceClassification"
@@ -75,6 +76,19 @@ class OwnHead:
         return cls._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
 
 
+class OwnCritic(OwnHead):
+    """Mixin of critics that are made here."""
+
+    base_model: Any
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> TokenClassifierOutput:
+        """Return values [B,L,1] as `logits`. Transformers' generic class reads attentions too,
+        which backbones with a state (Mamba) do not have.
+        """
+        hidden = self.base_model(input_ids, **inputs).last_hidden_state
+        return TokenClassifierOutput(logits=self.score(hidden))
+
+
 def head_class(kind: str, config: Any) -> Any:
     """Return what loads models of `kind` (REWARD_MODEL or CRITIC) with this config: Transformers'
     automatic class, or a class made here where it has none. That automatic class it is, too, where
@@ -103,7 +117,8 @@ def _made(kind: str, config_class: Any) -> Any:
     prefix = next(iter(tied.values()), causal.base_model_prefix).partition(".")[0]
     # Transformers tells by the module whether a class's weights have the layout it knows
     body = {"base_model_prefix": prefix, "__module__": causal.__module__}
-    return type(f"{stem}{kind}", (OwnHead, GENERIC[kind], family), body)
+    own = OwnCritic if kind == CRITIC else OwnHead
+    return type(f"{stem}{kind}", (own, GENERIC[kind], family), body)
 
 
 def made_here(model: Any) -> bool:

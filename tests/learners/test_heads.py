@@ -61,9 +61,10 @@ FAMILIES = {
     "granite": LLAMA,
     "cohere": LLAMA,
     "lfm2": {**LLAMA, "full_attn_idxs": [1]},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "llama4_text": {**LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
 }
-OWN_REWARD_MODEL = ("cohere", "granite", "lfm2", "llama4_text", "olmoe")
+OWN_REWARD_MODEL = ("cohere", "granite", "lfm2", "llama4_text", "mamba", "olmoe")
 TRANSFORMERS_CRITIC = ("llama", "gpt2", "gpt_bigcode", "gpt_neox", "falcon")
 
 
@@ -86,7 +87,7 @@ def base(tmp_path_factory):
             config = AutoConfig.for_model(kind, **written, **FAMILIES[name])
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(saved[name])
-        return at(saved[name], "eager" if name == "gptj" else "sdpa")
+        return at(saved[name], "auto")
 
     return settings
 
@@ -114,7 +115,7 @@ def batch():
     return Experience.from_ids(PROMPTS, RESPONSES)
 
 
-def at(folder, attention="sdpa"):
+def at(folder, attention="auto"):
     return ModelSettings(path=str(folder), attention=attention)
 
 
