@@ -256,6 +256,7 @@ class Loop:
         summary: dict[str, Any] = {}
         failed: Exception | None = None
         try:
+            show_adapter(model)
             summary = self.training.end(step)
             evaluated = summary.get("after", summary)
             self.best.judge(step, evaluated, lambda folder: self.copy(model, folder, figures))
@@ -307,7 +308,6 @@ class Loop:
         """
         try:
             self.training.export.write_model(model)
-            show_adapter(model)
         except Exception as error:
             kept = self.keep_weights(step)
             reason = self.reason(error)

@@ -19,6 +19,7 @@ from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import (
+    adapter_problems,
     embedding_rows,
     ends_of_generation,
     generation_config,
@@ -132,6 +133,7 @@ class RunData:
         return (
             self._length_problems(models, recipe)
             or [p for key, model in settings.items() for p in kernel_problems(key, model)]
+            or [p for key, model in settings.items() for p in adapter_problems(key, model)]
             or [
                 problem
                 for key, (model, head) in models.items()

@@ -28,6 +28,7 @@ from actors.seeds import rows_of_mixture
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
 from learners.checkpoints import (
+    adapter_problems,
     embedding_rows,
     ends_of_generation,
     generation_config,
@@ -105,6 +106,7 @@ class SupervisedData:
             data = cls(tokenizer, pairs_batch, pairs, held_out_pairs, calibration)
         problems = _unreadable("learner.model", model, data.rows, data.held_out)
         problems = problems or kernel_problems("learner.model", model)
+        problems = problems or adapter_problems("learner.model", model)
         if problems := problems or _uncalibratable(model, data.calibration):
             raise UserError(problems)
         said = [*filter(None, said), *kernel_notices({"learner.model": model})]

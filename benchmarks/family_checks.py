@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from actors.engine.engine import GenerationEngine
+from actors.engine.limits import sync_problem
 from actors.settings import GenerationSettings
 from actors.weights.packing import pack_group
 from actors.weights.proof import Receipt, verify
@@ -378,6 +379,8 @@ def agree(ours: Tensor, theirs: Tensor, model: Any, what: str) -> None:
 
 def check_sync(engine: Engine, model: Any) -> None:
     """After each of two updates of every weight, both far away, the engine follows the Actor."""
+    if wrong := sync_problem(model.config):
+        raise Impossible(wrong)
     batch = sequences(model.config.vocab_size)
     for version in (1, 2):
         before = actor_logprobs(model, batch)

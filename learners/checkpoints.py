@@ -36,6 +36,7 @@ from learners.calibration import calibration_problem
 from learners.errors import UserError, first_wrong, in_a_line
 from learners.heads import CRITIC, REWARD_MODEL, head_class, head_of, renamed_head
 from learners.kernels import attention_notice, refused_attention, resolve_attention
+from learners.lora import target_problems
 from learners.positions import positions_of
 from learners.scorers import unreadable_head
 from learners.settings import ModelSettings
@@ -251,6 +252,11 @@ def kernel_problems(key: str, model: ModelSettings) -> list[str]:
     return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
 
 
+def adapter_problems(key: str, model: ModelSettings) -> list[str]:
+    """Return the problems of the targets that an adapter of the model names."""
+    return target_problems(key, model, load_config(model)) if model.lora else []
+
+
 def kernel_notices(models: Mapping[str, ModelSettings]) -> list[str]:
     """Return a line for every model, by its key in the recipe, for which `auto` is another kernel
     than usual.
@@ -329,12 +335,16 @@ def load_reward_model(settings: ModelSettings, pad_token_id: int | None) -> Any:
 
 def _set_pad(model: Any, pad_token_id: int) -> None:
     """Write the PAD into a decoder's config; its embedding gets rows up to it, where it has none
-    for it.
+    for it: zeros, the same in every process.
     """
     rows = model.get_input_embeddings().weight
-    if pad_token_id >= getattr(rows, "ds_shape", rows.shape)[0]:
+    had = getattr(rows, "ds_shape", rows.shape)[0]
+    if pad_token_id >= had:
         with quiet():
             model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+        rows = model.get_input_embeddings().weight
+        with torch.no_grad(), _whole([rows]):
+            rows[had:] = 0.0
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
 
 

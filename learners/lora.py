@@ -15,13 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from learners.errors import UserError
-from learners.settings import LoraSettings
+from learners.settings import LoraSettings, ModelSettings
 
 ADAPTER = "default"  # the name PEFT has for the only one
 BASE = ".base_layer."
 MIX = 0x9E3779B97F4A7C15 - 2**64  # an odd number without a pattern, as a signed one of 64 bits
 CHUNK = 2**24  # elements of the base that are read at once
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The kernels of these models read the weights of these layers, past an adapter beside them.
+PAST_ADAPTERS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+PAST_ADAPTERS_LAYERS = ("conv1d", "dt_proj", "out_proj", "x_proj")
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -73,21 +76,33 @@ def attach(
 
 def linear_layers(model: Any, head: Sequence[str] = ()) -> list[str]:
     """Return the names of the linear layers that an adapter may stand beside: all but the head, the
-    output layer, and those whose names mean experts to PEFT.
+    output layer, and those whose names PEFT takes for others.
     """
+    found = _every_linear(model, head)
+    refused = {leaf for leaf in {_leaf(name) for name in found} if _refused(model, leaf)}
+    return [name for name in found if _leaf(name) not in refused]
+
+
+def left_out(model: Any) -> list[str]:
+    """Return the linear layers of an adapted model, but for head and output layer, that PEFT puts
+    no adapter beside because of their names.
+    """
+    plain = [name for name in _every_linear(model, head_of(model)) if ".lora_" not in name]
+    return [name for name in plain if not name.endswith(".base_layer")]
+
+
+def _every_linear(model: Any, head: Sequence[str]) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
     heads = {_owner(name) for name in head}
-    found = [
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not output
         and not any(name == owner or name.startswith(f"{owner}.") for owner in heads)
     ]
-    fused = {leaf for leaf in {_leaf(name) for name in found} if _means_experts(model, leaf)}
-    return [name for name in found if _leaf(name) not in fused]
 
 
 def fused_experts(model: Any) -> list[str]:
@@ -102,14 +117,18 @@ def fused_experts(model: Any) -> list[str]:
     ]
 
 
-def _means_experts(model: Any, leaf: str) -> bool:
-    """Tell whether PEFT reads the name of a layer as that of experts, which Transformers fuses."""
+def _refused(model: Any, leaf: str) -> bool:
+    """Tell whether PEFT takes the name of a layer for that of experts, which Transformers fuses, or
+    it is one of Mamba's layers, which its kernel reads past an adapter.
+    """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import (
         convert_peft_config_for_transformers,
         get_model_conversion_mapping,
     )
 
+    if model.config.model_type in PAST_ADAPTERS and leaf in PAST_ADAPTERS_LAYERS:
+        return True
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
@@ -128,7 +147,8 @@ def _targets(settings: LoraSettings, linear: list[str], path: str) -> list[str]:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise UserError(
                 f"{path}: no linear layer to adapt is called {target!r} (model.lora.targets); "
-                f"there are {', '.join(names) or 'none'}"
+                f"there are {', '.join(names) or 'none'}, and names that PEFT takes for those of "
+                "experts do not count"
             )
     if not asked:
         raise UserError(f"{path}: there is no linear layer that model.lora could adapt")
@@ -161,6 +181,26 @@ def _leaf(name: str) -> str:
     """Return the last part of a module's name, or the whole where that is a number."""
     last = name.rpartition(".")[2]
     return name if last.isdigit() else last
+
+
+def target_problems(key: str, model: ModelSettings, config: Any) -> list[str]:
+    """Return a problem in a list if a target of the adapter is the name of no linear layer of a
+    model with this config, else []. Nothing is loaded.
+    """
+    if model.lora is None or model.lora.targets == "all-linear":
+        return []
+    from accelerate import init_empty_weights
+    from transformers import AutoModel
+
+    with init_empty_weights():
+        backbone = AutoModel.from_config(config, trust_remote_code=model.trust_remote_code)
+    there = sorted({_leaf(name) for name in linear_layers(backbone)})
+    return [
+        f"{key}.lora.targets: {model.path} has no linear layer {target!r} that PEFT adapts: there "
+        f"are {', '.join(there)}"
+        for target in model.lora.targets
+        if _leaf(target) not in there
+    ]
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -260,6 +300,8 @@ def base_digest(model: nn.Module) -> str:
         total = total.to(shard.device) + _mixed(shard, start + first)
         start += whole
     if sharded and dist.get_world_size() > 1:
+        # offloaded shards lie on the CPU, where nccl cannot add
+        total = total.cuda() if dist.get_backend() == "nccl" else total
         dist.all_reduce(total)
     return f"{int(total) & 2**64 - 1:016x}"
 

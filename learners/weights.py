@@ -20,6 +20,7 @@ from learners.checkpoint_names import Entry, entries_of, to_checkpoint
 from learners.checkpoints import load_causal_lm, load_reward_model
 from learners.errors import UserError
 from learners.export import save_adapter, save_config, save_weights
+from learners.kernels import AUTO
 from learners.lora import (
     adapter_config,
     attach,
@@ -28,6 +29,7 @@ from learners.lora import (
     fused_experts,
     is_adapter,
     layer_name,
+    left_out,
     merged,
     peft_name,
 )
@@ -98,14 +100,17 @@ class TrainedWeights:
         return base_digest(self.model)
 
     def unadapted(self) -> str:
-        """Return in words what of the model has weights of its own kind and gets no adapter, though
-        all linear layers are to have one; nothing where there is none.
+        """Return in words what of the model gets no adapter, though all linear layers are to have
+        one; nothing where there is none.
         """
         lora = self.settings.model.lora
-        experts = fused_experts(self.model) if lora and lora.targets == "all-linear" else []
-        if not experts:
+        if lora is None or lora.targets != "all-linear":
             return ""
-        return f"experts get no adapter and stay as they are: {len(experts)}, such as {experts[0]}"
+        left = {"experts": fused_experts(self.model), "linear layers": left_out(self.model)}
+        found = [
+            f"{len(names)} {what}, such as {names[0]}" for what, names in left.items() if names
+        ]
+        return f"no adapter stands beside {' and '.join(found)}" if found else ""
 
     def _layers(self) -> list[dict[str, Tensor]]:
         """Group the parameters, and the buffers that checkpoints hold, by the first number in their
@@ -179,7 +184,7 @@ class TrainedWeights:
         """
         saved = _read_layout(Path(folder))
         base = saved.pop("base", None)
-        saved.pop("adapter", None)
+        targets = (saved.pop("adapter", None) or {}).get("target_modules")
         if saved != self._layout():
             raise ValueError(
                 f"{folder}: saved with {saved}, cannot resume with {self._layout()}; use the "
@@ -190,6 +195,8 @@ class TrainedWeights:
                 f"{folder}: its adapter was trained on other weights than those of "
                 f"{self.settings.model.path}: use the model that it was trained on"
             )
+        if targets is not None and targets != adapter_config(self.model)["target_modules"]:
+            raise ValueError(f"{folder}: its adapter stands beside other layers: {targets}")
         plan = self.engine.lr_scheduler
         rates = plan.base_lrs
         asked = [
@@ -210,9 +217,10 @@ class TrainedWeights:
     def _layout(self) -> dict[str, Any]:
         layout = {"ranks": self.rank.world_size, "zero_stage": self.settings.zero_stage}
         lora = self.settings.model.lora
-        return layout | (
-            {"lora": lora.model_dump(mode="json", exclude={"dropout"})} if lora else {}
-        )
+        if lora is None:
+            return layout
+        asked = lora.model_dump(mode="json", exclude={"dropout"})
+        return layout | {"lora": asked | {"alpha": lora.scaled_alpha}}
 
     def _base(self) -> dict[str, Any]:
         """Return what a checkpoint with LoRA says of weights that are not in it, and of the adapter
@@ -226,6 +234,7 @@ class TrainedWeights:
             "digest": self.base_fingerprint(),
             "model": model.model_dump(mode="json"),
             "head": [name for name in trained if not is_adapter(name)],
+            "pad_token_id": self.model.config.pad_token_id,  # for which a score's model may grow
         }
         return {"base": base, "adapter": adapter_config(self.model)}
 
@@ -280,17 +289,22 @@ def _merged_into(base: Mapping[str, Any], trained: dict[str, Tensor]) -> dict[st
     """Return the weights of the base with the adapter merged into them. Raises UserError where it
     is not the one that the adapter was trained on.
     """
-    settings = ModelSettings(**base["model"])
+    settings = ModelSettings(**base["model"] | {"attention": AUTO})  # nothing is computed by it
     assert settings.lora is not None
     scores = base["head"]
-    model = load_reward_model(settings, None) if scores else load_causal_lm(settings)
+    model = (
+        load_reward_model(settings, base["pad_token_id"]) if scores else load_causal_lm(settings)
+    )
     attach(model, settings.lora, scores, path=settings.path)
     if base_digest(model) != base["digest"]:
         raise UserError(
             f"{settings.path}: has other weights than those that the adapter was trained on: put "
             "them back there"
         )
-    model.load_state_dict(trained, strict=False)
+    known = model.load_state_dict(trained, strict=False)
+    lost = [*known.unexpected_keys, *filter(is_adapter, known.missing_keys)]
+    if lost:
+        raise UserError(f"{settings.path}: the adapter does not fit: {lost[0]} has no counterpart")
     names, tensors = merged(model, dict(model.named_parameters()))
     kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}

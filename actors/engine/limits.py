@@ -15,20 +15,29 @@ SELECTIVE_SCAN = ("mamba", "falcon_mamba", "jamba")
 COPIED_PAST = ("gpt_oss",)
 
 
+def sync_problem(config: Any) -> str:
+    """Return what keeps vLLM from taking new weights of a model that is trained; nothing where
+    nothing does. `config` is as in `engine_problem`.
+    """
+    kind = str(get_field(text_part(config), "model_type"))
+    return first_wrong(
+        (
+            kind in COPIED_PAST,
+            f"vLLM cannot take new weights of {kind} while it runs, so PPO and GRPO cannot train "
+            "it; SFT and reward models can",
+        )
+    )
+
+
 def engine_problem(config: Any, dtype: str, device: DeviceType) -> str:
-    """Return what keeps vLLM from serving a model that is trained, and what would be right;
-    nothing where nothing does.
+    """Return what keeps vLLM from serving a model, and what would be right; nothing where nothing
+    does.
 
     `config` is what a config.json holds (a mapping), or a config of Transformers.
     """
     kind = str(get_field(text_part(config), "model_type"))
     on_cpu = device == "cpu"
     return first_wrong(
-        (
-            kind in COPIED_PAST,
-            f"vLLM cannot take new weights of {kind} while it runs, so PPO and GRPO cannot train "
-            "it; SFT and reward models can",
-        ),
         (
             on_cpu and kind in SELECTIVE_SCAN,
             f"vLLM has no kernel for {kind} on CPUs: cluster.device must be cuda",

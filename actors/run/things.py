@@ -176,14 +176,13 @@ def weights_of(recipe: Recipe, fingerprints: Mapping[str, Sequence[str]]) -> Fou
     their processes' fingerprints by role.
     """
     roles = roles_of(recipe)
-    return {
-        f"{roles[name].model_key}.path": {
-            NAMED: {"path": model.path},
-            f"{_frozen_part(roles[name])} of the {name}": " ".join(sorted(set(prints))),
-        }
-        for name, prints in fingerprints.items()
-        if (model := roles[name].model)
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, prints in fingerprints.items():
+        role = roles[name]
+        if role.model is not None:
+            parts = found.setdefault(f"{role.model_key}.path", {NAMED: {"path": role.model.path}})
+            parts[f"{_frozen_part(role)} of the {name}"] = " ".join(sorted(set(prints)))
+    return found
 
 
 def _frozen_part(role: Role) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.engine.limits import engine_problem
+from actors.engine.limits import engine_problem, sync_problem
 from actors.run.resume import Resume
 from actors.run.trial import no_new_folder
 from actors.settings import (
@@ -136,6 +136,8 @@ def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Pr
     if isinstance(recipe, RLRecipe) and key == "actor.model" and not malformed:
         if wrong := not_served(config):
             yield Problem((f"{key}.path",), f"{path}: {wrong}")
+        if wrong := sync_problem(config):
+            yield Problem(("actor.model.path",), f"{path}: {wrong}")
         if wrong := engine_problem(config, model.dtype, recipe.cluster.device):
             yield Problem(("actor.model.dtype", "actor.model.path"), f"{path}: {wrong}")
         defaults = read_json(folder / "generation_config.json") or {}

@@ -154,6 +154,13 @@ def _comparable(values: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         for key, value in flat(values).items()
     }
     for key, model in models_of(recipe).items():
+        if model.lora is not None and found.get(f"{key}.lora.alpha") is None:
+            rank = found.get(f"{key}.lora.rank")
+            found[f"{key}.lora.alpha"] = rank and 2.0 * rank  # as LoraSettings.scaled_alpha
+    if found.get("reference.share", ...) is None:  # as RLRecipe.shares_reference
+        lora = "actor.model.lora.rank" in found
+        found["reference.share"] = lora and not found.get("reference.model.path")
+    for key, model in models_of(recipe).items():
         if found.get(f"{key}.attention") == AUTO:
             auto = model.model_copy(update={"attention": AUTO})
             config = read_json(Path(model.path) / "config.json") or {}

@@ -1150,3 +1150,15 @@ def test_reasoning_gym_rows_are_scored_by_the_package(tmp_path: Path) -> None:
     assert not {row["entry"] for row in found} & {row["entry"] for row in rows("gcd", 3, seed=1)}
     # it comes without an answer, so nothing could be rewarded
     assert list(rows("boxnet", 1, seed=0)) == []
+
+
+def test_a_resumed_recipe_may_spell_out_what_lora_takes_by_default(place: Path) -> None:
+    """Its alpha, and whose base is the Reference."""
+    (place / "runs/new/checkpoints/step-000001").mkdir(parents=True)
+    given = ["actor.model.lora.rank=4"]
+    recipe = load_recipe("grpo.yaml", given, "grpo")
+    (place / "runs/new/config.yaml").write_text(recipe.to_yaml())
+    same = [*given, "actor.model.lora.alpha=8", "reference.share=true"]
+    assert problems("grpo.yaml", *same, resume=True) == []
+    (changed,) = problems("grpo.yaml", *given, "actor.model.lora.alpha=4", resume=True)
+    assert "actor.model.lora.alpha: is 4.0, the run to resume has 8.0" in changed

@@ -18,13 +18,16 @@ from transformers import (
     BertConfig,
     GPT2Config,
     Lfm2Config,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
+from learners.checkpoints import load_reward_model
 from learners.errors import UserError
 from learners.experience import Experience
 from learners.export import export_saved
@@ -36,13 +39,15 @@ from learners.lora import (
     fused_experts,
     head_of,
     is_adapter,
+    left_out,
     merged,
     peft_name,
+    target_problems,
     without_adapter,
     without_dropout,
 )
 from learners.settings import LearnerSettings, LoraSettings, ModelSettings, OptimizerSettings
-from learners.weights import export_adapter, read_saved
+from learners.weights import _merged_into, export_adapter, read_saved
 from tests.learners.ranks import Ranks
 from tests.learners.test_learner import PAD, in_order, learner, plain_outputs, share
 
@@ -58,6 +63,7 @@ CONFIGS = {
         **SIZE, ffn_dim=48, word_embed_proj_dim=16
     ),  # linear layers outside the layers
     "lfm2": Lfm2Config(**SIZE, **SHARED, layer_types=["conv", "full_attention"]),
+    "mamba": MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=8),
     "mixtral": MixtralConfig(**SIZE, **SHARED, num_local_experts=4),
     "qwen3_moe": Qwen3MoeConfig(**SIZE, **SHARED, **EXPERTS, head_dim=16),
     "qwen2_moe": Qwen2MoeConfig(**SIZE, **SHARED, **EXPERTS, shared_expert_intermediate_size=16),
@@ -201,6 +207,68 @@ def test_all_linear_leaves_out_the_output_layer_and_experts(family, adapted):
     assert json.dumps(config)
     found = fused_experts(model)
     assert bool(found) == (family != "qwen3") and all("experts" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        (CONFIGS["mamba"], "mixer.out_proj"),
+        (
+            Qwen3NextConfig(**SIZE, **SHARED, **EXPERTS, head_dim=16, mlp_only_layers=[0]),
+            "mlp.gate_proj",
+        ),
+    ],
+)
+def test_what_peft_takes_for_other_layers_is_left_out_aloud(config, left):
+    model = AutoModelForCausalLM.from_config(config)
+    attach(model, LORA)
+    found = left_out(model)
+    assert any(name.endswith(left) for name in found)
+    assert not any("lora_" in name or "q_proj" in name for name in found)
+
+
+def test_targets_are_looked_for_before_anything_is_loaded():
+    def wrong(*targets):
+        model = ModelSettings(path="here", lora=LoraSettings(rank=2, targets=targets))
+        return target_problems("actor.model", model, CONFIGS["qwen3"])
+
+    assert wrong("q_proj", "layers.1.mlp.up_proj") == []
+    (line,) = wrong("q_porj", "v_proj")
+    assert line.startswith("actor.model.lora.targets: here has no linear layer 'q_porj'")
+    assert "k_proj" in line and wrong("lm_head")
+
+
+def test_a_base_that_grew_for_a_pad_is_the_same_in_every_process(tmp_path):
+    tiny("qwen3").save_pretrained(tmp_path)
+    digests = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = load_reward_model(ModelSettings(path=str(tmp_path)), SIZE["vocab_size"])
+        attach(model, LORA, head_of(model))
+        assert model.get_input_embeddings().weight.shape[0] == SIZE["vocab_size"] + 1
+        digests.add(base_digest(model))
+    assert len(digests) == 1
+
+
+@torch.no_grad()
+def test_a_checkpoints_adapter_is_merged_as_a_whole_or_refused(tmp_path):
+    """Also of a reward model that grew for its PAD, and of a kernel that is not here."""
+    tiny("qwen3").save_pretrained(tmp_path)
+    settings = ModelSettings(path=str(tmp_path), lora=LORA)
+    pad = SIZE["vocab_size"]
+    model = load_reward_model(settings, pad)
+    head = head_of(model)
+    attach(model, LORA, head)
+    move_adapter(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    base = {"digest": base_digest(model), "head": head, "pad_token_id": pad}
+    base["model"] = settings.model_dump(mode="json") | {"attention": "flash_attention_2"}
+    whole = _merged_into(base, trained)
+    for name, tensor in zip(*merged(model, dict(model.named_parameters())), strict=True):
+        assert torch.equal(whole[name], tensor)
+    other = {name.replace("lora_B", "lora_C"): p for name, p in trained.items()}
+    with pytest.raises(UserError, match="the adapter does not fit: .*lora_C"):
+        _merged_into(base, other)
 
 
 def test_a_target_that_is_not_there_is_answered_with_those_that_are():
