@@ -7,39 +7,34 @@ from collections import Counter
 from actors.roles import Head
 from actors.settings import RLRecipe
 from launch.plan.shapes import Model, Shape
-from learners.settings import ModelSettings
-
-LEAST_COLUMNS = 16  # of a linear layer; vectors and routers have fewer beside the hidden size
+from learners.settings import LoraSettings, ModelSettings
 
 
-def adapter_tensors(shape: Shape, rank: int) -> Counter[int]:
-    """Return how many parameters of an adapter beside every linear layer have so many elements. One
-    side of a linear layer is the hidden size; experts fused into one parameter have no adapter.
+def adapter_tensors(shape: Shape, lora: LoraSettings | None) -> Counter[int]:
+    """Return how many parameters of an adapter have so many elements: two beside every linear layer
+    that is a target.
     """
-    hidden = shape.hidden
-    most = 3 * max(hidden, shape.heads * shape.head_dim, shape.intermediate)
-    columns = [n // hidden for n in shape.layer if n % hidden == 0]
     found: Counter[int] = Counter()
-    for others in (c for c in columns if LEAST_COLUMNS <= c <= most):
-        found.update({rank * hidden: shape.layers})
-        found.update({rank * others: shape.layers})
+    if lora is not None:
+        for layer in shape.linear:
+            if _is_target(layer.name, lora):
+                found.update((lora.rank * layer.inputs, lora.rank * layer.outputs))
     return found
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Return the elements of an adapter of a model."""
-    return sum(n * count for n, count in adapter_tensors(shape, rank).items())
+def _is_target(name: str, lora: LoraSettings) -> bool:
+    """Tell whether PEFT finds a linear layer by the names of the recipe."""
+    return lora.targets == "all-linear" or any(f".{name}".endswith(f".{t}") for t in lora.targets)
 
 
-def adapter_of(shape: Shape, settings: ModelSettings) -> int:
+def adapter_parameters(shape: Shape, lora: LoraSettings | None) -> int:
     """Return the elements of a model's adapter; 0 where it has none."""
-    return adapter_parameters(shape, settings.lora.rank) if settings.lora else 0
+    return sum(n * count for n, count in adapter_tensors(shape, lora).items())
 
 
 def tensors(shape: Shape, head: Head, settings: ModelSettings) -> Counter[int]:
     """Return how many parameters of a model, its adapter among them, have so many elements."""
-    adapter = adapter_tensors(shape, settings.lora.rank) if settings.lora else Counter()
-    return shape.tensors(head) + adapter
+    return shape.tensors(head) + adapter_tensors(shape, settings.lora)
 
 
 def trained(shape: Shape, head: Head, settings: ModelSettings) -> int:
@@ -48,11 +43,11 @@ def trained(shape: Shape, head: Head, settings: ModelSettings) -> int:
     """
     if settings.lora is None:
         return shape.parameters(head)
-    return adapter_of(shape, settings) + (0 if head == "lm" else sum(shape.head(head)))
+    return adapter_parameters(shape, settings.lora) + (0 if head == "lm" else sum(shape.head(head)))
 
 
 def sync_bytes(actor: Model, recipe: RLRecipe) -> int:
     """Return the bytes of one weight sync: of the Actor's weights, or of its adapter alone."""
     if recipe.sync.lora == "adapter":
-        return actor.width * adapter_of(actor.shape, actor.settings)
+        return actor.width * adapter_parameters(actor.shape, actor.settings.lora)
     return actor.width * actor.parameters

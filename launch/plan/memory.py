@@ -15,7 +15,6 @@ from actors.cluster.layout import shares_gpus
 from actors.roles import Head
 from actors.settings import ClusterSettings, GenerationSettings, RLRecipe
 from launch.plan.adapters import (
-    adapter_of,
     adapter_parameters,
     sync_bytes,
     tensors,
@@ -24,7 +23,7 @@ from launch.plan.adapters import (
 from launch.plan.batches import Load
 from launch.plan.shapes import BYTES, Model, Shape
 from learners.kernels import CAPPED, SINKS
-from learners.settings import LearnerSettings, ModelSettings
+from learners.settings import LearnerSettings, LoraSettings, ModelSettings
 
 GIB = 2**30
 PHASES = ("start", "generate", "score", "learn", "sync")
@@ -73,7 +72,7 @@ def model_states(shape: Shape, head: Head, settings: LearnerSettings) -> Use:
     """
     stage = settings.zero_stage
     ranks = settings.ranks
-    whole = shape.parameters(head) + adapter_of(shape, settings.model)
+    whole = shape.parameters(head) + adapter_parameters(shape, settings.model.lora)
     learned = trained(shape, head, settings.model)
     width = BYTES[settings.model.dtype]
     share = learned / ranks
@@ -276,7 +275,8 @@ def engine(model: Model, generation: GenerationSettings, cluster: ClusterSetting
     On shared GPUs it starts before the others and sleeps while they work: its weights wait in CPU
     memory, its KV cache is given up, also during a sync.
     """
-    adapter = adapter_parameters(model.shape, model.role.arguments.get("adapter_rank") or 0)
+    rank = model.role.arguments.get("adapter_rank")  # vLLM has room beside every layer
+    adapter = adapter_parameters(model.shape, LoraSettings(rank=rank) if rank else None)
     whole = model.width * (model.parameters + adapter)
     weights = whole // generation.tensor_parallel
     if cluster.device == "cpu":

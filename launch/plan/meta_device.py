@@ -16,6 +16,7 @@ from transformers.utils import logging
 from launch.plan.caches import is_compressed, kv_elements, mixed_elements, state_elements
 from learners.checkpoints import is_encoder
 from learners.kernels import NO_ATTENTION
+from learners.lora import head_of, linear_layers
 from learners.positions import positions_of
 
 SIZES = {  # a shape's sizes, by the names configs have for them
@@ -51,6 +52,7 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
             model = auto.from_config(known)
         parts = _parts(model, sizes["layers"])
         sparse = _experts(model, text)
+        linear = _linear(model, encoder)
     except Exception as error:  # a config.json may break a model's code in any way
         reason = " ".join(str(error).split())[:150]
         raise ValueError(f"model_type {family} cannot be planned: {reason}") from None
@@ -60,6 +62,7 @@ def count(family: str, config: dict[str, Any], size_of: Callable[..., int]) -> d
         "encoder": encoder,
         "positions": positions_of(known),
         "experts": sparse,
+        "linear": linear,
         "compressed": is_compressed(text),
         "kv_elements": kv_elements(text, sizes["layers"], sizes["kv_heads"], sizes["head_dim"]),
         "state_elements": state_elements(text),
@@ -107,6 +110,18 @@ def _experts(model: Any, config: Any) -> tuple[int, int, int, int, int] | None:
     every = [m for name, m in model.named_modules() if SHARED in name and hasattr(m, "up_proj")]
     shared = max((m.up_proj.weight.shape[0] for m in every), default=0)
     return many, min(active, many), columns, shared, sum(p.numel() for p in named.values())
+
+
+def _linear(model: Any, encoder: bool) -> list[tuple[str, int, int]]:
+    """Return name, inputs and outputs of the layers that an adapter may stand beside."""
+    names = linear_layers(model, head_of(model) if encoder else ())
+    found = []
+    for name in names:
+        module = model.get_submodule(name)
+        sides = module.weight.shape  # [out, in], of GPT-2's kind [in, out]
+        inputs, outputs = reversed(sides) if isinstance(module, torch.nn.Linear) else sides
+        found.append((name, inputs, outputs))
+    return found
 
 
 def _normed(model: Any, sizes: dict[str, int]) -> int:

@@ -43,6 +43,14 @@ SIZES = (
 )
 
 
+class Linear(NamedTuple):
+    """A linear layer that an adapter may stand beside, by the name that the model has for it."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
 class Experts(NamedTuple):
     """MLPs of which a token passes some: how many there are in a layer, how many it passes, columns
     of one and of those that every token passes, and elements of all in the model.
@@ -67,9 +75,10 @@ class Shape:
     comes with. Layers that differ from `layer` are among the `layers` too, as how many there are of
     a kind and the elements of one.
 
-    `positions` are those a sequence may have (None: any number). `kv_elements` of one token are in
-    an engine's cache, and `state_elements` of one sequence. `auto` is the attention kernel that
-    `attention: auto` means.
+    `linear` are the layers beside which LoRA's adapter may stand: not the head, the output layer,
+    or experts. `positions` are those a sequence may have (None: any number). `kv_elements` of one
+    token are in an engine's cache, and `state_elements` of one sequence. `auto` is the attention
+    kernel that `attention: auto` means.
     """
 
     family: str
@@ -89,6 +98,7 @@ class Shape:
     own_head: tuple[int, ...] | None = None
     others: tuple[tuple[int, tuple[int, ...]], ...] = ()
     experts: Experts | None = None
+    linear: tuple[Linear, ...] = ()
     kv_elements: int = 0
     state_elements: int = 0
     compressed: bool = False  # the cache is no heads', so GPUs do not share it
@@ -231,7 +241,8 @@ def read_shape(config: dict[str, Any]) -> Shape:
 
     fields = count(family, config, size_of)
     experts = fields.pop("experts")
-    return Shape(**fields, experts=experts and Experts(*experts), auto=auto)
+    linear = tuple(Linear(*layer) for layer in fields.pop("linear"))
+    return Shape(**fields, experts=experts and Experts(*experts), linear=linear, auto=auto)
 
 
 def size_of(config: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -252,15 +263,16 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
     head_dim = size_of(config, "head_dim", 128 if family == "qwen3" else hidden // heads)
     wide = heads * head_dim
     narrow = kv_heads * head_dim
-    layer = [
-        hidden * wide,
-        hidden * narrow,
-        hidden * narrow,
-        wide * hidden,
-        *[hidden * inner] * 3,
-        hidden,
-        hidden,
-    ]
+    linear = {
+        "self_attn.q_proj": (hidden, wide),
+        "self_attn.k_proj": (hidden, narrow),
+        "self_attn.v_proj": (hidden, narrow),
+        "self_attn.o_proj": (wide, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    layer = [*_weights(linear), hidden, hidden]
     bias = family in ("llama", "qwen3") and config.get("attention_bias", False)
     if bias or family == "qwen2":
         layer += [wide, narrow, narrow]
@@ -284,6 +296,7 @@ def _gated(family: str, config: dict[str, Any]) -> Shape:
         embedding=(vocabulary * hidden,),
         layer=tuple(layer),
         final=(hidden,),
+        linear=_named("model.layers", layers, linear),
         kv_elements=2 * layers * kv_heads * head_dim,
         normed=2 * hidden + (wide + narrow if family == "qwen3" else 0),
     )
@@ -295,8 +308,13 @@ def _gpt2(config: dict[str, Any]) -> Shape:
     inner = size_of(config, "n_inner", 4 * hidden)
     head_dim = size_of(config, "head_dim", hidden // heads)
     norm = (hidden, hidden)
-    attention = (3 * hidden * hidden, 3 * hidden, hidden * hidden, hidden)
-    mlp = (hidden * inner, inner, inner * hidden, hidden)
+    linear = {
+        "attn.c_attn": (hidden, 3 * hidden),
+        "attn.c_proj": (hidden, hidden),
+        "mlp.c_fc": (hidden, inner),
+        "mlp.c_proj": (inner, hidden),
+    }
+    biases = (outputs for _, outputs in linear.values())
     return Shape(
         "gpt2",
         hidden,
@@ -309,8 +327,9 @@ def _gpt2(config: dict[str, Any]) -> Shape:
         positions_of(config),
         config.get("tie_word_embeddings", True),
         embedding=(vocabulary * hidden, table * hidden),
-        layer=(*norm, *attention, *norm, *mlp),
+        layer=(*norm, *norm, *_weights(linear), *biases),
         final=norm,
+        linear=_named("transformer.h", layers, linear),
         kv_elements=2 * layers * heads * head_dim,
     )
 
@@ -318,15 +337,17 @@ def _gpt2(config: dict[str, Any]) -> Shape:
 def _encoder(family: str, config: dict[str, Any]) -> Shape:
     hidden, inner, vocabulary, heads, layers, table = (size_of(config, key) for key in SIZES)
     norm = (hidden, hidden)
-    layer = (
-        *(hidden * hidden, hidden) * 4,
-        *norm,
-        hidden * inner,
-        inner,
-        inner * hidden,
-        hidden,
-        *norm,
-    )
+    square = (hidden, hidden)
+    linear = {
+        "attention.self.query": square,
+        "attention.self.key": square,
+        "attention.self.value": square,
+        "attention.output.dense": square,
+        "intermediate.dense": (hidden, inner),
+        "output.dense": (inner, hidden),
+    }
+    biases = (outputs for _, outputs in linear.values())
+    name = "bert" if family == "bert" else "roberta"
     return Shape(
         family,
         hidden,
@@ -344,9 +365,24 @@ def _encoder(family: str, config: dict[str, Any]) -> Shape:
             size_of(config, "type_vocab_size") * hidden,
             *norm,
         ),
-        layer=layer,
+        layer=(*norm, *norm, *_weights(linear), *biases),
         final=(),
         encoder=True,
+        linear=_named(f"{name}.encoder.layer", layers, linear),
+    )
+
+
+def _weights(linear: dict[str, tuple[int, int]]) -> list[int]:
+    """Return the elements of the weights of linear layers."""
+    return [inputs * outputs for inputs, outputs in linear.values()]
+
+
+def _named(prefix: str, layers: int, linear: dict[str, tuple[int, int]]) -> tuple[Linear, ...]:
+    """Return the linear layers of all layers, of which each has these."""
+    return tuple(
+        Linear(f"{prefix}.{i}.{name}", *sides)
+        for i in range(layers)
+        for name, sides in linear.items()
     )
 
 

@@ -15,10 +15,12 @@ from actors.settings import Recipe, RLRecipe
 from launch.plan.adapters import trained
 from launch.plan.devices import Memory, where_are
 from launch.plan.hints import hints_for
-from launch.plan.memory import GIB, Use, sum_of, total
+from launch.plan.memory import GIB, Use, model_states, sum_of, total
 from launch.plan.plan import Plan, as_json, make_plan
+from launch.plan.shapes import Model
 from launch.recipe.document import Document
 from learners.errors import UserError
+from learners.settings import LearnerSettings
 
 WIDTH = 116  # at least: a narrow terminal wraps lines itself
 COLUMNS = {
@@ -75,14 +77,28 @@ def _models(plan: Plan) -> Iterator[str]:
         yield f"{path}: {_count(parameters)} parameters, {dtype} ({', '.join(names)})"
     for role, m in plan.models.items():
         if m.role.learner and m.settings.lora:
-            count = _count(trained(m.shape, m.role.head, m.settings))
-            yield f"{role}: LoRA of rank {m.settings.lora.rank} trains {count} parameters"
+            yield f"{role}: {_saved(m, m.role.learner, m.settings.lora.rank)}"
     if isinstance(plan.recipe, RLRecipe) and plan.recipe.shares_reference:
         yield "the Reference is the Actor without its adapter"
     for family in dict.fromkeys(
         m.shape.family for m in plan.models.values() if m.shape.own_head is not None
     ):
         yield f"{family} is not in the table: counted on torch's meta device, which takes seconds"
+
+
+def _saved(model: Model, settings: LearnerSettings, rank: int) -> str:
+    """Return how many parameters LoRA trains, and what a rank holds for them and for all."""
+    head = model.role.head
+    all_learn = settings.model.model_copy(update={"lora": None})
+    held, whole = (
+        sum(model_states(model.shape, head, s)[part] for part in ("gradients", "optimizer"))
+        for s in (settings, settings.model_copy(update={"model": all_learn}))
+    )
+    count = _count(trained(model.shape, head, model.settings))
+    return (
+        f"LoRA of rank {rank} trains {count} parameters: gradients and optimizer "
+        f"{_gib(held)} GiB a rank instead of {_gib(whole)}"
+    )
 
 
 def _batch(plan: Plan) -> Iterator[str]:

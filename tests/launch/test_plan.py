@@ -303,6 +303,23 @@ def test_what_lora_saves() -> None:
     assert alone.seconds["sync"] < made.seconds["sync"]
 
 
+def test_what_lora_saves_is_printed_for_every_role(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an adapter, and of the 8.19 billion parameters of which all would learn: ZeRO-2, 16 bytes
+    each. Fewer targets train less: q and v, 4096 x (4096 + 1024), in 36 layers.
+    """
+    args = [str(RECIPES / "grpo_qwen3_8b_lora.yaml")]
+    adapter = 36 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288))
+    fewer = 36 * 32 * ((4096 + 4096) + (4096 + 1024))
+    whole = f"{16 * 8_190_735_360 / GIB:.1f}"
+    for count, more in ((adapter, []), (fewer, ["actor.model.lora.targets=[q_proj,v_proj]"])):
+        assert cli.main(["plan", *args, *more]) == 0
+        line = (
+            f"actor: LoRA of rank 32 trains {count / 1e6:.2f} M parameters: gradients and "
+            f"optimizer {16 * count / GIB:.1f} GiB a rank instead of {whole}\n"
+        )
+        assert line in capsys.readouterr().out
+
+
 def test_a_critic_with_lora_trains_its_head_too() -> None:
     same = "critic.model.path=Qwen/Qwen3-8B"
     made = plan("ppo_qwen3_8b", "critic.model.lora.rank=8", same)

@@ -5,6 +5,7 @@ against autograd.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from benchmarks.family_shapes import SHAPES
 from launch import cli
-from launch.plan.adapters import adapter_parameters
+from launch.plan.adapters import adapter_tensors
 from launch.plan.batches import Load
 from launch.plan.memory import layer_activations, training_activations
 from launch.plan.shapes import find_shape, model_table, read_shape
@@ -346,13 +348,49 @@ def test_plan_says_that_a_type_takes_seconds(
     assert "gemma2 is not in the table: counted on torch's meta device, which takes seconds" in out
 
 
-@pytest.mark.parametrize(("family", "sizes"), CONFIGS, ids=[family for family, _ in CONFIGS])
-def test_an_adapter_is_counted_as_peft_makes_it(family: str, sizes: dict[str, Any]) -> None:
-    from learners.lora import attach, is_adapter
+ENCODER = {k: v for k, v in SMALL.items() if "key_value" not in k}
+ADAPTED = [
+    *CONFIGS,
+    *((family, ENCODER) for family in ("bert", "roberta", "xlm-roberta", "electra")),
+    *(
+        (str(SHAPES[name]["model_type"]), SHAPES[name])
+        for name in (
+            "gpt2",
+            "opt (word_embed_proj)",
+            "mixtral",
+            "qwen3_moe",
+            "qwen3_next",
+            "deepseek_v3",
+            "lfm2",
+        )
+    ),
+    # more experts than some layers have columns
+    ("qwen3_moe", {**SHAPES["qwen3_moe"], "num_experts": 128, "num_experts_per_tok": 8}),
+]
 
-    config = CONFIG_MAPPING[family](**sizes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        attach(model, LoraSettings(rank=4))
-    made = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
-    assert adapter_parameters(read_shape(config.to_dict()), 4) == made
+
+@pytest.mark.parametrize(
+    ("family", "values"), ADAPTED, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_an_adapter_is_counted_as_peft_makes_it(family: str, values: dict[str, Any]) -> None:
+    """Of every layer, and of those that `targets` names: by the last part of the name or by more,
+    and one layer alone.
+    """
+    from learners.lora import attach, head_of, is_adapter, linear_layers
+
+    config = CONFIG_MAPPING[family](**{k: v for k, v in values.items() if k != "model_type"})
+    config.num_labels = 1
+    shape = read_shape({k: v for k, v in config.to_dict().items() if k != "dtype"})
+    auto = AutoModelForSequenceClassification if shape.encoder else AutoModelForCausalLM
+    model = meta(auto, config)
+    head = head_of(model) if shape.encoder else ()
+    names = linear_layers(model, head)
+    last = names[-1]
+    assert [layer.name for layer in shape.linear] == names
+    for targets in ("all-linear", (last.split(".")[-1],), (".".join(last.split(".")[-2:]), last)):
+        lora = LoraSettings(rank=2, targets=targets)
+        with torch.device("meta"):
+            adapted = auto.from_config(config)
+            attach(adapted, lora, head)
+        made = Counter(p.numel() for name, p in adapted.named_parameters() if is_adapter(name))
+        assert adapter_tensors(shape, lora) == made, targets
