@@ -31,9 +31,9 @@ from actors.settings import RLRecipe
 from actors.start import Workers
 from actors.weights.agreement import check_engine_agrees
 from learners.algorithms.base import AlgorithmSettings, find_algorithm
-from learners.checkpoints import sampling_defaults
 from learners.data.rows import Prompt, Rows
 from learners.experience import Experience, Rollout, mini_batches
+from learners.generation import sampling_defaults
 from learners.kl import kl_estimate
 
 

@@ -18,8 +18,8 @@ from actors.roles import roles_of
 from actors.run.folder import MODEL_FILES, complete_or_absent
 from actors.run.progress import say
 from actors.settings import Recipe
-from learners.checkpoints import generation_config
 from learners.errors import UserError, in_a_line
+from learners.generation import generation_config
 from learners.settings import ADAPTER_FOLDER
 
 LATE_S = 30.0  # a shared file system may show a new file to other machines so late

@@ -18,26 +18,21 @@ from actors.roles import Head, roles_of
 from actors.rollouts.requests import Sample
 from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
-from learners.checkpoints import (
-    adapter_problems,
-    embedding_rows,
-    ends_of_generation,
-    generation_config,
-    kernel_notices,
-    kernel_problems,
-    length_problems,
-    load_config,
-    load_tokenizer,
-    read_calibration,
-    sampling_defaults,
-    vocabulary_problems,
-)
+from learners.checkpoints import embedding_rows, load_config, load_tokenizer, read_calibration
 from learners.data.pad import same_words, settle_filler
 from learners.data.rows import Prompt, Rows, load_prompts, notices_of
 from learners.data.store import by_source
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import end_of_response, tokenizer_digest
 from learners.errors import UserError
+from learners.fits import (
+    adapter_problems,
+    kernel_notices,
+    kernel_problems,
+    length_problems,
+    vocabulary_problems,
+)
+from learners.generation import ends_of_generation, generation_config, sampling_defaults
 from learners.positions import positions_of
 from learners.settings import ModelSettings, PromptData, Sources
 

@@ -27,19 +27,7 @@ from actors.run.resume import Resume
 from actors.seeds import rows_of_mixture
 from actors.settings import RMRecipe, SFTRecipe
 from actors.start import start_groups
-from learners.checkpoints import (
-    adapter_problems,
-    embedding_rows,
-    ends_of_generation,
-    generation_config,
-    is_encoder,
-    kernel_notices,
-    kernel_problems,
-    length_problems,
-    load_config,
-    load_tokenizer,
-    vocabulary_problems,
-)
+from learners.checkpoints import embedding_rows, is_encoder, load_config, load_tokenizer
 from learners.data.pad import settle_filler, settle_pad
 from learners.data.rows import Example, Rows, load_pairs, load_sft, notices_of
 from learners.data.store import by_part
@@ -47,6 +35,14 @@ from learners.data.templates import ChatTemplate
 from learners.data.tokenise import tokenizer_digest
 from learners.errors import UserError
 from learners.experience import Experience
+from learners.fits import (
+    adapter_problems,
+    kernel_notices,
+    kernel_problems,
+    length_problems,
+    vocabulary_problems,
+)
+from learners.generation import ends_of_generation, generation_config
 from learners.heads import head_notice
 from learners.settings import ModelSettings
 

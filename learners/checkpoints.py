@@ -10,9 +10,8 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,23 +20,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from learners.calibration import calibration_problem
-from learners.errors import UserError, first_wrong, in_a_line
+from learners.errors import UserError, in_a_line
 from learners.heads import CRITIC, REWARD_MODEL, head_class, head_of, renamed_head
-from learners.kernels import attention_notice, refused_attention, resolve_attention
-from learners.lora import target_problems
-from learners.positions import positions_of
+from learners.kernels import refused_attention, resolve_attention
 from learners.scorers import unreadable_head
 from learners.settings import ModelSettings
 
@@ -86,7 +79,7 @@ def load_tokenizer(model: ModelSettings) -> Any:
     """Load the checkpoint's tokenizer, with the chat template that the settings choose. Raises
     UserError when there is none.
     """
-    with _one_line(model.path):
+    with one_line(model.path):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, trust_remote_code=model.trust_remote_code
         )
@@ -111,7 +104,7 @@ def _template(name: str, own: Any) -> str:
 
 def load_config(model: ModelSettings) -> Any:
     """Load the checkpoint's config, with dropout off. Raises UserError when there is none."""
-    config = _config_as_it_came(model)
+    config = config_as_it_came(model)
     _without_dropout(config)
     for part in (config, config.get_text_config()):
         pad = getattr(part, "pad_token_id", None)
@@ -121,8 +114,8 @@ def load_config(model: ModelSettings) -> Any:
     return config
 
 
-def _config_as_it_came(model: ModelSettings) -> Any:
-    with _one_line(model.path):
+def config_as_it_came(model: ModelSettings) -> Any:
+    with one_line(model.path):
         return AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
@@ -134,141 +127,6 @@ def needs_own_code(model: ModelSettings) -> bool:
     except UserError as error:
         return OWN_CODE in str(error)
     return False
-
-
-def sampling_defaults(path: str) -> dict[str, Any]:
-    """Read the checkpoint's generation_config.json; return {} where there is none. Raises UserError
-    when it is broken.
-    """
-    with _one_line(path):
-        try:
-            return GenerationConfig.from_pretrained(path).to_diff_dict()
-        except OSError:
-            return {}
-
-
-def generation_config(
-    model: ModelSettings, tokenizer: Any, stops: Sequence[int] = ()
-) -> dict[str, Any]:
-    """Return the generation_config.json of what is trained from this checkpoint: the one that it
-    came with (or else what its config.json says), with every token that ends an answer as EOS.
-
-    These are those of the file, the tokenizer's EOS and `stops`, such as the end of a template's
-    turns: at the same ones a run's engine stops. Raises UserError when the file is broken.
-    """
-    came = _read_generation_config(model.path)
-    if came is None:
-        came = _derived_generation_config(model)
-        if tokenizer.pad_token_id is not None:
-            came.setdefault("pad_token_id", tokenizer.pad_token_id)
-    named = _ends_in(came)
-    taught = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ends = [*dict.fromkeys([*named, *taught, *stops])]
-    if ends != named:
-        came["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-        # some versions of Transformers take this mark as leave to ask the config.json instead
-        came.pop("_from_model_config", None)
-    return came
-
-
-def ends_of_generation(model: ModelSettings) -> list[int]:
-    """Return the ids at which the checkpoint's generation_config.json, or else its config.json,
-    lets a response end. Raises UserError when the file is broken.
-    """
-    came = _read_generation_config(model.path)
-    return _ends_in(_derived_generation_config(model) if came is None else came)
-
-
-def _derived_generation_config(model: ModelSettings) -> dict[str, Any]:
-    """Return what Transformers reads in a config.json where there is no generation_config.json."""
-    derived = GenerationConfig.from_model_config(_config_as_it_came(model)).to_diff_dict()
-    left_out = ("_from_model_config", "transformers_version")
-    return {k: v for k, v in derived.items() if v is not None and k not in left_out}
-
-
-def _ends_in(generation: Mapping[str, Any]) -> list[int]:
-    listed = generation.get("eos_token_id")
-    return [end for end in (listed if isinstance(listed, list) else [listed]) if end is not None]
-
-
-def _read_generation_config(path: str) -> dict[str, Any] | None:
-    """Return every key of a checkpoint's generation_config.json; None where there is none."""
-    with _one_line(path):
-        try:
-            file = cached_file(path, "generation_config.json")
-        except OSError:
-            return None
-        try:
-            return dict(json.loads(Path(str(file)).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"generation_config.json is no JSON object: {error}") from error
-
-
-def vocabulary_problems(
-    key: str, model: ModelSettings, ids: Iterable[Sequence[int]], holder: str = "the data hold"
-) -> list[str]:
-    """Return a problem in a list if the model has no embedding for some of these ids, else [].
-
-    Some tokenizers know more tokens than their model; only ids that the data use count. A model
-    whose config does not say how many it knows (letters that it hashes) has no problem.
-    """
-    size = embedding_rows(load_config(model))
-    last = max(map(max, filter(None, ids)))
-    if size is None or size > last:
-        return []
-    return [f"{key}: {model.path} knows {size} ids, {holder} ids up to {last}"]
-
-
-def length_problems(key: str, model: ModelSettings, tokens: int) -> list[str]:
-    """Return the problems of giving the model sequences of `tokens`: it cannot be read, or has
-    fewer positions.
-    """
-    try:
-        limit = positions_of(load_config(model))
-    except UserError as error:
-        return [f"{key}: {problem}" for problem in error.problems]
-    if limit is None or tokens <= limit:
-        return []
-    return [
-        f"{key}: {model.path} has {limit} positions, prompt + response need up to {tokens}: "
-        "shorten one of them"
-    ]
-
-
-def kernel_problems(key: str, model: ModelSettings) -> list[str]:
-    """Return a problem in a list if Transformers has no such attention kernel for the model, or one
-    that would compute another model than the one that was trained, else [].
-    """
-    config = load_config(model)
-    kernel = resolve_attention(model, config)
-    supported = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
-    wrong = first_wrong(
-        (True, refused_attention(model, config)),
-        (
-            not getattr(_model_class(config), supported.get(kernel, ""), True),
-            f"{config.model_type} has no {kernel} in Transformers; use eager",
-        ),
-    )
-    return [f"{key}.attention: {model.path}: {wrong}"] if wrong else []
-
-
-def adapter_problems(key: str, model: ModelSettings) -> list[str]:
-    """Return the problems of the targets that an adapter of the model names."""
-    return target_problems(key, model, load_config(model)) if model.lora else []
-
-
-def kernel_notices(models: Mapping[str, ModelSettings]) -> list[str]:
-    """Return a line for every model, by its key in the recipe, for which `auto` is another kernel
-    than usual.
-    """
-    lines = (attention_notice(key, model, load_config(model)) for key, model in models.items())
-    return [line for line in lines if line]
-
-
-def _model_class(config: Any) -> Any:
-    """Return Transformers' class for models of this config; None where it has none."""
-    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
-    return next((kind[type(config)] for kind in kinds if type(config) in kind), None)
 
 
 def is_encoder(config: Any) -> bool:
@@ -407,7 +265,7 @@ def _load(
         )
     if wrong := refused_attention(settings, config):
         raise UserError(f"{settings.path}: {wrong}")
-    with quiet(), _one_line(settings.path):
+    with quiet(), one_line(settings.path):
         model, info = kind.from_pretrained(
             settings.path,
             config=config,
@@ -426,7 +284,7 @@ def _load(
         )
     # An embedding's padding_idx keeps that token from learning, also where it is the EOS.
     model.get_input_embeddings().padding_idx = None
-    came = _config_as_it_came(settings)
+    came = config_as_it_came(settings)
     # the language model of a larger one has a config of its own
     model.came_with = _without_dropout(
         came if type(came) is type(model.config) else came.get_text_config()
@@ -451,7 +309,7 @@ def _whole(parameters: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _one_line(path: str) -> Iterator[None]:
+def one_line(path: str) -> Iterator[None]:
     """Raise Transformers' errors about the files at `path` as a UserError of one line: their own
     run over many, and the first one says it.
 

@@ -24,9 +24,10 @@ from actors.engine.limits import engine_problem
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
 from actors.weights.proof import Receipt
-from learners.checkpoints import length_problems, load_config
+from learners.checkpoints import load_config
 from learners.errors import UserError
 from learners.experience import PromptRequest, Rollout
+from learners.fits import length_problems
 from learners.settings import DeviceType, ModelSettings
 
 P = ParamSpec("P")

@@ -8,13 +8,14 @@ from datetime import date
 from typing import Any
 
 from actors.rollouts.requests import Sample
-from learners.checkpoints import ends_of_generation, is_encoder, load_config, load_tokenizer
+from learners.checkpoints import is_encoder, load_config, load_tokenizer
 from learners.data.example import for_encoder
 from learners.data.pad import same_words
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt, encode_response
 from learners.errors import DataError
+from learners.generation import ends_of_generation
 from learners.positions import positions_of
 from learners.settings import ModelSettings
 

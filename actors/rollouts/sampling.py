@@ -10,11 +10,13 @@ from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, texts_of
 from actors.settings import ClusterSettings, GenerationSettings
 from actors.start import start_groups
-from learners.checkpoints import ends_of_generation, length_problems, load_tokenizer
+from learners.checkpoints import load_tokenizer
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate
 from learners.data.tokenise import encode_prompt
 from learners.errors import UserError
+from learners.fits import length_problems
+from learners.generation import ends_of_generation
 from learners.settings import ModelSettings
 
 

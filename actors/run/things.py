@@ -199,8 +199,9 @@ def _rows(rows: Rows[Any], places: range) -> str:
 
 def _model(role: Role, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parts of a model's folder that a role reads besides the weights."""
-    from learners.checkpoints import load_config, load_tokenizer, sampling_defaults
+    from learners.checkpoints import load_config, load_tokenizer
     from learners.data.tokenise import tokenizer_digest
+    from learners.generation import sampling_defaults
 
     model = role.model
     assert model is not None

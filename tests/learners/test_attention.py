@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from learners.checkpoints import kernel_notices, kernel_problems, load_causal_lm, load_reward_model
+from learners.checkpoints import load_causal_lm, load_reward_model
 from learners.experience import Experience
+from learners.fits import kernel_notices, kernel_problems
 from learners.forward import response_logprobs, sequence_scores
 from learners.kernels import NO_ATTENTION, SINKS, WITHOUT_SDPA, resolve_attention
 from learners.settings import ModelSettings

@@ -32,11 +32,11 @@ from learners.checkpoints import (
     load_reward_model,
     load_tokenizer,
     read_calibration,
-    vocabulary_problems,
     write_calibration,
 )
 from learners.errors import UserError
 from learners.experience import Experience
+from learners.fits import vocabulary_problems
 from learners.forward import attention_mask, response_logprobs, response_values, sequence_scores
 from learners.settings import ModelSettings
 

@@ -18,8 +18,9 @@ from launch import cli
 from launch.plan.plan import make_plan
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
-from learners.checkpoints import kernel_problems, length_problems, load_causal_lm
+from learners.checkpoints import load_causal_lm
 from learners.errors import UserError
+from learners.fits import kernel_problems, length_problems
 from learners.kernels import dropped_by
 from learners.positions import positions_of
 from learners.settings import ModelSettings

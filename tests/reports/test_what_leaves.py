@@ -49,8 +49,6 @@ from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 from learners.checkpoints import (
     Calibration,
-    ends_of_generation,
-    generation_config,
     load_causal_lm,
     load_config,
     load_reward_model,
@@ -59,6 +57,7 @@ from learners.checkpoints import (
 )
 from learners.errors import UserError
 from learners.export import save_config, save_weights
+from learners.generation import ends_of_generation, generation_config
 from learners.settings import ModelSettings
 from tests.e2e.conftest import make_encoder
 from tests.learners.test_checkpoints import OWN
