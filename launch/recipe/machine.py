@@ -27,7 +27,7 @@ from actors.settings import (
 from launch.recipe.combinations import OWN_COLUMNS, data_of, lacking_gpus, models_of
 from launch.recipe.document import in_words
 from launch.recipe.resumed import no_run_to_resume, resume_problems
-from launch.recipe.served import not_served
+from launch.recipe.served import no_adapters, not_served
 from learners.calibration import calibration_problem
 from learners.data.files import DataFiles, find_files, format_of, json_lines, read_json
 from learners.data.shapes import BESIDE, recognised
@@ -140,6 +140,8 @@ def _model_folder(key: str, model: ModelSettings, recipe: Recipe) -> Iterator[Pr
             yield Problem(("actor.model.path",), f"{path}: {wrong}")
         if wrong := engine_problem(config, model.dtype, recipe.cluster.device):
             yield Problem(("actor.model.dtype", "actor.model.path"), f"{path}: {wrong}")
+        if recipe.sync.lora == "adapter" and (wrong := no_adapters(config)):
+            yield Problem(("sync.lora", "actor.model.path"), f"{path}: {wrong}")
         defaults = read_json(folder / "generation_config.json") or {}
         yield from model_sampling_problems(str(folder), defaults, recipe.generation)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe.served import not_served, registered_names
+from launch.recipe.served import no_adapters, not_served, registered_names
 from tests.launch.conftest import place  # noqa: F401  the fixture
 from tests.launch.small_recipes import DECODER, make_model
 from tests.launch.test_recipe import problems
@@ -45,6 +45,33 @@ def test_check_refuses_it_for_sampling_alone(place: Path) -> None:  # noqa: F811
     (line,) = problems("grpo.yaml", "actor.model.path=./neo")
     assert "actor.model.path: ./neo: vLLM cannot run GPTNeoForCausalLM" in line
     assert problems("sft.yaml", "learner.model.path=./neo") == []
+
+
+WITH_ADAPTERS = ("LlamaForCausalLM", "OPTForCausalLM", "MistralForCausalLM", "GPTNeoXForCausalLM")
+
+
+@pytest.mark.parametrize("name", [*WITH_ADAPTERS, "GPT2LMHeadModel", "BloomForCausalLM"])
+def test_who_takes_no_adapters_is_told_without_importing_it(name: str) -> None:
+    assert bool(no_adapters({"architectures": [name]})) == (name not in WITH_ADAPTERS)
+
+
+def test_check_refuses_an_adapter_that_no_engine_would_serve(place: Path) -> None:  # noqa: F811
+    config = {**DECODER, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    make_model(place / "gpt", config)
+    adapted = ["actor.model.path=./gpt", "actor.model.lora.rank=4"]
+    assert problems("grpo.yaml", *adapted) == []
+    (line,) = problems("grpo.yaml", *adapted, "sync.lora=adapter")
+    assert "sync.lora: ./gpt: vLLM serves no adapters for GPT2LMHeadModel: use merged" in line
+
+
+@pytest.mark.engines
+def test_what_is_said_of_adapters_is_what_vllms_classes_say() -> None:
+    from vllm.model_executor.models import supports_lora
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for name in ("GPT2LMHeadModel", "BloomForCausalLM", "FalconForCausalLM", "MambaForCausalLM"):
+        assert no_adapters({"architectures": [name]})
+        assert not supports_lora(ModelRegistry._try_load_model_cls(name))
 
 
 @pytest.mark.engines  # importing vLLM takes seconds
