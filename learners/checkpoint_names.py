@@ -46,13 +46,21 @@ def _conversions(model: Any) -> list[WeightTransform]:
     """Return what loading this model converted; of one that came from no files, what loading its
     kind does.
 
-    Engines read the very files the model came from, so it is their names that count.
+    Engines read the very files the model came from, so it is their names that count. Names of old
+    times, which are read and no longer written, are left out: under ZeRO-3 Transformers keeps them
+    with the others.
     """
-    if getattr(model, "_weight_conversions", None) is None:
+    given = getattr(model, "_weight_conversions", None)
+    if given is None:
         # A prefix may be there or not: nobody knows which without files.
-        model._weight_conversions = [
-            conversion
-            for conversion in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(conversion, PrefixChange)
-        ]
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        model._weight_conversions = [c for c in found if not isinstance(c, PrefixChange)]
+    elif given:
+        old = _patterns(get_model_conversion_mapping(model))
+        old -= _patterns(get_model_conversion_mapping(model, add_legacy=False))
+        model._weight_conversions = [c for c in given if not _patterns([c]) <= old]
     return list(model._weight_conversions)
+
+
+def _patterns(conversions: Sequence[WeightTransform]) -> set[tuple[str, ...]]:
+    return {tuple(conversion.source_patterns) for conversion in conversions}

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from benchmarks.family_checks import Weights, make_model
 from benchmarks.family_shapes import SHAPES
@@ -116,3 +118,12 @@ def two_ranks() -> Any:
     ranks = Ranks(2)
     yield ranks
     ranks.close()
+
+
+def test_names_of_old_times_are_no_conversion() -> None:
+    """ZeRO-3's loading keeps them among the others, and their reverse would be written."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES["llama"]))
+    model._weight_conversions = get_model_conversion_mapping(model)
+    names = [name for name, _ in model.named_parameters()]
+    tensors = [p.detach() for p in model.parameters()]
+    assert model._weight_conversions and to_checkpoint(model, names, tensors) == (names, tensors)
