@@ -17,7 +17,7 @@ check: install  ## lint, types and the tests without engines (under a minute)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -n 2 --dist loadfile -m "not engines and not cluster and not reports and not slow"
+	$(VENV)/bin/pytest -n 2 --dist loadfile -m "not engines and not cluster and not reports and not models and not slow"
 
 test: check  ## check, then reported failures and the tests with the real engines (under 25 minutes, no root)
 	$(VENV)/bin/pytest -n 2 --dist loadfile -m "reports and not engines"

@@ -18,6 +18,8 @@ from learners.errors import UserError
 from learners.settings import ModelSettings
 from tests.actors.troubled import crash, hang
 
+pytestmark = pytest.mark.models
+
 # what each of them has that the others have not
 WITH_ENGINE = {
     "gpt2": "positions in a table, matrices the other way round",
@@ -43,7 +45,6 @@ WITHOUT = {
 
 
 @pytest.mark.engines
-@pytest.mark.models
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", WITH_ENGINE)
 def test_the_engine_follows_the_actor(name: str) -> None:
@@ -130,7 +131,6 @@ def test_families_that_no_engine_can_follow_are_told_by_the_config() -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.models
 def test_an_engine_refuses_what_it_cannot_do_in_one_line(tmp_path: Path) -> None:
     path = checks.make_model(SHAPES["qwen3_next"], tmp_path)
     with pytest.raises(AssertionError, match="^actor.model: .* in bfloat16 alone") as refused:

@@ -22,6 +22,8 @@ from learners.experience import Experience
 from learners.forward import response_logprobs
 from learners.settings import ModelSettings
 
+pytestmark = pytest.mark.models
+
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,

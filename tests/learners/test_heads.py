@@ -32,6 +32,8 @@ from learners.export import export_saved, save_config, save_weights
 from learners.forward import attention_mask, response_values, sequence_scores
 from learners.settings import ModelSettings
 
+pytestmark = pytest.mark.models
+
 VOCABULARY = 48
 PAD = 47
 EOS = 1
