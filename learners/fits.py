@@ -1,5 +1,5 @@
-"""Whether a model can serve a recipe and its data, as far as its small files tell: ids, lengths,
-attention kernel, targets of an adapter.
+"""Problems of a model that is to serve a recipe and its data, as far as its small files tell:
+unknown ids, lengths, the attention kernel, targets of an adapter.
 """
 
 from __future__ import annotations
