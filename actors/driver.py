@@ -68,6 +68,7 @@ class Driver:
         self.workers = workers
         self.groups = workers.groups
         self.folder = folder
+        folder.stopwatch = workers.gpu_sharing.stopwatch
         self.alarms = alarms
         self.seed = recipe.run.seed
         self.deadline_s = recipe.cluster.call_deadline_s

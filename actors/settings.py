@@ -41,6 +41,12 @@ class ClusterSettings(Settings):
         description="on GPUs: every process its own, or all roles share them (engines sleep "
         "meanwhile)",
     )
+    swap: Literal["auto", "never", "kv_cache", "optimizer", "always"] = Field(
+        "auto",
+        description="what roles that share GPUs take off them for each other: nothing, the KV "
+        "cache, Adam states and master weights too, or everything; auto: as little as plan's "
+        "arithmetic allows",
+    )
     nodes: Count = Field(
         1, description="machines, for plan and slurm; on CPU, above 1 spreads processes"
     )

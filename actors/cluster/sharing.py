@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from actors.cluster.groups import WorkerGroup
+from learners.spans import Stopwatch
 
 
 class GpuSharing:
@@ -13,7 +14,8 @@ class GpuSharing:
 
     A group acquires the GPUs by itself before it works (`WorkerGroup.acquire_gpus`): the engines
     have them alone, all other roles may have them at the same time. A role that leaves keeps its
-    state in CPU memory. Only `learn` and `sync` must be called, by the driver's step.
+    state in CPU memory. Only `learn` and `sync` must be called, by the driver's step. `stopwatch`
+    times what a phase waits for here, and in a weight sync.
     """
 
     ENGINES = "engine"  # awake
@@ -27,6 +29,7 @@ class GpuSharing:
         """
         self.groups = groups or {}
         self.deadline_s = deadline_s
+        self.stopwatch = Stopwatch()
         self.present = set(self.groups) - {self.ENGINES}
         for role, group in self.groups.items():
             group.acquire_gpus = partial(self.acquire, role)

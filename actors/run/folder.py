@@ -20,6 +20,7 @@ from actors.run.progress import say, show_progress
 from actors.run.trial import no_new_folder, unwritable, wandb_problem
 from actors.settings import RunSettings
 from learners.errors import UserError, in_a_line
+from learners.spans import Span, Stopwatch
 
 MODEL_FILES = "model_files"  # of a checkpoint: what makes a model of its weights
 THINGS_FILE = "things.json"  # in a checkpoint: what it is made of (actors/run/things.py)
@@ -55,6 +56,7 @@ class RunFolder:
         self._alarms = (self.path / "alarms.jsonl").open("a", encoding="utf-8")
         self._timeline = Timeline(self.path / "timeline.json")
         self._seconds: dict[int, dict[str, float]] = {}
+        self.stopwatch = Stopwatch()  # of the parts of a phase
         self._latest: dict[str, float] = {}
         self._alarmed: dict[str, int] = {}
         self._tensorboard = self._open_tensorboard(first_step) if settings.tensorboard else None
@@ -208,16 +210,21 @@ class RunFolder:
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
-        """Time one phase of a step, for the timeline and for `seconds`."""
+        """Time one phase of a step, for the timeline and for `seconds`, and with it the parts that
+        were timed meanwhile.
+        """
         started = time.time()
         clock = time.perf_counter()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - clock
+            whole = Span(name, started, time.perf_counter() - clock)
+            parts = [s._replace(name=f"{name}/{s.name}") for s in self.stopwatch.take()]
             of_step = self._seconds.setdefault(step, {})
-            of_step[f"seconds/{name}"] = of_step.get(f"seconds/{name}", 0.0) + elapsed
-            self._timeline.add(name, step, started, elapsed)
+            for span in (whole, *parts):
+                key = f"seconds/{span.name}"
+                of_step[key] = of_step.get(key, 0.0) + span.seconds
+                self._timeline.add(span.name, step, span.started, span.seconds)
 
     def seconds(self, step: int) -> dict[str, float]:
         """Return `seconds/{phase}` of the phases of a step, and forget them."""

@@ -484,6 +484,11 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "A phase, wall time.",
         ),
         Metric(
+            "seconds/<generate|score|learn|sync>/<word>",
+            "s",
+            "A part of a phase: what it waits for where roles share GPUs, and the parts of a sync.",
+        ),
+        Metric(
             "throughput/tokens_per_second",
             "tokens per s",
             "Tokens of the step's sequences, prompts included, per second of the step.",
