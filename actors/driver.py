@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from actors import begin
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.evaluation import evaluate
 from actors.export import Export
-from actors.loop import conduct
 from actors.mixtures import trained_sources
 from actors.rewards.score import Score
-from actors.rollouts.requests import Sample, requests_for, samples_of
+from actors.rollouts.requests import requests_for, samples_of
+from actors.rollouts.sample import Sample
 from actors.run.alarms import AlarmLog, of_evaluation, of_experience, of_metrics, of_recipe
 from actors.run.folder import RunFolder
 from actors.run.metrics import reduce
@@ -41,15 +42,7 @@ def run(
     recipe: RLRecipe, resume: Resume | None = None, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
-    return conduct(
-        recipe,
-        resume,
-        config_yaml,
-        read=RunData.load,
-        start=Workers,
-        training=Driver,
-        fingerprints=lambda workers: workers.loaded,
-    )
+    return begin.run(recipe, resume, config_yaml)
 
 
 class Driver:
@@ -322,3 +315,11 @@ def sample_row(sample: Sample, rollout: Rollout, score: Score) -> dict[str, Any]
         "response_ids": sample.response_ids,
         "columns": sample.columns,
     }
+
+
+PARTS = begin.Parts(
+    read=RunData.load,
+    start=Workers,
+    training=Driver,
+    fingerprints=lambda workers: workers.loaded,
+)

@@ -9,7 +9,8 @@ from actors.cluster.groups import WorkerError
 from actors.mixtures import evaluated_sources
 from actors.rewards.score import Score
 from actors.rollouts.generator import Engines
-from actors.rollouts.requests import Sample, requests_for, samples_of
+from actors.rollouts.requests import requests_for, samples_of
+from actors.rollouts.sample import Sample
 from actors.run.metrics import reduce
 from actors.settings import RLRecipe
 from learners.data.rows import Prompt, Rows

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from datetime import date
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from actors.cluster.groups import WorkerGroup
-from actors.cluster.placement import Placement
 from actors.export import Export, show_adapter
-from actors.roles import roles_of
 from actors.run.alarms import Alarm, AlarmLog
 from actors.run.best import Best
 from actors.run.folder import (
@@ -25,46 +21,17 @@ from actors.run.folder import (
     finished_checkpoints,
     to_disk,
 )
-from actors.run.lock import RunLock
-from actors.run.outcome import EndError, accounted_for, disk_trouble, leave_at_the_end
+from actors.run.outcome import EndError, disk_trouble, leave_at_the_end
 from actors.run.progress import say
 from actors.run.resume import (
-    Resume,
-    bent_schedules,
-    fewer_steps,
-    nothing_left,
     read_state,
     write_state,
 )
 from actors.run.room import bytes_needed, no_room
 from actors.run.stop import interrupted, stepping, stop_requested
-from actors.run.things import Things, found_by, weights_of
 from actors.settings import Recipe
-from learners.data.store import Rows
 from learners.errors import UserError, in_a_line
-
-R = TypeVar("R", bound=Recipe)
-D = TypeVar("D", bound="Data")  # of a kind of training
-W = TypeVar("W")  # its workers
-
-
-class Data(Protocol):
-    """All that is read and checked before anything starts."""
-
-    @property
-    def notices(self) -> list[str]:
-        """Return lines about files and texts for whoever starts the run."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Tokenizer of the trained model."""
-
-    @property
-    def sets(self) -> Mapping[str, Rows[Any]]:
-        """Rows as they were loaded, by the recipe's key of the data set."""
-
-    def total_steps(self, recipe: Any) -> int:
-        """Return the steps of the whole run."""
+from learners.spans import Span
 
 
 class Training(Protocol):
@@ -104,77 +71,6 @@ class Training(Protocol):
         """
 
 
-def nothing_frozen(workers: Any) -> dict[str, list[str]]:
-    """Return the fingerprints of a training whose every model is trained."""
-    return {}
-
-
-def conduct(
-    recipe: R,
-    resume: Resume | None,
-    config_yaml: str | None,
-    *,
-    read: Callable[[R, date], D],
-    start: Callable[[R, D, Placement], W],
-    training: Callable[[R, D, W, RunFolder, AlarmLog], Training],
-    fingerprints: Callable[[W], Mapping[str, Sequence[str]]] = nothing_frozen,
-) -> dict[str, Any]:
-    """Run a recipe from its data to its summary, and return that.
-
-    `read` reads and checks the data before anything starts, with the date that templates print (a
-    resumed run renders what it rendered before), `start` starts the processes,
-    `fingerprints` are those of its models that are not trained, by role, and `training` is made of
-    all of them. `config_yaml` is the recipe's own text, kept with the run for its comments.
-    """
-    clock = time.perf_counter()
-    path = Path(recipe.run.folder)
-    RunFolder.check(recipe.run, bool(resume))
-    lock = RunLock(path, take_over=resume is not None and resume.take_over)
-    with accounted_for(recipe.run.folder), lock, ExitStack() as stack:
-        things = Things(path, resume)
-        data = read(recipe, things.today)
-        look_at(data, things, recipe)
-
-        def opened() -> RunFolder:
-            text = config_yaml or recipe.to_yaml()
-            return stack.enter_context(RunFolder.open(recipe.run, text, bool(resume), lock))
-
-        # what a new run needs is tried before anything starts; the folder of one to resume stays
-        # as it is until everything has
-        early = None if resume else opened()
-        placement = stack.enter_context(Placement(recipe.cluster, roles_of(recipe)))
-        workers = start(recipe, data, placement)
-        things.add(weights_of(recipe, fingerprints(workers)))
-        things.check_accepted()
-        folder = early or opened()
-        folder.things = things.table
-        folder.keep_notices(data.notices)
-        alarms = AlarmLog(folder, recipe.run.max_skipped_steps)
-        made = training(recipe, data, workers, folder, alarms)
-        nodes = {name: [node.id for node in group.nodes] for name, group in made.groups.items()}
-        (folder.path / "placement.json").write_text(json.dumps(nodes, indent=2))
-        summary = Loop(recipe, made, folder, alarms, clock).run(bool(resume))
-        folder.finish(summary)
-    return summary
-
-
-def look_at(data: Data, things: Things, recipe: Recipe) -> None:
-    """Say what there is to say about the data. Raises UserError where a resumed run's are others,
-    or leave fewer steps than it has done.
-    """
-    for line in data.notices:
-        say(f"notice: {line}")
-    things.add(found_by(recipe, data.tokenizer, data.sets))
-    things.check_accepted(loaded=False)
-    total = data.total_steps(recipe)
-    for find in (fewer_steps, nothing_left) if things.checkpoint else ():
-        for problem in find(recipe, total, things.step):
-            raise UserError(str(problem))
-    before = read_state(things.checkpoint).get("total_steps", total) if things.checkpoint else total
-    if bent := bent_schedules(recipe, total, before, things.step):
-        say(f"notice: {bent}")
-
-
 class Loop:
     """One run of a training; `clock` is time.perf_counter at its beginning."""
 
@@ -194,7 +90,7 @@ class Loop:
         total = training.total_steps
         first = self.restore() + 1 if resume else 1
         self.rehearse_end(range(first, total + 1))
-        self.log_seconds("start", first - 1)
+        self.log_start(first - 1)
         summary = training.begin(first)
         self.best.judge(0, summary.get("before", {}), self.write_whole)
         stepping()
@@ -329,6 +225,12 @@ class Loop:
         newest, path = saved[-1]
         command = f"quatuor export {shlex.quote(str(path))} OUT"
         return f"{failed}the weights of step {newest} are safe: {command}"
+
+    def log_start(self, step: int) -> None:
+        """Log the time since the run began as `seconds/start`, and its parts."""
+        seconds = time.perf_counter() - self.clock
+        self.folder.timed(step, Span("start", time.time() - seconds, seconds))
+        self.folder.log(step, self.folder.seconds(step), phase="start")
 
     def log_seconds(self, name: str, step: int) -> None:
         """Log the time since the run began, as `seconds/{name}`."""

@@ -34,7 +34,8 @@ class Role(Demand):
 
     `section` is the recipe's key that describes it, and `count` the key in it of the number of
     processes. `target` names the class as "module:Class"; its constructor gets `arguments`, those
-    of `each` process, and the facts about the data named in `from_data`.
+    of `each` process, and the facts about the data named in `from_data`. `prepare` names a
+    function that imports, given the device, what the target's module does not.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Role(Demand):
     arguments: Mapping[str, Any] = field(default_factory=dict)
     each: tuple[Mapping[str, Any], ...] = ()
     from_data: tuple[str, ...] = ()
+    prepare: str = ""
 
     @property
     def count_key(self) -> str:
@@ -176,6 +178,7 @@ def engine_role(
         },
         each=tuple({"seed": derive_seed(seed, "engine", i)} for i in range(generation.engines)),
         from_data=("max_model_tokens", "stop_token_ids"),
+        prepare="actors.engine.arguments:prepare",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from actors.functions import load_function
 from actors.rewards.reading import Reader
 from actors.roles import Head, roles_of
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.seeds import rows_of_mixture
 from actors.settings import RLRecipe, model_sampling_problems, position_problems
 from learners.checkpoints import embedding_rows, load_config, load_tokenizer, read_calibration

@@ -60,6 +60,11 @@ class ClusterSettings(Settings):
     address: str | None = Field(
         None, description="Ray cluster to join, such as auto; null starts one here"
     )
+    cache: str | None = Field(
+        None,
+        description="folder for what vLLM, Triton and Inductor compile, on every machine; null: "
+        "their own",
+    )
     start_deadline_s: float = Field(
         600, gt=0, description="seconds for all processes to load and answer"
     )

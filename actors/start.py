@@ -1,51 +1,16 @@
-"""Start the processes of a recipe, all at once, as the table of roles describes them."""
+"""The running processes of an RL run, by role."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from actors.cluster.groups import WorkerError, WorkerGroup
-from actors.cluster.placement import Placement
+from actors.cluster.groups import WorkerError
+from actors.cluster.processes import Processes
 from actors.cluster.sharing import GpuSharing
 from actors.rewards.score import Rewards
-from actors.roles import Role, roles_of
+from actors.roles import roles_of
 from actors.rollouts.generator import Engines
 from actors.run_data import RunData
 from actors.settings import RLRecipe
 from actors.weights.sync import WeightSync, probe_ids
-
-
-def start_groups(
-    roles: Mapping[str, Role], facts: Mapping[str, Any], placement: Placement
-) -> dict[str, WorkerGroup]:
-    """Start every process and wait until all have loaded; return the groups by role.
-
-    `facts` come from the data (`Role.from_data`). Raises WorkerError that names the processes which
-    have not loaded by the start deadline.
-    """
-    cluster = placement.cluster
-    groups = {  # their processes begin, still empty
-        name: (Engines if role.kind == "engine" else WorkerGroup)(
-            name, role.target, placement.options(name)
-        )
-        for name, role in roles.items()
-    }
-    starting: dict[str, list[Any]] = {}
-    for name, role in roles.items():
-        starting[name] = groups[name].start(
-            {**role.arguments, **{fact: facts[fact] for fact in role.from_data}},
-            cluster.start_deadline_s,
-            distributed=(cluster.device, cluster.call_deadline_s) if role.learner else None,
-            each=role.each,
-        )
-        if role.kind == "engine" and placement.shared:
-            # vLLM takes its share of what is free when it starts: it starts alone, and makes room.
-            groups[name].gather(starting.pop(name), "start", cluster.start_deadline_s)
-            groups[name].call("sleep", phase="start", deadline_s=cluster.call_deadline_s)
-    for name, pending in starting.items():
-        groups[name].gather(pending, "start", cluster.start_deadline_s)
-    return groups
 
 
 class Workers:
@@ -54,11 +19,12 @@ class Workers:
     its method.
     """
 
-    def __init__(self, recipe: RLRecipe, data: RunData, placement: Placement) -> None:
-        """Start them all and wait until they have loaded."""
+    def __init__(self, recipe: RLRecipe, data: RunData, processes: Processes) -> None:
+        """Have them all load, and wait until they have."""
         roles = roles_of(recipe)
+        placement = processes.placement
         facts = data.facts(recipe)
-        groups = start_groups(roles, facts, placement)
+        groups = processes.start(facts)
         self.groups = groups
         engines = groups["engine"]
         assert isinstance(engines, Engines)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from actors import begin
 from actors.cluster.groups import WorkerGroup
-from actors.cluster.placement import Placement
+from actors.cluster.processes import Processes
 from actors.cluster.rows import gather_rows, scatter_rows
 from actors.export import Export
-from actors.loop import conduct
 from actors.mixtures import shares_of_sources
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog, of_training
@@ -26,7 +26,6 @@ from actors.run.folder import RunFolder
 from actors.run.resume import Resume
 from actors.seeds import rows_of_mixture
 from actors.settings import RMRecipe, SFTRecipe
-from actors.start import start_groups
 from learners.checkpoints import embedding_rows, is_encoder, load_config, load_tokenizer
 from learners.data.pad import settle_filler, settle_pad
 from learners.data.rows import Example, Rows, load_pairs, load_sft, notices_of
@@ -53,14 +52,7 @@ def run(
     recipe: SFTRecipe | RMRecipe, resume: Resume | None = None, config_yaml: str | None = None
 ) -> dict[str, Any]:
     """Train by the recipe; return the summary."""
-    return conduct(
-        recipe,
-        resume,
-        config_yaml,
-        read=SupervisedData.load,
-        start=start_learner,
-        training=Supervised,
-    )
+    return begin.run(recipe, resume, config_yaml)
 
 
 @dataclass(frozen=True)
@@ -156,14 +148,14 @@ def _uncalibratable(model: ModelSettings, rows: Sequence[Example]) -> list[str]:
 
 
 def start_learner(
-    recipe: SFTRecipe | RMRecipe, data: SupervisedData, placement: Placement
+    recipe: SFTRecipe | RMRecipe, data: SupervisedData, processes: Processes
 ) -> WorkerGroup:
-    """Start the learner's ranks, each with its model; return their group."""
+    """Have the learner's ranks load their model; return their group."""
     facts = {
         "total_steps": data.total_steps(recipe),
         "pad_token_id": data.tokenizer.pad_token_id,
     }
-    group = start_groups(roles_of(recipe), facts, placement)[recipe.kind]
+    group = processes.start(facts)[recipe.kind]
     if isinstance(recipe, RMRecipe):
         digest = tokenizer_digest(data.tokenizer)
         deadline_s = recipe.cluster.call_deadline_s
@@ -306,3 +298,6 @@ def pairs_batch(rows: Sequence[Any]) -> Experience:
     return replace(
         batch, margins=torch.tensor([r.margin for r in rows for _ in range(2)], dtype=torch.float32)
     )
+
+
+PARTS = begin.Parts(read=SupervisedData.load, start=start_learner, training=Supervised)

@@ -22,7 +22,6 @@ from typer.exceptions import TyperException
 from actors.cluster.surroundings import token_file
 from actors.run.resume import Resume
 from actors.run.stop import catch_stop_signals
-from actors.settings import Recipe, RLRecipe
 from launch.recipe.combinations import models_of
 from launch.recipe.machine import code_problems, kernel_notices
 from launch.recipe.read import KINDS, RecipeError, annotated, located, read_recipe
@@ -33,6 +32,7 @@ from learners.errors import UserError, in_a_line
 
 BAD_INPUT = 2
 FAILED = 1
+RUNNER = "actors.begin"
 
 TRAINING = {
     "sft": "Train a language model on answers (supervised fine-tuning).",
@@ -304,9 +304,7 @@ def train(
         print("\n".join([resolved, *(f"# {line}" for line in inside)]))
         return
     folder = Path(recipe.run.folder)
-    summary = guarded(
-        folder, debug, _runner(recipe), "run", recipe, resume=resume, config_yaml=resolved
-    )
+    summary = guarded(folder, debug, RUNNER, "run", recipe, resume=resume, config_yaml=resolved)
     _print_summary(summary, recipe.run.folder)
     print(f"the trained model is in {recipe.run.folder}/model")
 
@@ -429,10 +427,6 @@ def show_ray_token() -> None:
     given = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if given or token_file().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _runner(recipe: Recipe) -> str:
-    return "actors.driver" if isinstance(recipe, RLRecipe) else "actors.supervised"
 
 
 def _print_summary(summary: dict[str, Any], folder: str) -> None:

@@ -45,7 +45,7 @@ def check_data(recipe: Recipe, resume: Resume | None) -> list[str]:
     Raises UserError on data, models' files and surroundings with which the run would not start.
     """
     data = load_data(recipe)
-    from actors.loop import look_at
+    from actors.begin import look_at
     from actors.run.things import Things
 
     look_at(data, Things(Path(recipe.run.folder), resume), recipe)

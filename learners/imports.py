@@ -4,11 +4,31 @@ which users import their functions from, hides nobody's.
 Only what every Python process has imported already is imported here: this comes before all else.
 """
 
+import gc
 import os
 import sys
 from importlib import import_module
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # holds our packages
+
+
+def imported(name: str) -> "ModuleType":
+    """Return a module, imported without the garbage collector: a fifth of the time that torch,
+    Transformers and vLLM take to import would be its looking through what stays anyway. So
+    that it never looks again, what was imported is frozen.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def settle_imports(root: str, here: str) -> None:

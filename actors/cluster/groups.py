@@ -41,8 +41,8 @@ class Node(NamedTuple):
 
 
 class WorkerGroup:
-    """`len(options)` processes of one role, each with its own Ray options (resources, environment,
-    placement).
+    """`len(options)` processes of one role, each with its own Ray options (resources, placement)
+    and its `environment`.
 
     Before any work it calls `acquire_gpus`, which does nothing unless roles share their GPUs
     (`actors.cluster.sharing.GpuSharing`).
@@ -55,7 +55,10 @@ class WorkerGroup:
         # Ray calls a process after its class, in `ps` and in its own reports.
         classes = [ray.remote(type(f"{name}[{i}]", (Host,), {})) for i in range(len(options))]
         self.handles = [
-            one.options(max_concurrency=self.concurrency, **own).remote(target, ROOT, os.getcwd())
+            one.options(
+                max_concurrency=self.concurrency,
+                **{name: value for name, value in own.items() if name != "environment"},
+            ).remote(target, ROOT, os.getcwd(), own.get("environment"))
             for one, own in zip(classes, options, strict=True)
         ]
         self.nodes = [Node("?", "?")] * len(self.handles)
@@ -65,6 +68,12 @@ class WorkerGroup:
 
     def __len__(self) -> int:
         return len(self.handles)
+
+    def prepare(self, prepare: str, device: str) -> list[Any]:
+        """Have every process import its modules, as soon as it is there; return pending spans for
+        `gather`. `prepare` is the role's.
+        """
+        return [h.prepare.remote(prepare, device) for h in self.handles]
 
     def start(
         self,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 
 import learners.imports
-from learners.imports import settle_imports
+from learners.imports import imported, settle_imports
 
 ray.cloudpickle.register_pickle_by_value(importlib.import_module(__name__))
 ray.cloudpickle.register_pickle_by_value(learners.imports)
@@ -27,13 +28,20 @@ class Host:
     the rendezvous.
     """
 
-    def __init__(self, target: str, root: str, here: str) -> None:
+    def __init__(
+        self, target: str, root: str, here: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Settle where modules come from: `root` is the folder of the driver's own packages, `here`
-        the one it was started in.
+        the one it was started in. And the `environment`, before what reads it is imported: with an
+        environment as a runtime_env Ray would start an agent and a second interpreter for each
+        process, and could use none of those that it has started in advance.
 
         A job's checkout is unpacked on every node, where the process then runs. A node without
         `root` has an installation of its own.
         """
+        os.environ.update(environment or {})
+        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [folder for folder in path if folder and folder not in sys.path]
         if ray.get_runtime_context().runtime_env.get("working_dir"):
             root = os.getcwd() if root == here else root
             here = os.getcwd()
@@ -63,9 +71,32 @@ class Host:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, arguments: dict[str, Any]) -> None:
+    def prepare(self, prepare: str, device: str) -> list[Any]:
+        """Import the object's module, and let `prepare` ("module:function", which is given the
+        device) import what comes later. Nothing is loaded. Return its seconds as spans.
+        """
+        from learners.spans import Stopwatch
+
+        stopwatch = Stopwatch()
+        with stopwatch("import"):
+            imported(self.target.split(":")[0])
+            if prepare:
+                module, name = prepare.split(":")
+                getattr(imported(module), name)(device)
+        return stopwatch.take()
+
+    def start(self, arguments: dict[str, Any]) -> list[Any]:
+        """Build the object; what `prepare` still imports is waited for. Return its seconds as
+        spans.
+        """
+        from learners.spans import Stopwatch
+
+        stopwatch = Stopwatch()
         module, name = self.target.split(":")
-        self.worker = getattr(importlib.import_module(module), name)(**arguments)
+        target = getattr(imported(module), name)
+        with stopwatch("load"):
+            self.worker = target(**arguments)
+        return stopwatch.take()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.worker, method)(*args, **kwargs)

@@ -26,6 +26,12 @@ from learners.errors import UserError
 PATIENCE_S = 30.0
 DYING_S = 5.0
 
+CACHES = {  # by environment variable: the folder in `cluster.cache`
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+
 
 class Placement:
     """Resources of one run: joins or starts Ray, refuses by arithmetic what cannot fit, reserves
@@ -73,16 +79,14 @@ class Placement:
             ray.shutdown()
 
     def options(self, role: str) -> list[dict[str, Any]]:
-        """Return the Ray options of each process of the role."""
+        """Return the Ray options of each process of the role, and its `environment`."""
         threads = self.demands[role].threads
         return [
             {
                 "num_cpus": threads,
                 "num_gpus": 0 if self.shared else len(assignment.gpus),
-                "runtime_env": {
-                    "env_vars": environment(self.cluster.device, threads)
-                    | self._visible(assignment)
-                },
+                "environment": environment(self.cluster.device, threads, self.cluster.cache)
+                | self._visible(assignment),
                 "scheduling_strategy": self._bundle(assignment.bundle),
             }
             for assignment in self.layout.assignments[role]
@@ -95,10 +99,7 @@ class Placement:
         if self.cluster.device == "cpu" or (assignment.gpus and not self.shared):
             return {}
         ids = [self.devices[assignment.bundle][i] for i in assignment.gpus]
-        return {
-            "CUDA_VISIBLE_DEVICES": ",".join(ids),
-            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        }
+        return {"CUDA_VISIBLE_DEVICES": ",".join(ids)}
 
     def _bundle(self, index: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
@@ -163,16 +164,19 @@ def strategy(cluster: ClusterSettings) -> str:
     return "STRICT_SPREAD" if cluster.device == "cpu" and cluster.nodes > 1 else "PACK"
 
 
-def environment(device: str, threads: int) -> dict[str, str]:
+def environment(device: str, threads: int, cache: str | None = None) -> dict[str, str]:
     """Return the environment of one worker process. OMP_NUM_THREADS is explicit, because Ray would
     set it to 1.
 
-    The current folder is no part of PYTHONPATH: its modules would hide Python's own.
+    The current folder is no part of PYTHONPATH: its modules would hide Python's own. In the folder
+    `cache` lies what vLLM, Triton and Inductor compile, and what vLLM knows of models.
     """
     path = os.environ.get("PYTHONPATH")
+    folder = os.path.abspath(os.path.expanduser(cache)) if cache else ""
     return {
         "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": device,
         "TOKENIZERS_PARALLELISM": "false",
         **({"PYTHONPATH": path} if path else {}),
+        **{name: os.path.join(folder, own) for name, own in CACHES.items() if folder},
     }

@@ -11,7 +11,11 @@ import torch
 from actors.settings import ADAPTER_RANKS, GenerationSettings
 from actors.weights.client import transfer_backend
 from learners.errors import UserError
+from learners.imports import imported
 from learners.settings import DeviceType, ModelSettings
+
+# modules of vLLM that it would import only while an engine is built
+WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
 
 
 def engine_arguments(
@@ -131,11 +135,8 @@ def in_our_words(error: ValueError, device: DeviceType) -> UserError | None:
     return UserError(f"{our_key(named[1], device)}: vLLM cannot start: {said[:400]}")
 
 
-def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
-    """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes).
-
-    Raises UserError where vLLM refuses what the recipe asks for.
-    """
+def prepare(device: DeviceType) -> None:
+    """Import vLLM, with what it reads from the environment meanwhile. No GPU is touched."""
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the recipe
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
@@ -143,15 +144,22 @@ def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) ->
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
-        from torch._dynamo import config as compiler
-
         # Compiling a helper of the sampler would hold the first token up by 6 s.
-        compiler.disable = True
+        imported("torch._dynamo").config.disable = True
+    for module in ("vllm.v1.engine.llm_engine", "actors.weights.receiver", WORKERS[device]):
+        imported(module)
+
+
+def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
+    """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes).
+
+    Raises UserError where vLLM refuses what the recipe asks for.
+    """
+    prepare(device)
+    if device == "cpu":
         torch.set_num_threads(threads)  # vLLM disables this function while it starts
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
-
-    import actors.weights.receiver  # noqa: F401  registers our transfer backend
 
     if device == "cpu":
         from actors.engine.rotary import correct_rotary_positions

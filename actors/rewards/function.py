@@ -15,7 +15,7 @@ from typing import Any
 from actors.functions import load_function
 from actors.rewards.contained import contained, is_interrupt, kind_and_words
 from actors.rewards.score import Score
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 
 PATIENCE_S = 60.0  # spent in calls for single responses, none of which has succeeded
 SHARE = 0.5  # of the deadline, after which no further call begins

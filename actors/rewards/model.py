@@ -12,7 +12,7 @@ from torch import Tensor
 from actors.reference import FrozenModel
 from actors.rewards.reading import Reader
 from actors.rewards.score import Score
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from learners.checkpoints import load_reward_model, load_tokenizer, read_calibration
 from learners.experience import Experience, map_rows
 from learners.forward import sequence_scores

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from learners.checkpoints import is_encoder, load_config, load_tokenizer
 from learners.data.example import for_encoder
 from learners.data.pad import same_words

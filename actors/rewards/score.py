@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.cluster.groups import WorkerGroup
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.settings import RewardSettings
 
 

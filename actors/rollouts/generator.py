@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
 from actors.cluster.groups import WorkerError, WorkerGroup, fetch
-from learners.experience import PromptRequest, Rollout
+
+if TYPE_CHECKING:  # it starts the processes before torch is there
+    from learners.experience import PromptRequest, Rollout
 
 
 class Engines(WorkerGroup):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.cluster.placement import Placement
+from actors.cluster.processes import start_groups
 from actors.roles import engine_role
 from actors.rollouts.generator import Engines
 from actors.rollouts.requests import requests_for, texts_of
 from actors.settings import ClusterSettings, GenerationSettings
-from actors.start import start_groups
 from learners.checkpoints import load_tokenizer
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate

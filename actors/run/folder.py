@@ -218,13 +218,16 @@ class RunFolder:
         try:
             yield
         finally:
-            whole = Span(name, started, time.perf_counter() - clock)
-            parts = [s._replace(name=f"{name}/{s.name}") for s in self.stopwatch.take()]
-            of_step = self._seconds.setdefault(step, {})
-            for span in (whole, *parts):
-                key = f"seconds/{span.name}"
-                of_step[key] = of_step.get(key, 0.0) + span.seconds
-                self._timeline.add(span.name, step, span.started, span.seconds)
+            self.timed(step, Span(name, started, time.perf_counter() - clock))
+
+    def timed(self, step: int, phase: Span) -> None:
+        """Keep a phase that is over, with the parts that were timed meanwhile."""
+        parts = [s._replace(name=f"{phase.name}/{s.name}") for s in self.stopwatch.take()]
+        of_step = self._seconds.setdefault(step, {})
+        for span in (phase, *parts):
+            key = f"seconds/{span.name}"
+            of_step[key] = of_step.get(key, 0.0) + span.seconds
+            self._timeline.add(span.name, step, span.started, span.seconds)
 
     def seconds(self, step: int) -> dict[str, float]:
         """Return `seconds/{phase}` of the phases of a step, and forget them."""

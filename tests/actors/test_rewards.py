@@ -9,7 +9,7 @@ import pytest
 from actors.functions import load_function
 from actors.rewards.function import FunctionReward
 from actors.rewards.score import Rewards, Score
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.settings import RewardSettings
 from learners.errors import UserError
 from tests.actors.scored import scores as scores_of

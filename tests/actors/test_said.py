@@ -10,7 +10,8 @@ import pytest
 
 from actors.rewards.function import FunctionReward
 from actors.rewards.reading import Reader
-from actors.rollouts.requests import Sample, samples_of
+from actors.rollouts.requests import samples_of
+from actors.rollouts.sample import Sample
 from learners.data.conversation import Conversation
 from learners.data.rows import Prompt
 from learners.data.templates import ChatTemplate

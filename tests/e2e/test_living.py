@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.rewards.model import RewardWorker
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.run import metrics
 from actors.run.folder import finished_checkpoints
 from learners.schedules import schedule

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from actors.cluster.groups import WorkerError
 from actors.rewards.model import RewardWorker
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.run import metrics
 from launch.export import export_model
 from learners.settings import ModelSettings

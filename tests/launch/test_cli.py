@@ -143,7 +143,7 @@ def fake_runner(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
     module = type(sys)("runner_of_test")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "runner_of_test", module)
-    monkeypatch.setattr(cli, "_runner", lambda recipe: "runner_of_test")
+    monkeypatch.setattr(cli, "RUNNER", "runner_of_test")
 
 
 def test_a_run_gets_its_recipe_and_its_summary_is_shown(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -623,7 +624,7 @@ def test_what_was_noticed_is_said_before_anything_starts(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """huggingface/datasets#5021 wants "a warning for unused files"."""
-    from actors import loop
+    from actors import begin
     from launch.demo.demo import RECIPES
     from launch.recipe.read import load_recipe
 
@@ -637,20 +638,16 @@ def test_what_was_noticed_is_said_before_anything_starts(
     recipe = load_recipe(
         RECIPES / "demo_sft.yaml", [f"run.folder={here / 'run'}", "run.tensorboard=false"]
     )
-    monkeypatch.setattr(loop, "Placement", start)
-    monkeypatch.setattr(loop, "roles_of", lambda recipe: {})
-    monkeypatch.setattr(loop, "found_by", lambda *_: {})
+    monkeypatch.setattr(begin, "Placement", lambda *_: nullcontext())
+    monkeypatch.setattr(begin, "Processes", lambda *_: None)
+    monkeypatch.setattr(begin, "roles_of", lambda recipe: {})
+    monkeypatch.setattr(begin, "found_by", lambda *_: {})
     with pytest.raises(Started):
-        loop.conduct(
-            recipe,
-            None,
-            "",
-            read=lambda recipe, today: SimpleNamespace(
-                notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1
-            ),
-            start=start,
-            training=start,
+        data = SimpleNamespace(
+            notices=[said], tokenizer=None, sets={}, total_steps=lambda recipe: 1
         )
+        parts = begin.Parts(read=lambda *_: data, start=start, training=start)
+        begin.run(recipe, None, "", lambda _: parts)
     assert capfd.readouterr().err == f"notice: {said}\n"
 
 

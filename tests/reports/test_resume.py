@@ -488,7 +488,7 @@ def resumed(
     module: Any = type(sys)("runner_of_resume")
     module.run = run
     monkeypatch.setitem(sys.modules, "runner_of_resume", module)
-    monkeypatch.setattr(cli, "_runner", lambda recipe: "runner_of_resume")
+    monkeypatch.setattr(cli, "RUNNER", "runner_of_resume")
     return cli.main([kind, f"{kind}.yaml", "--resume", *arguments]), runs
 
 

@@ -29,7 +29,7 @@ from actors.rewards.model import RewardWorker
 from actors.rewards.reading import Reader
 from actors.rewards.score import Rewards, Score
 from actors.roles import roles_of
-from actors.rollouts.requests import Sample
+from actors.rollouts.sample import Sample
 from actors.run.metrics import BY_NAME
 from actors.run_data import RunData
 from actors.settings import RewardSettings, RLRecipe
