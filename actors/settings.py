@@ -228,7 +228,7 @@ class SyncSettings(Settings):
         None,
         gt=0,
         description="the same on average; null: max_logprob_diff in float32 (at most 2e-3 on "
-        "cuda), 0.05 in bfloat16",
+        "cuda), 0.1 in bfloat16",
     )
     agreement_prompts: PositiveInt = Field(
         8, description="prompts sampled for the comparison before step 1"
@@ -251,11 +251,11 @@ class Differences(NamedTuple):
     alarm: float
 
 
-# docs/gpu.md and docs/operations.md say what was measured
+# docs/gpu.md says what sound runs have shown
 DIFFERENCES = {
     "exact": Differences(1e-4, math.inf, 1e-3),  # float32 on CPUs
     "float32": Differences(2e-2, 2e-3, 2e-2),
-    "bfloat16": Differences(1.0, 0.05, 1.0),
+    "bfloat16": Differences(1.0, 0.1, 1.0),
 }
 
 

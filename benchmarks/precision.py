@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/precision.py --json FILE [--device cuda] [--models tiny,27m,135m]
 
 Models are drawn at random in the shape of their name, or loaded from a folder. The engine samples
-responses at temperature 1, the Actor reads them, each case in a process of its own; nats, over all
-tokens of the responses.
+responses at temperature 1, the Actor reads them; nats, over all tokens of the responses. On a GPU
+each case has a process of its own, which gives the memory back.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def difference(
 
 
 def requests(path: str, count: int, tokens: int) -> list[Any]:
-    """Return requests for one response each to prompts of random ids."""
+    """Return requests for one response each: to questions where the model has a tokenizer, else to
+    random ids.
+    """
     import torch
 
     from learners.experience import PromptRequest
@@ -108,6 +110,13 @@ def requests(path: str, count: int, tokens: int) -> list[Any]:
     vocabulary = json.loads(Path(path, "config.json").read_text())["vocab_size"]
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(FIRST, vocabulary, (count, PROMPT), generator=draw).tolist()
+    if Path(path, "tokenizer.json").exists():
+        from learners.checkpoints import load_tokenizer
+        from learners.settings import ModelSettings
+
+        tokenizer = load_tokenizer(ModelSettings(path=path))
+        asked = [f"Write a short story about {5 * i + 3} sheep and a wolf." for i in range(count)]
+        ids = [tokenizer(text)["input_ids"][:PROMPT] for text in asked]
     return [PromptRequest(i, i, row, 1, 1.0, tokens, (i,)) for i, row in enumerate(ids)]
 
 
@@ -130,8 +139,11 @@ def main() -> None:
             for case in CASES:
                 began = time.monotonic()
                 arguments = (path, case, options.device, options.sequences, options.tokens)
-                with context.Pool(1) as pool:
-                    gaps = pool.apply(difference, arguments)
+                if options.device == "cpu":
+                    gaps = difference(*arguments)
+                else:
+                    with context.Pool(1) as pool:
+                        gaps = pool.apply(difference, arguments)
                 found.setdefault(name, {})[str(case)] = gaps
                 print(f"{name}, {case}: {gaps} ({time.monotonic() - began:.0f} s)", flush=True)
                 options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from learners.checkpoints import load_causal_lm
 from learners.errors import UserError
+from learners.lora import attach, is_adapter
 from learners.output_layer import _Float32Logits, compute_in_float32
-from learners.settings import ModelSettings
+from learners.settings import LoraSettings, ModelSettings
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,14 @@ def test_a_frozen_layer_has_no_gradient_and_its_input_has() -> None:
     hidden = torch.randn(1, 2, 4).bfloat16().requires_grad_()
     _Float32Logits.apply(hidden, torch.randn(3, 4).bfloat16()).sum().backward()
     assert hidden.grad is not None
+
+
+def test_an_adapter_learns_below_it(folder: str) -> None:
+    model = load(folder, head="float32")
+    attach(model, LoraSettings(rank=2))
+    model(torch.arange(12)[None]).logits.logsumexp(-1).sum().backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learned and all(is_adapter(name) for name in learned)
 
 
 def test_a_bias_is_added_and_float32_models_stay_as_they_are(folder: str) -> None:
