@@ -120,10 +120,10 @@ def chosen(wanted: str) -> list[str]:
 
 
 def lanes(names: list[str]) -> list[list[str]]:
-    """Return parts as two rows that run at the same time: the demo, whose parts need each other,
-    with the benchmarks that are scripts of their own, and the rest.
+    """Return parts as two rows that run at the same time: the demo's, which need each other, with
+    some that take about as long as the others do, and the others.
     """
-    demo = ("demo/", "generation", "sync/", "nccl")
+    demo = ("demo/", "sync/")
     first = [name for name in names if not name.startswith(demo)]
     second = [name for name in names if name.startswith(demo)]
     return [lane for lane in (first, second) if lane]

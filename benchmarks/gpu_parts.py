@@ -272,8 +272,8 @@ def sync(work: Work, model: str) -> Found:
 
 
 def nccl(work: Work) -> Found:
-    """Send weights by nccl, as far as one card allows it."""
-    return benchmark("nccl.py", f"--device={work.device}", *(["--quick"] if work.small else []))
+    """Send weights by nccl between two processes, where one card allows that."""
+    return benchmark("nccl.py")
 
 
 def precision(work: Work) -> Found:
