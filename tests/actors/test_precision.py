@@ -10,6 +10,9 @@ import torch
 from actors.engine.arguments import engine_arguments, exact_products
 from actors.settings import GenerationSettings
 from benchmarks.precision import Case, difference, save_model
+from launch.plan.batches import Load
+from launch.plan.memory import training_activations
+from launch.plan.shapes import find_shape
 from launch.recipe.read import RecipeError, load_recipe
 from learners.settings import ModelSettings
 
@@ -31,6 +34,18 @@ def test_the_head_of_a_critic_or_a_reward_model_is_not_a_language_models() -> No
         with pytest.raises(RecipeError, match=f"{key}.model.head_dtype: is of language models"):
             load_recipe(RECIPES / "demo_ppo.yaml", [f"{key}.model.head_dtype=float32"])
     load_recipe(RECIPES / "demo_ppo.yaml", ["actor.model.head_dtype=float32"])
+
+
+def test_the_plan_counts_its_logits_in_their_dtype() -> None:
+    shape = find_shape("Qwen/Qwen3-0.6B")
+    load = Load(tokens=1000, longest=500)
+    sizes = [
+        training_activations(
+            shape, "lm", ModelSettings.model_validate({"path": "m", "dtype": "bf16", **head}), load
+        )
+        for head in ({}, {"head_dtype": "float32"})
+    ]
+    assert sizes[1] - sizes[0] == 2 * shape.vocabulary * load.tokens
 
 
 def test_triton_multiplies_float32_exactly_and_keeps_such_kernels_apart(
