@@ -118,7 +118,8 @@ def seconds(device: str, act: Callable[[], Any], times: int = 5) -> float:
 
 def random_models(work: Work) -> list[str]:
     """Return overrides: prompts, and an Actor with random weights in the shape of Qwen3-0.6B."""
-    return [f"actor.model.path={work.model('Qwen/Qwen3-0.6B')}", f"prompts.path={work.prompts()}"]
+    model = work.model("Qwen/Qwen3-0.6B")
+    return [f"actor.model.path={model}", f"prompts.path={work.prompts()}", *work.card()]
 
 
 def grpo(work: Work) -> Found:
@@ -135,7 +136,7 @@ def ppo(work: Work) -> Found:
 
 
 def trl(work: Work) -> Found:
-    """Run TRL on the work of `grpo`."""
+    """Run TRL on the work of `grpo`; `ratio` is its step's seconds to ours."""
     python = next(with_trl(), None)
     if python is None:
         return {"ok": False, "why": "TRL is not installed"}
@@ -144,7 +145,9 @@ def trl(work: Work) -> Found:
     named = [f"--{name}={size}" for name, size in (tiny if work.small else sizes).items()]
     model = work.model("Qwen/Qwen3-0.6B")
     device = f"--device={work.device}"
-    return run_script(python, HERE / "gpu_trl.py", model, work.prompts(), device, *named)
+    found = run_script(python, HERE / "gpu_trl.py", model, work.prompts(), device, *named)
+    ours = work.found("grpo")
+    return found | ({"ratio": found["step_s"] / ours["step_s"]} if "step_s" in ours else {})
 
 
 def with_trl() -> Iterator[str]:
@@ -222,7 +225,8 @@ def demo_rm(work: Work) -> Found:
 
 def demo_rl(work: Work, kind: str, dtype: str = "float32") -> Found:
     """Run the demo's PPO or GRPO."""
-    changes = ["actor.ranks=1", "generation.gpu_memory_fraction=0.2", f"actor.model.dtype={dtype}"]
+    changes = ["actor.ranks=1", "generation.gpu_memory_fraction=0.2", *work.card()]
+    changes.append(f"actor.model.dtype={dtype}")
     if work.small:
         fewer = {"step.steps": 1, "step.prompts_per_step": 8, "step.mini_batch_size": 8}
         fewer |= {"generation.max_concurrent": 16, "generation.kv_cache_gib": 0.1}
@@ -321,7 +325,7 @@ def main() -> None:
         print(f"== {name}", flush=True)
         began = time.monotonic()
         found = attempt(PARTS[name], work)
-        file = options.folder / "found" / f"{name}.json"
+        file = work.found_file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**found, "seconds": time.monotonic() - began}))
 

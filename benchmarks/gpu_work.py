@@ -8,6 +8,7 @@ process imports this file.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -59,12 +60,21 @@ class Work:
     small: bool
     folder: Path
 
-    @property
-    def cluster(self) -> list[str]:
-        """Overrides of a recipe: everything on this one device."""
+    def cluster(self, kind: str) -> list[str]:
+        """Return overrides of a recipe: all of it on this one device."""
+        alone = self.device == "cpu" or kind in ("sft", "rm")
+        placement = "separate" if alone else "colocated"
+        return [
+            f"cluster.device={self.device}",
+            f"cluster.placement={placement}",
+            "cluster.gpus_per_node=1",
+        ]
+
+    def card(self) -> list[str]:
+        """Return the override that tells a recipe how much memory this GPU has."""
         if self.device == "cpu":
-            return ["cluster.device=cpu", "cluster.placement=separate"]
-        return ["cluster.device=cuda", "cluster.placement=colocated", "cluster.gpus_per_node=1"]
+            return []
+        return [f"cluster.gpu_memory_gib={gpu_memory('total') / GIB:.1f}"]
 
     def model(self, like: str, scores: bool = False) -> str:
         """Return the path of a model with random weights in the shape of a known one, which
@@ -73,7 +83,12 @@ class Work:
         path = self.folder / "models" / f"{like.replace('/', '--')}{'-scores' if scores else ''}"
         if not path.exists():
             half = path.with_name(f"{path.name}.half")  # what was cut off is no model
-            make_model(self.shape(like), half, self.device, scores)
+            arguments = (self.shape(like), half, self.device, scores)
+            if self.device == "cpu":
+                make_model(*arguments)
+            else:  # in another process, which gives the GPU's memory back
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    pool.apply(make_model, arguments)
             half.rename(path)
         return str(path)
 
@@ -96,6 +111,16 @@ class Work:
             task.write_rows(path, task.make_prompts(2000, 0, "train"))
         return str(path)
 
+    def found_file(self, part: str) -> Path:
+        """Return the file in which a part's findings are kept."""
+        return self.folder / "found" / f"{part}.json"
+
+    def found(self, part: str) -> dict[str, Any]:
+        """Return what a part found; nothing where it has not run."""
+        file = self.found_file(part)
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return found
+
     def run(
         self,
         name: str,
@@ -115,7 +140,14 @@ class Work:
 
         folder = folder or self.folder / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
-        command = [kind, str(recipe), *self.cluster, f"run.folder={folder}", *EVERY_RUN, *changes]
+        command = [
+            kind,
+            str(recipe),
+            *self.cluster(kind),
+            f"run.folder={folder}",
+            *EVERY_RUN,
+            *changes,
+        ]
         checked = self.small and alike
         began = time.time()
         with Memory(self.device) as memory:
@@ -208,10 +240,10 @@ class Memory:
         return {"peak_gib": self.largest / GIB}
 
 
-def gpu_memory() -> int:
-    """Return bytes in use on the first GPU that may be used, whoever uses them."""
+def gpu_memory(which: str = "used") -> int:
+    """Return bytes in use on the first GPU that may be used, whoever uses them; or `total`."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={card}"]
+    query = [f"--query-gpu=memory.{which}", "--format=csv,noheader,nounits", f"--id={card}"]
     said = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True)
     return int(said.stdout) * 2**20
 

@@ -7,12 +7,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_parts import PARTS
-from benchmarks.gpu_work import ROOT, Work, planned, spread
+from benchmarks.gpu_work import ROOT, Memory, Work, planned, spread
+from launch.plan.plan import make_plan
+from launch.recipe.read import load_recipe
 
 LIMIT_S = 300.0  # for all parts together; an idle machine needs 120
 EXCUSES = ("TRL is not installed", "torch sees no GPU")
@@ -70,15 +73,63 @@ def test_shapes_are_those_of_the_table_unless_all_is_small(tmp_path: Path) -> No
     assert small["hidden_size"] == 64 and small["tie_word_embeddings"] is False
 
 
-def test_the_recipes_of_the_benchmark_fit_a_card_of_80_gb(tmp_path: Path) -> None:
+def test_a_gpus_recipe_is_told_where_all_of_it_lies_and_how_much_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that asks the driver is a script here."""
+    asked = tmp_path / "nvidia-smi"
+    asked.write_text('#!/bin/sh\necho "$@" >>"$0.said"; echo 81559\n')
+    asked.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    work = Work("cuda", False, tmp_path)
+    assert work.card() == ["cluster.gpu_memory_gib=79.6"]
+    with Memory("cuda") as memory:
+        pass
+    assert memory.report() == {"peak_gib": 81559 / 1024}
+    said = (tmp_path / "nvidia-smi.said").read_text().splitlines()
+    assert said[0] == "--query-gpu=memory.total --format=csv,noheader,nounits --id=3"
+    assert said[1] == "--query-gpu=memory.used --format=csv,noheader,nounits --id=3"
+    assert "cluster.placement=colocated" in work.cluster("grpo")
+    assert "cluster.placement=separate" in work.cluster("sft")
+
+
+RUNS = [name for name in PARTS if name in ("grpo", "ppo") or name.startswith("recipes/")]
+
+
+@pytest.mark.parametrize("part", [*RUNS, "demo/grpo_bfloat16", "demo/ppo"])
+def test_on_a_gpu_too_every_recipe_is_sound(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the sizes of a GPU, on a card of 80 GiB; nothing is run, and models are names."""
+    asked: list[tuple[str, Path, list[str]]] = []
+
+    def run(
+        work: Work, name: str, kind: str, recipe: Path, changes: list[str], *_: object, **__: object
+    ) -> dict[str, Any]:
+        asked.append((kind, recipe, [*work.cluster(kind), "run.folder=there", *changes]))
+        return {}
+
+    monkeypatch.setattr(Work, "run", run)
+    monkeypatch.setattr(Work, "model", lambda self, like, scores=False: like)
+    monkeypatch.setattr("benchmarks.gpu_work.gpu_memory", lambda which="used": 80 * 2**30)
+    PARTS[part](Work("cuda", False, tmp_path))
+    ((kind, file, changes),) = asked
+    recipe = load_recipe(file, changes, kind)
+    assert recipe.cluster.device == "cuda" and recipe.cluster.placement == "colocated"
+    if part in RUNS:
+        assert make_plan(recipe).fits
+    if part in ("grpo", "ppo"):
+        assert recipe.sequences_per_step == 256 and recipe.updates_per_step == 2
+
+
+def test_the_plan_of_a_run_is_that_of_its_config(tmp_path: Path) -> None:
     import yaml
 
-    for name in ("grpo", "ppo"):
-        recipe = yaml.safe_load((ROOT / "benchmarks" / f"gpu_{name}.yaml").read_text())
-        for role in {"actor", "critic"} & recipe.keys():
-            recipe[role]["model"]["path"] = "Qwen/Qwen3-0.6B"
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
-        assert 20 < planned(tmp_path) < 80
+    recipe = yaml.safe_load((ROOT / "benchmarks" / "gpu_grpo.yaml").read_text())
+    recipe["actor"]["model"]["path"] = "Qwen/Qwen3-0.6B"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert 20 < planned(tmp_path) < 80
 
 
 @SLOW
