@@ -31,6 +31,7 @@ from learners.calibration import calibration_problem
 from learners.errors import UserError, in_a_line
 from learners.heads import CRITIC, REWARD_MODEL, head_class, head_of, renamed_head
 from learners.kernels import refused_attention, resolve_attention
+from learners.output_layer import compute_in_float32
 from learners.scorers import unreadable_head
 from learners.settings import ModelSettings
 
@@ -156,6 +157,8 @@ def load_causal_lm(settings: ModelSettings) -> Any:
         )
     model, missing = _load(AutoModelForCausalLM, settings, config)
     _refuse_missing(missing, settings.path)
+    if settings.head_dtype and settings.head_dtype != settings.dtype:
+        compute_in_float32(model, settings.path)
     return model
 
 

@@ -141,6 +141,11 @@ class ModelSettings(Settings):
         "none at path yet",
     )
     dtype: DType = Field("float32", description="dtype of the weights (fp32, bf16)")
+    head_dtype: Annotated[Literal["float32"] | None, BeforeValidator(full_dtype)] = Field(
+        None,
+        description="dtype in which the output layer of a language model computes, in the engine "
+        "too (fp32); null: the model's",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
         description="attention kernel; auto: sdpa, or eager where sdpa would leave out what the "

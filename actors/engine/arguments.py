@@ -50,6 +50,7 @@ def engine_arguments(
             else _on_gpu(generation, shared)
         ),
         **(_with_adapters(adapter_rank) if adapter_rank else {}),
+        **({"hf_overrides": {"head_dtype": model.head_dtype}} if model.head_dtype else {}),
     }
 
 
@@ -92,6 +93,7 @@ def our_key(argument: str, device: DeviceType) -> str:
         "max_num_seqs": "generation.max_concurrent",
         "tensor_parallel_size": "generation.tensor_parallel",
         "dtype": "actor.model.dtype",
+        "head_dtype": "actor.model.head_dtype",
         "trust_remote_code": "actor.model.trust_remote_code",
     }[argument.replace("-", "_").lower()]
 
@@ -100,7 +102,7 @@ NO_ADAPTERS = "does not support LoRA"
 ARGUMENT = re.compile(
     r"(?:--)?\b(gpu[-_]memory[-_]utilization|kv[-_]cache[-_]memory[-_]bytes|max[-_]model[-_]len"
     r"|VLLM_CPU_KVCACHE_SPACE|max[-_]num[-_]batched[-_]tokens|max[-_]num[-_]seqs"
-    r"|tensor[-_]parallel[-_]size|dtype|trust[-_]remote[-_]code)\b"
+    r"|tensor[-_]parallel[-_]size|head[-_]dtype|dtype|trust[-_]remote[-_]code)\b"
 )
 NO_ROOM = re.compile(
     r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.* memory \(([\d.]+) GiB\)"
@@ -135,6 +137,14 @@ def in_our_words(error: ValueError, device: DeviceType) -> UserError | None:
     return UserError(f"{our_key(named[1], device)}: vLLM cannot start: {said[:400]}")
 
 
+def exact_products(dtype: str) -> None:
+    """Have Triton multiply float32 as float32, in this process and those it starts: the attention
+    kernel would do it in TF32. Triton keeps its compiled kernels apart by this.
+    """
+    if dtype == "float32":
+        os.environ["TRITON_F32_DEFAULT"] = "ieee"
+
+
 def prepare(device: DeviceType) -> None:
     """Import vLLM, with what it reads from the environment meanwhile. No GPU is touched."""
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the recipe
@@ -165,6 +175,8 @@ def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) ->
         from actors.engine.rotary import correct_rotary_positions
 
         correct_rotary_positions()
+    else:
+        exact_products(arguments["dtype"])
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
     try:
         chosen = EngineArgs(**arguments, weight_transfer_config=transfer)

@@ -189,7 +189,7 @@ def _of_mismatch(metrics: Mapping[str, float], recipe: RLRecipe) -> Iterator[Ala
     # Truncated or penalised sampling differs from the policy by design: then only an explicit bound
     # counts.
     unbounded = math.inf if recipe.generation.off_policy_sampling else None
-    most = recipe.alarms.mismatch or unbounded or recipe.max_logprob_diff
+    most = recipe.alarms.mismatch or unbounded or recipe.alarming_logprob_diff
     usual = recipe.alarms.mean_mismatch or unbounded or recipe.mean_logprob_diff
     worst = metrics.get("mismatch/max", 0.0)
     mean = metrics.get("mismatch/mean", 0.0)

@@ -376,19 +376,19 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "mismatch/gate",
             "nats",
             "Largest difference of engine and Actor log-probs before the first step.",
-            "below `sync.max_logprob_diff` (1e-4 in float32, 1.0 in bfloat16)",
+            "below `sync.max_logprob_diff` (1e-4 in float32 on CPUs, 1.0 in bfloat16)",
         ),
         Metric(
             "mismatch/max",
             "nats",
             "Largest difference of engine and Actor log-probs in the step's responses.",
-            "below `alarms.mismatch` (default: `sync.max_logprob_diff`)",
+            "below `alarms.mismatch` (1e-3 in float32 on CPUs, 1.0 in bfloat16)",
         ),
         Metric(
             "mismatch/mean",
             "nats",
             "Mean size of the difference of engine and Actor log-probs, over tokens.",
-            "below `alarms.mean_mismatch` (1e-4 in float32, 0.05 in bfloat16)",
+            "below `alarms.mean_mismatch` (1e-4 in float32 on CPUs, 0.1 in bfloat16)",
         ),
         Metric("mismatch/kl", "nats", "`k3` estimate of KL(engine ‖ Actor), per token.", "near 0"),
         Metric(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import yaml
@@ -24,19 +24,24 @@ from rich.table import Table
 from actors import driver, supervised
 from actors.cluster.connection import connect
 from actors.rollouts.sampling import sample_responses
-from actors.settings import GenerationSettings
+from actors.settings import ClusterSettings, GenerationSettings
 from launch.demo.page import write_page
 from launch.recipe.document import flat
 from launch.recipe.read import load_recipe
 from launch.tasks import unique_digits as task
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SFT_EXAMPLES = 20_000
-PAIR_PROMPTS = 5_000
-RL_PROMPTS = 8_000
-VALIDATION_PROMPTS = 300
-TEST_PROMPTS = 1_000
-CALIBRATION_RESPONSES = 1_000
+
+
+class Rows(NamedTuple):
+    """Numbers of rows of data."""
+
+    examples: int = 20_000
+    pair_prompts: int = 5_000
+    prompts: int = 8_000
+    validation: int = 300
+    test: int = 1_000
+    calibration: int = 1_000
 
 
 def run_demo(folder: Path, seed: int) -> dict[str, Any]:
@@ -57,10 +62,20 @@ def run_demo(folder: Path, seed: int) -> dict[str, Any]:
 
 
 class Demo:
-    """The four phases, one after the other, and how long each took."""
+    """The four phases, one after the other, and how long each took. `cluster` is where the SFT
+    model is sampled.
+    """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        rows: Rows = Rows(),  # noqa: B008  it never changes
+        cluster: ClusterSettings | None = None,
+    ) -> None:
         self.folder = folder
+        self.rows = rows
+        self.cluster = cluster
         self.data = folder / "data"
         self.seed = seed
         self.seconds: dict[str, float] = {}
@@ -100,27 +115,28 @@ class Demo:
         """
         task.make_tokenizer(self.folder / "base")
         task.make_model(self.folder / "base", self.seed)
-        task.write_rows(self.data / "sft.jsonl", task.make_demonstrations(SFT_EXAMPLES, self.seed))
+        rows = self.rows
+        task.write_rows(self.data / "sft.jsonl", task.make_demonstrations(rows.examples, self.seed))
         task.write_rows(
-            self.data / "prompts.jsonl", task.make_prompts(RL_PROMPTS, self.seed, "train")
+            self.data / "prompts.jsonl", task.make_prompts(rows.prompts, self.seed, "train")
         )
         task.write_rows(
             self.data / "validation.jsonl",
-            task.make_prompts(VALIDATION_PROMPTS, self.seed, "validation"),
+            task.make_prompts(rows.validation, self.seed, "validation"),
         )
-        task.write_rows(
-            self.data / "test.jsonl", task.make_prompts(TEST_PROMPTS, self.seed, "test")
-        )
+        task.write_rows(self.data / "test.jsonl", task.make_prompts(rows.test, self.seed, "test"))
 
     def make_pairs(self) -> None:
         """Sample the SFT model once per prompt: pairs to learn from, pairs to test on, responses to
         calibrate on.
         """
-        train = [row["prompt"] for row in task.make_prompts(PAIR_PROMPTS, self.seed + 1, "train")]
-        test = [row["prompt"] for row in task.make_prompts(TEST_PROMPTS, self.seed + 1, "test")]
+        rows = self.rows
+        made = task.make_prompts(rows.pair_prompts, self.seed + 1, "train")
+        train = [row["prompt"] for row in made]
+        test = [row["prompt"] for row in task.make_prompts(rows.test, self.seed + 1, "test")]
         model = str(self.folder / "sft" / "model")
         generation = GenerationSettings(max_new_tokens=14, max_concurrent=512)
-        responses = sample_responses(model, train + test, generation, self.seed)
+        responses = sample_responses(model, train + test, generation, self.seed, self.cluster)
         sampled, sampled_test = (
             [[r] for r in part] for part in (responses[: len(train)], responses[len(train) :])
         )
@@ -129,17 +145,21 @@ class Demo:
         answered = [
             {"prompt": p, "response": r} for p, (r,) in zip(train, sampled, strict=True) if r
         ]
-        task.write_rows(self.data / "calibration.jsonl", answered[:CALIBRATION_RESPONSES])
+        task.write_rows(self.data / "calibration.jsonl", answered[: rows.calibration])
 
     def recipe(self, phase: str) -> Any:
         """Return the phase's recipe with this demo's folder and seed."""
         path = RECIPES / f"demo_{phase}.yaml"
+        return load_recipe(path, self.moved(path), phase)
+
+    def moved(self, recipe: Path) -> list[str]:
+        """Return overrides of a recipe of the demo: this demo's folder and seed."""
         moved = [
             f"{key}={self.folder / Path(value).relative_to('runs/demo')!s}"
-            for key, value in flat(yaml.safe_load(path.read_text())).items()
+            for key, value in flat(yaml.safe_load(recipe.read_text())).items()
             if isinstance(value, str) and value.startswith("runs/demo/")
         ]
-        return load_recipe(path, [*moved, f"run.seed={self.seed}"], phase)
+        return [*moved, f"run.seed={self.seed}"]
 
     @contextmanager
     def phase(self, name: str, what: str) -> Iterator[None]:

@@ -123,12 +123,11 @@ def training_activations(shape: Shape, head: Head, model: ModelSettings, load: L
     as a response's.
     """
     layer = layer_activations(shape, model.dtype) + _attention(shape, model, load)
-    width = BYTES[model.dtype]
     # what checkpointing keeps, besides the layer it is at
-    inputs = shape.layers * width * shape.hidden
+    inputs = shape.layers * BYTES[model.dtype] * shape.hidden
     kept = inputs + layer if model.gradient_checkpointing else shape.layers * layer
     return load.tokens * (kept + 8 * shape.hidden) + _logits(
-        shape, head, width, load, gradient=True
+        shape, head, model, load, gradient=True
     )
 
 
@@ -137,7 +136,7 @@ def reading_activations(shape: Shape, head: Head, model: ModelSettings, load: Lo
     logits.
     """
     layer = layer_activations(shape, model.dtype) + _attention(shape, model, load)
-    return max(load.tokens * layer, _logits(shape, head, BYTES[model.dtype], load, gradient=False))
+    return max(load.tokens * layer, _logits(shape, head, model, load, gradient=False))
 
 
 def _reads(model: Model, load: Load) -> int:
@@ -154,12 +153,13 @@ def _attention(shape: Shape, model: ModelSettings, load: Load) -> int:
     return times * shape.heads * load.longest * (4 + BYTES[model.dtype])
 
 
-def _logits(shape: Shape, head: Head, width: int, load: Load, gradient: bool) -> int:
+def _logits(shape: Shape, head: Head, model: ModelSettings, load: Load, gradient: bool) -> int:
     """Return bytes of logits, with gradient a float32 copy or a gradient of them, and two float32
     rows at work.
     """
     if head != "lm":
         return 0
+    width = BYTES[model.head_dtype or model.dtype]
     per_position = (width + 4) if gradient else width
     return shape.vocabulary * (load.tokens * per_position + 2 * 4 * load.longest)
 

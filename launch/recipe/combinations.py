@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from actors.cluster.layout import layout, nodes_needed, shares_gpus
-from actors.roles import roles_of
+from actors.roles import Role, roles_of
 from actors.run.metrics import BY_NAME
 from actors.settings import (
     USUAL_GROUP,
@@ -50,6 +50,8 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what is wrong with keys that are fine one by one and impossible in combination."""
     for key, model in models_of(recipe).items():
         yield from problems_of(_attention(key, model, recipe.cluster.device))
+    for role in roles_of(recipe).values():
+        yield from problems_of(_output_layer(role))
     yield from problems_of(adapter_rules(recipe))
     for role in roles_of(recipe).values():
         if role.learner is not None:
@@ -84,6 +86,17 @@ def _attention(key: str, model: ModelSettings, device: str) -> list[Rule]:
             (named, f"{key}.dtype"),
             f"flash_attention_2 needs dtype bfloat16, not {model.dtype}",
         ),
+    ]
+
+
+def _output_layer(role: Role) -> list[Rule]:
+    asked = role.model is not None and role.model.head_dtype is not None
+    return [
+        (
+            asked and role.head != "lm",
+            (f"{role.model_key}.head_dtype",),
+            "is of language models; a reward model and a Critic have another head",
+        )
     ]
 
 

@@ -708,16 +708,16 @@ def test_what_only_one_rank_sees_of_an_infinity_makes_all_skip(
 # --- bfloat16 -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("head", [None, "float32"])
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_bfloat16_learns_as_float32_does(ranks, settings_of, batches, stage):
+def test_bfloat16_learns_as_float32_does(ranks, settings_of, batches, stage, head):
     """Twenty steps, one sample per micro-batch: without float32 master weights and sums the loss
     falls behind.
     """
     optimizer = ADAMW.model_copy(update={"warmup_steps": 0})
     plain = settings_of("sft", stage, ONE_EACH, optimizer)
-    narrow = plain.model_copy(
-        update={"model": plain.model.model_copy(update={"dtype": "bfloat16"})}
-    )
+    bfloat16 = {"dtype": "bfloat16", "head_dtype": head}
+    narrow = plain.model_copy(update={"model": plain.model.model_copy(update=bfloat16)})
     (expected, _), (metrics, _) = (
         ranks[2].run(train, "sft", s, batches["sft"], 20)[0] for s in (plain, narrow)
     )
@@ -861,6 +861,7 @@ def test_an_export_loads_in_plain_transformers(
         *(("ppo", "tied", stage, "float32") for stage in STAGES),
         *(("sft", "untied", stage, "bfloat16") for stage in STAGES[1:]),
         ("ppo", "tied", 3, "bfloat16"),
+        ("ppo", "tied", 3, "bfloat16, float32 head"),
         ("reward", "untied", 2, "float32"),
         ("reward", "untied", 3, "float32"),
         ("reward", "own", 3, "float32"),
@@ -871,8 +872,9 @@ def test_a_checkpoint_becomes_the_model_that_the_run_exports(
 ):
     """From the files alone, to the byte; and both take no less room than was foretold."""
     plain = settings_of(role, stage, path=paths[start], optimizer=ADAMW)
-    model = plain.model.model_copy(update={"dtype": dtype})
-    settings = plain.model_copy(update={"model": model})
+    dtype, _, head = dtype.partition(", ")
+    changes = {"dtype": dtype, "head_dtype": "float32" if head else None}
+    settings = plain.model_copy(update={"model": plain.model.model_copy(update=changes)})
     arguments = (role, settings, batches[role], str(tmp_path))
     (foretold, *others) = ranks[2].run(train_save_and_export, *arguments)
     assert others == [foretold]
