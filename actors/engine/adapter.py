@@ -58,13 +58,15 @@ class Adapters:
         """
         from vllm.lora.request import LoRARequest
 
+        from actors.weights.parallel import call_workers
+
         self.loads += 1
         with TemporaryDirectory(prefix="quatuor-adapter-") as folder:
             adapter.write(folder)
             name = f"version {adapter.version}, load {self.loads}"
             request = LoRARequest(name, self.loads, folder)
-            engine.add_lora(request)
-        unused = sorted(set().union(*engine.collective_rpc(unused_parts, args=(self.loads,))))
+            call_workers(engine, "add_lora", request)
+        unused = sorted(set().union(*call_workers(engine, unused_parts, self.loads)))
         if unused:
             raise SyncError(
                 f"vLLM has no layer for {len(unused)} parts of the adapter, such as {unused[0]}: "

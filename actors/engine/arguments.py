@@ -44,6 +44,7 @@ def engine_arguments(
         "seed": 0,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        **_workers(generation.tensor_parallel),
         **(
             _on_cpu(generation, max_model_tokens)
             if device == "cpu"
@@ -51,6 +52,19 @@ def engine_arguments(
         ),
         **(_with_adapters(adapter_rank) if adapter_rank else {}),
         **({"hf_overrides": {"head_dtype": model.head_dtype}} if model.head_dtype else {}),
+    }
+
+
+def _workers(tensor_parallel: int) -> dict[str, Any]:
+    """Keep one worker in this process; of several, each gets a process and knows us by its
+    extension.
+    """
+    if tensor_parallel == 1:
+        return {"distributed_executor_backend": "uni"}
+    return {
+        "distributed_executor_backend": "mp",
+        "tensor_parallel_size": tensor_parallel,
+        "worker_extension_cls": "actors.weights.parallel.WorkerExtension",
     }
 
 
@@ -62,7 +76,6 @@ def _with_adapters(rank: int) -> dict[str, Any]:
 
 def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, Any]:
     return {
-        "distributed_executor_backend": "uni",
         "enforce_eager": True,
         # A prompt cut in two would make vLLM rewind the request's seeded generator, which is not
         # possible on a CPU.
@@ -74,8 +87,6 @@ def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, 
 
 def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
     return {
-        "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
-        "tensor_parallel_size": generation.tensor_parallel,
         "gpu_memory_utilization": generation.gpu_memory_fraction,
         "enable_sleep_mode": shared,
     }
@@ -149,34 +160,29 @@ def prepare(device: DeviceType) -> None:
     """Import vLLM, with what it reads from the environment meanwhile. No GPU is touched."""
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the recipe
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads: never fork
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else one core stays reserved for others
     # It counts YaRN's positions unscaled, and limits ALiBi: learners/positions.py knows better.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if device == "cpu":
-        # Compiling a helper of the sampler would hold the first token up by 6 s.
-        imported("torch._dynamo").config.disable = True
-    for module in ("vllm.v1.engine.llm_engine", "actors.weights.receiver", WORKERS[device]):
+    # the second makes this process ready for a worker of ours, as it does spawned ones
+    for module in ("vllm.v1.engine.llm_engine", "actors.weights.parallel", WORKERS[device]):
         imported(module)
 
 
 def build_engine(arguments: dict[str, Any], device: DeviceType, threads: int) -> Any:
-    """Return a vLLM engine in this process (on GPUs with `tensor_parallel` worker processes).
+    """Return a vLLM engine in this process; workers that are parallel have processes of their own.
 
     Raises UserError where vLLM refuses what the recipe asks for.
     """
     prepare(device)
     if device == "cpu":
         torch.set_num_threads(threads)  # vLLM disables this function while it starts
+    else:
+        exact_products(arguments["dtype"])
     from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
 
-    if device == "cpu":
-        from actors.engine.rotary import correct_rotary_positions
-
-        correct_rotary_positions()
-    else:
-        exact_products(arguments["dtype"])
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
     try:
         chosen = EngineArgs(**arguments, weight_transfer_config=transfer)

@@ -103,6 +103,7 @@ class GenerationEngine:
         self._stale = self._asleep = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
+        self._timeout_s = 0.0  # for bytes in Ray's object store
         self._adapters = Adapters()
         self._running: dict[str, tuple[_Group, int]] = {}
         self._probes: dict[str, Future[list[float]]] = {}
@@ -159,6 +160,7 @@ class GenerationEngine:
     @in_loop
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect to the trainer; `init_info` belongs to the transfer backend."""
+        self._timeout_s = init_info.get("timeout_s", 0.0)
         self._worker("init_weight_transfer_engine", init_info)
 
     @in_loop
@@ -186,8 +188,11 @@ class GenerationEngine:
     @in_loop
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive weights; `update_info` belongs to the transfer backend."""
+        from actors.weights.parallel import within_reach
+
         try:
-            self._worker("update_weights", update_info)
+            with within_reach(self._engine, update_info, self._timeout_s) as readable:
+                self._worker("update_weights", readable)
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise
@@ -197,12 +202,13 @@ class GenerationEngine:
         """End the update and return its receipt. Tokens are sampled under `weight_version` from
         here on.
         """
+        from actors.weights.parallel import call_workers
         from actors.weights.receiver import take_receipt
 
         self._worker("finish_weight_update")
         self._update_open = False
         self._serve_version(weight_version)
-        first, *others = self._engine.collective_rpc(take_receipt)
+        first, *others = call_workers(self._engine, take_receipt)
         if any(other != first for other in others):
             raise RuntimeError(
                 "the workers of a tensor-parallel engine were given different weights"
@@ -458,7 +464,9 @@ class GenerationEngine:
             finished.put(error)
 
     def _worker(self, method: str | Callable[..., Any], *args: Any) -> Any:
-        return self._engine.collective_rpc(method, args=args)[0]
+        from actors.weights.parallel import call_workers
+
+        return call_workers(self._engine, method, *args)[0]
 
 
 def draw_from(worker: Any, seed: int) -> None:

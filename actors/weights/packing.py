@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,21 @@ from actors.weights.proof import SyncError, digest
 
 # bytes; every tensor of a packed group starts at a multiple, so that it can be read in place
 ALIGNMENT = 16
+
+SHARED = Path("/dev/shm")  # where Linux has shared memory that processes know by name
+
+
+class Shared(NamedTuple):
+    """Shared memory of one group, by name and bytes."""
+
+    name: str
+    size: int
+
+    def read(self) -> np.ndarray:
+        """Return the bytes in place. Mapped for as long as somebody looks at them, even when
+        their name has gone: a layer that waits for its other weights may do so.
+        """
+        return np.memmap(SHARED / self.name, np.uint8, "r")[: self.size]
 
 
 def pack_group(
@@ -38,10 +54,12 @@ def pack_group(
 
 def fetch_group(group: dict[str, Any], timeout_s: float) -> np.ndarray:
     """Return the bytes of a group, whose `ref` is a Ray reference (shared memory if they lie on
-    this node) or the array itself. Raises SyncError if they are not those sent.
+    this node), `Shared` or the array itself. Raises SyncError if they are not those sent.
     """
     array = group["ref"]
-    if not isinstance(array, np.ndarray):
+    if isinstance(array, Shared):
+        array = array.read()
+    elif not isinstance(array, np.ndarray):
         import ray
 
         array = ray.get(array, timeout=timeout_s)

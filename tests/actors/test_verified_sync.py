@@ -48,6 +48,15 @@ class Stage:
 
     def connect(self, zero_stage: int, engines: int, learning_rate: float = 0.1) -> Engines:
         """A new Actor under `zero_stage`, and the engines it sends to."""
+        self.start_actor(zero_stage, learning_rate)
+        chosen = copy.copy(self.engines)
+        chosen.handles = self.engines.handles[:engines]
+        chosen.nodes = self.engines.nodes[:engines]
+        self.actor.call("connect", chosen.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
+        return chosen
+
+    def start_actor(self, zero_stage: int, learning_rate: float = 0.1) -> None:
+        """Put a new Actor into the same processes."""
         settings = LearnerSettings(
             model=ModelSettings(path=self.path),
             zero_stage=zero_stage,  # type: ignore[arg-type]
@@ -64,11 +73,6 @@ class Stage:
         self.actor.gather(
             self.actor.start(arguments, DEADLINE, distributed=("cpu", DEADLINE)), "start", DEADLINE
         )
-        chosen = copy.copy(self.engines)
-        chosen.handles = self.engines.handles[:engines]
-        chosen.nodes = self.engines.nodes[:engines]
-        self.actor.call("connect", chosen.handles, DEADLINE, phase="sync", deadline_s=DEADLINE)
-        return chosen
 
     def sync(self, engines: Engines, version: int, deadline_s: float = DEADLINE) -> float:
         """Send the Actor's weights and prove them, within the bounds of float32 (BOUND)."""

@@ -30,15 +30,15 @@ class Served:
     folder: Path
 
 
-def make_model(seed: int, tied: bool) -> Any:
+def make_model(seed: int, tied: bool, heads: int = 2) -> Any:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         head_dim=32,
         max_position_embeddings=256,
         initializer_range=0.2,
@@ -50,8 +50,8 @@ def make_model(seed: int, tied: bool) -> Any:
     return Qwen3ForCausalLM(config).eval()
 
 
-def save_model(folder: Path, seed: int, tied: bool) -> Any:
-    model = make_model(seed, tied)
+def save_model(folder: Path, seed: int, tied: bool, heads: int = 2) -> Any:
+    model = make_model(seed, tied, heads)
     model.save_pretrained(folder)
     return model
 

@@ -1,0 +1,82 @@
+"""A tensor-parallel engine that can be looked into, and whose workers can be disturbed one by
+one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from actors.engine.engine import GenerationEngine, in_loop
+from actors.weights.proof import Receipt
+
+
+class ParallelEngine(GenerationEngine):
+    @in_loop
+    def ask(self, function: str, *args: Any) -> list[Any]:
+        """Call a function of this module in every worker, as the engine calls its own."""
+        from actors.weights.parallel import call_workers
+
+        return call_workers(self._engine, globals()[function], *args)
+
+    @in_loop
+    def give_each_its_own(self, updates: list[dict[str, Any]]) -> Receipt:
+        """Take a full update of which every worker is given another one."""
+        from contextlib import ExitStack
+
+        from actors.weights.parallel import within_reach
+
+        self.start_weight_update()
+        with ExitStack() as readable:
+            own = [readable.enter_context(within_reach(self._engine, u, 10.0)) for u in updates]
+            self._worker("update_weights", own)
+        return self.finish_weight_update("1")
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    def die_in_an_update(self, update: dict[str, Any]) -> None:
+        from actors.weights.parallel import within_reach
+
+        with within_reach(self._engine, update, 10.0):
+            if shared_memory():
+                self.kill(os.getpid())
+
+
+def shared_memory() -> list[str]:
+    """Return what of our shared memory there is on this node."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith("quatuor-")]
+
+
+def shard(worker: Any) -> tuple[int, int, int, int]:
+    """Return the process, its rank, and how many query and KV heads of a layer it has."""
+    attention = worker.model_runner.model.model.layers[0].self_attn
+    return os.getpid(), worker.rank, attention.num_heads, attention.num_kv_heads
+
+
+def draw(worker: Any) -> list[float]:
+    import torch
+
+    return torch.rand(3).tolist()
+
+
+def fail_once(worker: Any, rank: int) -> None:
+    """Let one worker fail in the middle of the next update."""
+    if worker.rank != rank:
+        return
+    model = worker.weight_transfer_engine.model
+    load = model.load_weights
+    calls = []
+
+    def failing(weights: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            model.load_weights = load
+            raise ConnectionError(f"rank {rank} lost its way, {len(shared_memory())} groups left")
+        return load(weights)
+
+    model.load_weights = failing
