@@ -433,7 +433,7 @@ def start_zero(device: str) -> str:
         learner = SFTLearner(
             LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, rank
         )
-    before = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
+    before = [tensor.clone() for _, tensors in learner.iter_groups() for tensor in tensors]
     metrics = learner.train(Experience.from_ids([[1, 5, 6]], [[7, 8, 2]]))
     after = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
     moved = sum(not torch.equal(old, new) for old, new in zip(before, after, strict=True))

@@ -231,7 +231,8 @@ def peft_name(name: str) -> str:
 
 def merged(model: Any, layer: Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
     """Return names and weights [out, in] of the plain model for some parameters of the adapted one,
-    which are whole now: W + scale · B A, summed in float32 and cast once. W is not changed.
+    which are whole now: W + scale · B A, summed in float32 and cast once. W is not changed. What no
+    adapter stands beside is the model's own tensor.
     """
     names = [name for name in layer if not is_adapter(name)]
     return [*map(base_name, names)], [_merged(model, name, layer[name].detach()) for name in names]
@@ -240,7 +241,7 @@ def merged(model: Any, layer: Mapping[str, Tensor]) -> tuple[list[str], list[Ten
 def _merged(model: Any, name: str, weight: Tensor) -> Tensor:
     owner = name.removesuffix(f"{BASE}weight")
     if owner == name:
-        return weight.clone()
+        return weight
     layer = model.get_submodule(owner)
     up = layer.lora_B[ADAPTER].weight.detach().float()
     down = layer.lora_A[ADAPTER].weight.detach().float()

@@ -56,9 +56,10 @@ class TrainedWeights:
         return self._entries
 
     def iter_groups(self) -> Iterator[tuple[list[str], list[Tensor]]]:
-        """Yield full weights of the plain model, one layer at a time, as (names, clones) under the
-        names of a checkpoint, with the adapter merged into them. Collective under ZeRO-3: all ranks
-        in lockstep.
+        """Yield full weights of the plain model, one layer at a time, as (names, tensors) under the
+        names of a checkpoint, with the adapter merged into them. The tensors may be the model's
+        own: not to be written to, and as they are until the next step. Collective under ZeRO-3: all
+        ranks in lockstep.
         """
         for names, tensors in self._gathered():
             yield to_checkpoint(self.model, names, tensors)
@@ -79,8 +80,10 @@ class TrainedWeights:
         for layer in self._layers():
             # does nothing to parameters that are not sharded
             with deepspeed.zero.GatheredParameters(list(layer.values())):
-                group = merged(self.model, layer)
-            yield group
+                names, tensors = merged(self.model, layer)
+                if self.settings.zero_stage == 3:  # whole inside alone
+                    tensors = [tensor.clone() for tensor in tensors]
+            yield names, tensors
 
     def adapter(self) -> dict[str, Tensor]:
         """Return the trained weights of a model with LoRA (adapter and head) whole, on the CPU, by
@@ -137,7 +140,8 @@ class TrainedWeights:
         state: dict[str, Tensor] = {}
         for names, tensors in self._gathered():
             if self.rank.index == 0:
-                state.update(zip(names, (t.cpu() for t in tensors), strict=True))
+                copies = (t.to("cpu", copy=True) for t in tensors)
+                state.update(zip(names, copies, strict=True))
         if self.rank.index == 0:
             save_weights(self.model, state, Path(folder))
             save_config(self.model, Path(folder))

@@ -29,6 +29,7 @@ from learners.errors import UserError
 from learners.experience import PromptRequest, Rollout
 from learners.fits import length_problems
 from learners.settings import DeviceType, ModelSettings
+from learners.spans import Span
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,6 +105,7 @@ class GenerationEngine:
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
         self._timeout_s = 0.0  # for bytes in Ray's object store
+        self._spans: list[Span] = []  # of the last update
         self._adapters = Adapters()
         self._running: dict[str, tuple[_Group, int]] = {}
         self._probes: dict[str, Future[list[float]]] = {}
@@ -203,10 +205,11 @@ class GenerationEngine:
         here on.
         """
         from actors.weights.parallel import call_workers
-        from actors.weights.receiver import take_receipt
+        from actors.weights.receiver import take_receipt, take_spans
 
         self._worker("finish_weight_update")
         self._update_open = False
+        self._spans = self._worker(take_spans)
         self._serve_version(weight_version)
         first, *others = call_workers(self._engine, take_receipt)
         if any(other != first for other in others):
@@ -238,9 +241,9 @@ class GenerationEngine:
             raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
 
     @in_loop
-    def accept(self, version: int) -> None:
+    def accept(self, version: int) -> list[Span]:
         """Serve with the new weights, which are proved to be those of `version`; forget adapters
-        that are not.
+        that are not. Return what the parts of the update took here.
         """
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
@@ -250,6 +253,9 @@ class GenerationEngine:
         self.version = version
         self._stale = False
         self._draw_anew()
+        spans = self._spans
+        self._spans = []
+        return spans
 
     def failure(self) -> str:
         """Return the error of the last update, or nothing. Answers also while the loop waits in a

@@ -13,6 +13,7 @@ from learners.errors import in_a_line
 from learners.settings import DeviceType
 
 OBJECT_STORE = "ray_object_store"  # our backend: weights travel through Ray's shared memory
+SHARED_GPU = "shared_gpu"  # vLLM's "ipc" with a receiver of ours
 ADAPTER = "adapter"  # alone, through Ray's object store, whatever the devices
 
 
@@ -22,7 +23,7 @@ def transfer_backend(device: DeviceType, shared: bool) -> str:
     """
     if device == "cpu":
         return OBJECT_STORE
-    return "ipc" if shared else "nccl"
+    return SHARED_GPU if shared else "nccl"
 
 
 class EngineClient:

@@ -32,9 +32,10 @@ class Shared(NamedTuple):
 
 
 def pack_group(
-    name: str, tensors: Sequence[tuple[str, Tensor]]
+    name: str, tensors: Sequence[tuple[str, Tensor]], buffer: Tensor | None = None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Put tensors one after the other into one array of bytes.
+    """Put tensors one after the other into one array of bytes: into `buffer` if they fit. A tensor
+    alone is not copied where it lies in one piece.
 
     Returns what `unpack_group` needs, as plain data with the array's digest, and the array.
     """
@@ -44,12 +45,24 @@ def pack_group(
         "dtypes": [str(t.dtype).removeprefix("torch.") for _, t in tensors],
         "shapes": [list(t.shape) for _, t in tensors],
     }
-    spans = _spans(meta)
-    packed = torch.zeros(spans[-1][1] if spans else 0, dtype=torch.uint8)
-    for (_, tensor), (start, stop) in zip(tensors, spans, strict=True):
-        packed[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-    data = packed.numpy()
+    data = _in_one_piece([tensor.detach() for _, tensor in tensors], _spans(meta), buffer).numpy()
     return {**meta, "digest": digest(data)}, data
+
+
+def _in_one_piece(
+    tensors: Sequence[Tensor], spans: Sequence[tuple[int, int]], buffer: Tensor | None
+) -> Tensor:
+    size = spans[-1][1] if spans else 0
+    if len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].device.type == "cpu":
+        return tensors[0].reshape(-1).view(torch.uint8)
+    fits = buffer is not None and len(buffer) >= size
+    packed = buffer[:size] if fits else torch.empty(size, dtype=torch.uint8)  # type: ignore[index]
+    end = 0
+    for tensor, (start, stop) in zip(tensors, spans, strict=True):
+        packed[end:start] = 0
+        packed[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        end = stop
+    return packed
 
 
 def fetch_group(group: dict[str, Any], timeout_s: float) -> np.ndarray:
@@ -63,10 +76,8 @@ def fetch_group(group: dict[str, Any], timeout_s: float) -> np.ndarray:
         import ray
 
         array = ray.get(array, timeout=timeout_s)
-    if digest(array) != group["digest"]:
-        raise SyncError(
-            f"{group['name']} arrived with digest {digest(array)}, sent was {group['digest']}"
-        )
+    if (found := digest(array)) != group["digest"]:
+        raise SyncError(f"{group['name']} arrived with digest {found}, sent was {group['digest']}")
     return array
 
 

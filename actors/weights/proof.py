@@ -28,18 +28,24 @@ def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data.data)
 
 
-def checksum(tensor: Tensor) -> str:
-    """Return the digest of a tensor's bits, computed on its own device.
-
-    It is the sum of all elements, and the sum of the rows weighted by their position.
+def bit_sums(tensor: Tensor) -> Tensor:
+    """Return two sums over a tensor's bits as int64 [2], on its own device and without waiting for
+    it: of all elements, and of the rows weighted by their position.
     """
     bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
     rows = bits.reshape(*bits.shape[:1] or (1,), math.prod(bits.shape[1:])).sum(
         1, dtype=torch.int64
     )
     positions = torch.arange(1, len(rows) + 1, device=rows.device)
-    total, weighted = torch.stack([rows.sum(), (rows * positions).sum()]).tolist()
-    return f"{total & 2**64 - 1:016x}{weighted & 2**64 - 1:016x}"
+    return torch.stack([rows.sum(), (rows * positions).sum()])
+
+
+def checksums(sums: Sequence[Tensor]) -> list[str]:
+    """Return the checksums that many `bit_sums` make. Waits for their device once."""
+    if not sums:
+        return []
+    pairs = torch.stack(list(sums)).tolist()
+    return [f"{total & 2**64 - 1:016x}{weighted & 2**64 - 1:016x}" for total, weighted in pairs]
 
 
 def verify(sent: Receipt, received: Receipt, names: Sequence[str], engine: str = "engine") -> None:

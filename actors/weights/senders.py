@@ -10,26 +10,38 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import ray
 import torch
 from torch import Tensor
 
-from actors.weights.client import ADAPTER, OBJECT_STORE, EngineClient
+from actors.weights.client import ADAPTER, OBJECT_STORE, SHARED_GPU, EngineClient
 from actors.weights.packing import pack_group
-from actors.weights.proof import Receipt, checksum
+from actors.weights.proof import Receipt, bit_sums, checksums
 from learners.actor import ActorLearner
 from learners.lora import adapter_config
+from learners.spans import Span, Stopwatch
 
-# of the buffer that weights pass through on shared GPUs, unless one tensor is larger
-PACKED_BYTES = 2**30
+# of the buffer that weights pass through on shared GPUs: most models fit, and go in one call
+PACKED_BYTES = 4 * 2**30
 
 # of the time a sync may take, so that a late engine is named before the rank that waits for it
 CLIENT_SHARE = 0.9
 
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+class Sent(NamedTuple):
+    """The account of one sync: what was sent, what each engine received, the names of all that is
+    to arrive, and how long the parts took on this rank.
+    """
+
+    sent: Receipt
+    received: list[Receipt]
+    names: list[str]
+    spans: list[Span]
 
 
 class SyncedActor(ActorLearner):
@@ -57,13 +69,12 @@ class SyncedActor(ActorLearner):
         """Return what adapter_config.json holds."""
         return adapter_config(self.model)
 
-    def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
-        """Send all weights; return, on rank 0, what was sent, what each engine received, and the
-        names of all that is to arrive. Raises SyncError.
-        """
+    def send_weights(self, version: int) -> Sent:
+        """Send all weights; return the account of it, whole on rank 0. Raises SyncError."""
         self.client.begin(version)
         sent = self.sender.send_weights()
-        return sent, self.client.received, self.sender.names()
+        spans = self.sender.stopwatch.take()
+        return Sent(sent, self.client.received, self.sender.names(), spans)
 
 
 class Source(Protocol):
@@ -84,6 +95,7 @@ class Sender(ABC):
     rank: int
     address: str = ""
     port: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @abstractmethod
     def __post_init__(self) -> None:
@@ -108,20 +120,34 @@ class ObjectStoreSender(Sender):
     """
 
     def __post_init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
         if self.rank == 0:
             self.client.init_weight_transfer_engine({"timeout_s": self.client.deadline_s})
 
     def send_weights(self) -> Receipt:
-        groups = []
-        for i, (names, tensors) in enumerate(self.source.iter_groups()):
-            if self.rank == 0:
-                meta, data = pack_group(f"group {i}", list(zip(names, tensors, strict=True)))
-                groups.append({**meta, "ref": ray.put(data)})
+        with self.stopwatch("gather"):
+            groups = [
+                self._put(f"group {i}", list(zip(names, tensors, strict=True)))
+                for i, (names, tensors) in enumerate(self.source.iter_groups())
+                if self.rank == 0
+            ]
         if self.rank == 0:
-            self.client.start_weight_update()
-            self.client.update_weights({"groups": groups})
-            self.client.finish_weight_update()
+            with self.stopwatch("send"):
+                self.client.start_weight_update()
+                self.client.update_weights({"groups": groups})
+                self.client.finish_weight_update()
         return [(group["name"], group["digest"], group["names"]) for group in groups]
+
+    def _put(self, name: str, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
+        """Put one group into the object store; return what an engine needs to read it.
+
+        The groups are packed one after the other in the same memory: memory that is new costs more
+        than the copy.
+        """
+        meta, data = pack_group(name, tensors, self.buffer)
+        if len(tensors) > 1 and data.nbytes > len(self.buffer):
+            self.buffer = torch.from_numpy(data)
+        return {**meta, "ref": ray.put(data)}
 
 
 class AdapterSender(Sender):
@@ -154,7 +180,7 @@ class GpuSender(Sender):
         from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        sent: Receipt = []
+        sent: list[tuple[str, Tensor]] = []
         source = self.source
         first = self.rank == 0
 
@@ -166,7 +192,7 @@ class GpuSender(Sender):
                 for names, tensors in source.iter_groups():
                     named = list(zip(names, tensors, strict=True))
                     if first:  # before vLLM copies them, on streams of its own
-                        sent.extend((name, checksum(tensor), [name]) for name, tensor in named)
+                        sent.extend((name, bit_sums(tensor)) for name, tensor in named)
                     for name, tensor in named:
                         if tensor.is_cuda:  # their memory must outlive that copying
                             tensor.record_stream(torch.cuda.current_stream())
@@ -179,8 +205,10 @@ class GpuSender(Sender):
 
     def send_weights(self) -> Receipt:
         self.sent.clear()
-        self.engine.send_weights()
-        return list(self.sent)
+        with self.stopwatch("send"):
+            self.engine.send_weights()
+        found = checksums([sums for _, sums in self.sent])
+        return [(name, c, [name]) for (name, _), c in zip(self.sent, found, strict=True)]
 
 
 class NcclSender(GpuSender):
@@ -197,25 +225,23 @@ class NcclSender(GpuSender):
         )
 
 
-class IpcSender(GpuSender):
-    """Sends inside shared GPUs, packed: one buffer beside the model and a call for every buffer of
-    weights, instead of a whole second copy. Every single tensor must fit into the buffer.
+class SharedGpuSender(GpuSender):
+    """Sends inside shared GPUs, packed: through one buffer beside the model, in one call where the
+    model fits it. Every single tensor must fit.
     """
 
     def init_info(self) -> Any:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        tensors = (math.prod(shape) * d.itemsize for _, d, shape in self.source.metadata())
-        return IPCTrainerInitInfo(
-            rank=self.rank,
-            packed=True,
-            packed_buffer_size_bytes=max(PACKED_BYTES, *tensors),
-        )
+        tensors = [math.prod(shape) * d.itemsize for _, d, shape in self.source.metadata()]
+        # the same on every rank: they fill their buffers in lockstep
+        size = max(min(PACKED_BYTES, sum(tensors)), *tensors)
+        return IPCTrainerInitInfo(rank=self.rank, packed=True, packed_buffer_size_bytes=size)
 
 
 SENDERS: dict[str, type[Sender]] = {
     OBJECT_STORE: ObjectStoreSender,
     ADAPTER: AdapterSender,
     "nccl": NcclSender,
-    "ipc": IpcSender,
+    SHARED_GPU: SharedGpuSender,
 }

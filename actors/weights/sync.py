@@ -68,22 +68,26 @@ class WeightSync:
         """
         deadline_s = self.deadline_s
         actor = self.actor
+        stopwatch = self.gpu_sharing.stopwatch
         self.gpu_sharing.sync()
         try:
             results = actor.call("send_weights", version, phase="sync", deadline_s=deadline_s)
         except WorkerError as error:
             raise WorkerError("; ".join([str(error), *self._failures()])) from error
-        sent, received, parameters = results[0]
+        sent, received, parameters, spans = results[0]
+        stopwatch.add(spans)
         engines = self.engines.names()
         for engine, receipt in zip(engines, received, strict=True):
             verify(sent, receipt, parameters, engine)
-        pending = {reading: actor.submit(reading, self.probe) for reading in self.readings}
-        theirs = self.engines.call(
-            "probe_logprobs", self.probe, phase="sync", deadline_s=deadline_s
-        )
-        ours = {name: actor.gather(refs, "sync", deadline_s)[0] for name, refs in pending.items()}
+        with stopwatch("probe"):
+            pending = {reading: actor.submit(reading, self.probe) for reading in self.readings}
+            theirs = self.engines.call(
+                "probe_logprobs", self.probe, phase="sync", deadline_s=deadline_s
+            )
+            ours = {n: actor.gather(refs, "sync", deadline_s)[0] for n, refs in pending.items()}
         metrics = self._prove(ours, dict(zip(engines, theirs, strict=True)))
-        self.engines.call("accept", version, phase="sync", deadline_s=deadline_s)
+        spans_of = self.engines.call("accept", version, phase="sync", deadline_s=deadline_s)
+        stopwatch.add(max(spans_of, key=lambda spans: sum(span.seconds for span in spans)))
         return metrics
 
     def _prove(

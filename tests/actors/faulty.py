@@ -14,7 +14,7 @@ from actors.engine.engine import GenerationEngine
 from actors.weights import senders
 from actors.weights.packing import pack_group
 from actors.weights.proof import Receipt, SyncError
-from actors.weights.senders import SyncedActor
+from actors.weights.senders import Sent, SyncedActor
 
 
 class FaultyActor(SyncedActor):
@@ -28,13 +28,13 @@ class FaultyActor(SyncedActor):
         super().connect(engines, deadline_s, *others)
         groups = super().iter_groups()
         self.first = {
-            name: t for names, tensors in groups for name, t in zip(names, tensors, strict=True)
+            n: t.clone() for names, tensors in groups for n, t in zip(names, tensors, strict=True)
         }
 
     def break_next(self, fault: str) -> None:
         self.fault = fault
 
-    def send_weights(self, version: int) -> tuple[Receipt, list[Receipt], list[str]]:
+    def send_weights(self, version: int) -> Sent:
         pack = senders.pack_group
         if self.fault in ("a corrupted bucket", "a sender that hears nothing"):
             senders.pack_group = corrupted
@@ -131,7 +131,8 @@ class FaultyEngine(GenerationEngine):
             receiver.ParallelLMHead = head
 
 
-def corrupted(name: str, tensors: Any) -> Any:
+def corrupted(name: str, tensors: Any, buffer: Any) -> Any:
     meta, data = pack_group(name, tensors)
+    data = data.copy()
     data[5] ^= 1  # after the digest was taken
     return meta, data

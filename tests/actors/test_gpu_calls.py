@@ -172,7 +172,10 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
         0.7,
         "bfloat16",
     )
-    assert (taken.enable_sleep_mode, transfer.backend) == (shared, "ipc" if shared else "nccl")
+    assert (taken.enable_sleep_mode, transfer.backend) == (
+        shared,
+        "shared_gpu" if shared else "nccl",
+    )
     # what belongs to CPUs stays there
     assert taken.kv_cache_memory_bytes is None and not taken.enforce_eager
 
@@ -282,6 +285,11 @@ def test_weights_arrive_in_an_engine_that_is_half_awake_and_count_only_when_acce
     assert sampled(served)
 
 
+def load_by_load_weights(worker: Any) -> None:
+    """As vLLM's own receivers do it."""
+    worker.weight_transfer_engine.loader._begin_reload()
+
+
 @engines
 @pytest.mark.parametrize(
     "fault", ["none", "a tensor that is not what was sent", "a tensor that never came"]
@@ -292,17 +300,18 @@ def test_a_receiver_of_vllm_is_believed_only_for_what_it_gave_the_model(
     """vLLM's own receivers tell nothing of what arrived: what they hand to the model is noted
     there, on any device.
     """
-    from actors.weights.proof import SyncError, checksum, verify
+    from actors.weights.proof import SyncError, bit_sums, checksums, verify
     from actors.weights.receiver import note_what_is_loaded
     from tests.actors.tiny_models import make_model, packed_groups
 
     new = make_model(seed=1, tied=served.model.config.tie_word_embeddings)
-    sent = [(name, checksum(p), [name]) for name, p in new.named_parameters()]
+    sent = [(n, checksums([bit_sums(p)])[0], [n]) for n, p in new.named_parameters()]
     if fault == "a tensor that is not what was sent":
         with torch.no_grad():
             new.model.norm.weight[3] += 1e-6
     groups = packed_groups(new)
     served.engine.start_weight_update()
+    served.engine._worker(load_by_load_weights)
     served.engine._worker(note_what_is_loaded)
     served.engine.update_weights(
         {"groups": groups[:-1] if fault == "a tensor that never came" else groups}
@@ -339,7 +348,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     from actors.weights.client import EngineClient
-    from actors.weights.senders import PACKED_BYTES, IpcSender
+    from actors.weights.senders import PACKED_BYTES, SharedGpuSender
 
     class Embedding:
         rows = PACKED_BYTES // 4 + 1
@@ -353,7 +362,7 @@ def test_weights_larger_than_the_buffer_still_pass_between_processes_on_one_gpu(
     calls: list[Any] = []
     real = WeightTransferTrainerFactory.trainer_init
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", bound(real, calls))
-    IpcSender(Embedding(), EngineClient([], 1), rank=1)
+    SharedGpuSender(Embedding(), EngineClient([], 1), rank=1)
     info = calls[0]["init_info"]
     assert (
         info.packed and not info.is_sender and info.packed_buffer_size_bytes == Embedding.rows * 8
@@ -395,7 +404,7 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
     from actors.weights.client import transfer_backend
     from actors.weights.senders import SENDERS, SyncedActor
 
-    calls: dict[str, list[Any]] = {"nccl": [], "ipc": []}
+    calls: dict[str, list[Any]] = {"nccl": [], "shared_gpu": []}
     for name, taken in calls.items():
         monkeypatch.setitem(SENDERS, name, bound(SENDERS[name], taken))
     actor = SyncedActor.__new__(SyncedActor)

@@ -76,7 +76,7 @@ def packed_groups(model: Any) -> list[dict[str, Any]]:
     groups = []
     for start in range(0, len(named), 3):
         meta, data = pack_group(f"group {start // 3}", named[start : start + 3])
-        groups.append({**meta, "ref": data})
+        groups.append({**meta, "ref": data.copy()})
     return groups
 
 

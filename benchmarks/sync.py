@@ -1,0 +1,188 @@
+"""A whole verified weight sync, Actor to engine, against one memory copy of the same bytes.
+
+    .venv/bin/python benchmarks/sync.py [--quick] [--device cpu|cuda] [--model NAME] --json FILE
+
+Everything is real: an Actor's rank, a vLLM engine, Ray's object store (on a GPU that both share:
+CUDA's own sharing of memory), and all three proofs. The model is drawn at random. Besides the
+comparison the file says where the time of a sync goes (`seconds`, medians), and how often bytes are
+copied and hashed and workers called (`counts`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python looks beside it alone
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    },
+    "27m": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
+    "0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "1.7b": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+DEADLINE_S = 300.0
+TOKENS = 64  # longest sequence of the engine
+PROBE = [1, *range(3, 34)]
+WARMING = 3  # syncs before the first that counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=("27m", "0.6b", "1.7b"), default="27m")
+    arguments = parser.parse_args()
+    shape = "tiny" if arguments.quick else arguments.model
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder), shape, arguments.device, 3 if arguments.quick else 9)
+    arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
+
+
+def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any]:
+    """Start Actor and engine on a model of this shape and return the comparison."""
+    from actors.cluster.placement import Placement
+    from actors.cluster.sharing import GpuSharing
+    from actors.roles import roles_of
+    from actors.start import start_groups
+    from actors.weights.sync import WeightSync
+    from benchmarks.measure import compare
+
+    size = save_model(folder, SHAPES[shape], device)
+    recipe = recipe_of(folder, device)
+    roles = {name: role for name, role in roles_of(recipe).items() if name in ("engine", "actor")}
+    facts = {"max_model_tokens": TOKENS, "stop_token_ids": [2]}
+    with Placement(recipe.cluster, roles) as placement:
+        groups = start_groups(roles, facts, placement)
+        on_gpus = groups if placement.shared else {}
+        sharing = GpuSharing(on_gpus, DEADLINE_S)
+        sync = WeightSync(groups["actor"], groups["engine"], sharing, PROBE, recipe)
+        sync.connect(0)
+        ours = Syncs(sync)
+        for _ in range(WARMING):
+            ours()
+        sync.gpu_sharing.stopwatch.take()
+        ours.parts.clear()
+        work = f"{shape}: {size / 1e6:.0f} MB, one engine, {device}"
+        found = compare(ours, memory_copy(size, device), work, rounds)
+    found["seconds"] = {name: round(median(s), 5) for name, s in sorted(ours.parts.items())}
+    return found | {"bytes": size}
+
+
+class Syncs:
+    """Syncs one after the other, each a version; `parts` are the seconds of their parts."""
+
+    def __init__(self, sync: Any) -> None:
+        self.sync = sync
+        self.version = 0
+        self.parts: dict[str, list[float]] = {}
+
+    def __call__(self) -> float:
+        """Run the next sync and return its seconds, without what waits for shared GPUs."""
+        self.sync.gpu_sharing.sync()  # the weights' way alone is compared
+        self.sync.gpu_sharing.stopwatch.take()
+        self.version += 1
+        began = time.perf_counter()
+        self.sync.sync(self.version)
+        seconds = time.perf_counter() - began
+        for span in self.sync.gpu_sharing.stopwatch.take():
+            self.parts.setdefault(span.name, []).append(span.seconds)
+        return seconds
+
+
+def memory_copy(size: int, device: str) -> Callable[[], float]:
+    """Return a copy of `size` bytes inside the device's memory, warm, that returns its seconds."""
+    import torch
+
+    source = torch.ones(size // 4, device=device)
+    target = torch.ones_like(source)
+
+    def copy() -> float:
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return copy
+
+
+def save_model(folder: Path, shape: dict[str, Any], device: str) -> int:
+    """Write a model of random weights (float32 on a CPU, else bfloat16); return its bytes."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    model = Qwen3ForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def recipe_of(folder: Path, device: str) -> Any:
+    """Return the recipe of a run with this model; its prompts and rewards are never looked at."""
+    from actors.settings import rl_recipe
+
+    model = {"path": str(folder), "dtype": "float32" if device == "cpu" else "bfloat16"}
+    return rl_recipe("grpo", "grpo").model_validate(
+        {
+            "run": {"folder": "unused"},
+            "cluster": {"device": device, "placement": "colocated", "gpus_per_node": 1},
+            "actor": {"model": model, "zero_stage": 2, "threads": 2},
+            "rewards": [{"name": "unused", "kind": "model", "model": model}],
+            "prompts": {"path": "unused"},
+            "generation": {"max_new_tokens": TOKENS // 2, "kv_cache_gib": 0.25},
+            "sync": {"deadline_s": DEADLINE_S},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
