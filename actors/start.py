@@ -39,10 +39,12 @@ def start_groups(
             distributed=(cluster.device, cluster.call_deadline_s) if role.learner else None,
             each=role.each,
         )
-        if role.kind == "engine" and placement.shared:
+        if role.kind == "engine" and placement.shared and cluster.tier != "never":
             # vLLM takes its share of what is free when it starts: it starts alone, and makes room.
             groups[name].gather(starting.pop(name), "start", cluster.start_deadline_s)
-            groups[name].call("sleep", phase="start", deadline_s=cluster.call_deadline_s)
+            groups[name].call(
+                "sleep", cluster.tier, phase="start", deadline_s=cluster.call_deadline_s
+            )
     for name, pending in starting.items():
         groups[name].gather(pending, "start", cluster.start_deadline_s)
     return groups
@@ -78,7 +80,7 @@ class Workers:
         self.rewards = Rewards(recipe.rewards, sources, self.deadline_s, compared)
         shared = roles if placement.shared else {}
         on_gpus = {name: groups[name] for name, role in shared.items() if role.gpus}
-        self.gpu_sharing = GpuSharing(on_gpus, self.deadline_s)
+        self.gpu_sharing = GpuSharing(on_gpus, self.deadline_s, recipe.cluster.tier)
         longest = facts["max_model_tokens"]
         probe = probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1))
         self.weights = WeightSync(self.actor, engines, self.gpu_sharing, probe, recipe)

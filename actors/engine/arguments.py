@@ -13,6 +13,8 @@ from actors.weights.client import transfer_backend
 from learners.errors import UserError
 from learners.settings import DeviceType, ModelSettings
 
+LEAST_SHARE = 0.01  # of a GPU
+
 
 def engine_arguments(
     model: ModelSettings,
@@ -21,9 +23,11 @@ def engine_arguments(
     max_model_tokens: int,
     shared: bool = False,
     adapter_rank: int | None = None,
+    swap: str = "always",
 ) -> dict[str, Any]:
     """Return vLLM's EngineArgs as plain data. Ids in, ids out: no tokenizer. With an `adapter_rank`
-    there is room for the adapter that is served, and for the next one.
+    there is room for the adapter that is served, and for the next one. On `shared` GPUs an engine
+    can sleep, unless `swap` is never.
     """
     return {
         "model": model.path,
@@ -43,7 +47,7 @@ def engine_arguments(
         **(
             _on_cpu(generation, max_model_tokens)
             if device == "cpu"
-            else _on_gpu(generation, shared)
+            else _on_gpu(generation, shared and swap != "never")
         ),
         **(_with_adapters(adapter_rank) if adapter_rank else {}),
     }
@@ -67,12 +71,16 @@ def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, 
     }
 
 
-def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
+def _on_gpu(generation: GenerationSettings, sleeps: bool) -> dict[str, Any]:
+    cache = generation.kv_cache_bytes
+    # vLLM asks for its share to be free when it starts, and measures what is left for the cache:
+    # with a cache of a given size neither, since others may have begun to load.
+    memory = {"kv_cache_memory_bytes": cache, "gpu_memory_utilization": LEAST_SHARE}
     return {
         "distributed_executor_backend": "uni" if generation.tensor_parallel == 1 else "mp",
         "tensor_parallel_size": generation.tensor_parallel,
-        "gpu_memory_utilization": generation.gpu_memory_fraction,
-        "enable_sleep_mode": shared,
+        "enable_sleep_mode": sleeps,
+        **(memory if cache else {"gpu_memory_utilization": generation.gpu_memory_fraction}),
     }
 
 
