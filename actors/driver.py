@@ -97,6 +97,7 @@ class Driver:
                 metrics |= self.workers.weights.sync(step)
                 self.version = step
         metrics |= self.alarms.report(step, of_metrics(metrics, self.recipe))
+        metrics |= self.workers.gpu_sharing.metrics()
         return metrics, int(batch.lengths.sum())
 
     def collect(self, step: int) -> tuple[Experience, dict[str, float]]:
@@ -219,9 +220,12 @@ class Driver:
         return scores
 
     def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint from which the run goes on as if it had never stopped."""
+        """Write a checkpoint from which the run goes on as if it had never stopped. Nobody comes
+        back to shared GPUs for it: what is away is written from CPU memory.
+        """
         for name, group in self.workers.learners.items():
-            group.call("save", str(folder / name), phase="checkpoint", deadline_s=self.deadline_s)
+            pending = group.submit_without_swap("save", str(folder / name))
+            group.gather(pending, "checkpoint", self.deadline_s)
         state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
         (folder / "driver.json").write_text(json.dumps(state))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from learners.checkpoints import load_causal_lm
 from learners.experience import Experience, map_rows
 from learners.forward import response_logprobs
+from learners.moving import Mover
 from learners.settings import ModelSettings
 
 
@@ -19,16 +20,23 @@ class FrozenModel:
         self.device = device
         self.micro_batch_tokens = micro_batch_tokens
         self.model = model.to(device).eval().requires_grad_(False)
+        self.mover = Mover(device)
 
-    def offload(self) -> None:
-        """Leave the GPU: the weights wait in CPU memory."""
-        self.model.to("cpu")
+    def offload(self) -> int:
+        """Leave the GPU; return the bytes copied: none but for the first time, when the copy in CPU
+        memory is made from which the weights come back.
+        """
+        moved = self.mover.leave([*self.model.parameters(), *self.model.buffers()], changed=False)
+        self.mover.finish_leaving()
         if self.device != "cpu":
             torch.cuda.empty_cache()
+        return moved
 
-    def reload(self) -> None:
-        """Take the GPU again."""
-        self.model.to(self.device)
+    def reload(self) -> int:
+        """Take the GPU again; return the bytes copied."""
+        moved = self.mover.come_back()
+        self.mover.await_back()
+        return moved
 
     def fingerprint(self) -> str:
         """Return the XXH3-128 digest of all parameters and buffers."""

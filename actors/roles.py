@@ -175,6 +175,7 @@ def engine_role(
             "device": cluster.device,
             "shared": shares_gpus(cluster),
             "adapter_rank": adapter_rank,
+            "swap": cluster.tier,
         },
         each=tuple({"seed": derive_seed(seed, "engine", i)} for i in range(generation.engines)),
         from_data=("max_model_tokens", "stop_token_ids"),

@@ -72,6 +72,11 @@ class ClusterSettings(Settings):
         1800, gt=0, description="seconds any single call to a worker may take"
     )
 
+    @property
+    def tier(self) -> str:
+        """What roles that share GPUs take off them: `swap`; everything where nobody has counted."""
+        return "always" if self.swap == "auto" else self.swap
+
 
 class GenerationSettings(Settings):
     engines: Count = Field(1, description="vLLM engines")
@@ -111,8 +116,13 @@ class GenerationSettings(Settings):
     )
     max_concurrent: PositiveInt = Field(256, description="sequences one engine decodes at once")
     kv_cache_gib: float = Field(1.0, gt=0, le=1e6, description="KV cache of an engine on CPU, GiB")
+    kv_cache_bytes: PositiveInt | None = Field(
+        None,
+        description="KV cache of an engine on each of its GPUs, bytes; null: what it can use where "
+        "roles share them, else all that fits",
+    )
     gpu_memory_fraction: Fraction = Field(
-        0.85, description="share of a GPU one engine takes, weights included"
+        0.85, description="share of a GPU one engine takes at most, weights included"
     )
     seeded: bool = Field(
         True, description="seed each request from run, step, prompt and sample: reproducible"

@@ -44,7 +44,7 @@ class Workers:
         self.rewards = Rewards(recipe.rewards, sources, self.deadline_s, compared)
         shared = roles if placement.shared else {}
         on_gpus = {name: groups[name] for name, role in shared.items() if role.gpus}
-        self.gpu_sharing = GpuSharing(on_gpus, self.deadline_s)
+        self.gpu_sharing = GpuSharing(on_gpus, self.deadline_s, recipe.cluster.tier)
         longest = facts["max_model_tokens"]
         probe = probe_ids(data.prompts, min(recipe.sync.probe_tokens, longest - 1))
         self.weights = WeightSync(self.actor, engines, self.gpu_sharing, probe, recipe)

@@ -8,6 +8,7 @@ leaving a shared GPU live here.
 
 from __future__ import annotations
 
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from learners.deepspeed_setup import (
 from learners.experience import Experience, map_rows
 from learners.lora import attach, head_of, without_dropout
 from learners.losses import Stats
+from learners.moving import Mover
 from learners.schedules import schedule
 from learners.settings import LearnerSettings, Rank
 from learners.weights import TrainedWeights
@@ -78,6 +80,11 @@ class Learner(TrainedWeights, ABC):
             dist_init_required=False,
         )
         self.engine.train()
+        self.states = Mover(self.device)  # of Adam states and master weights
+        self.weights = Mover(self.device)
+        self._in_buffers = 0  # bytes of weights that DeepSpeed has moved
+        if rank.device == "cuda":
+            gc.freeze()  # DeepSpeed collects garbage whenever weights leave
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Experience) -> Tensor:
@@ -115,6 +122,7 @@ class Learner(TrainedWeights, ABC):
         """Step the optimizer unless the gradient is not finite; return its norm, the same on every
         rank.
         """
+        self.states.await_back()
         if self.settings.zero_stage > 0:  # ZeRO takes the norm of its shards, and skips by itself
             self.engine.step()
             return float(self.engine.get_global_grad_norm())
@@ -186,62 +194,91 @@ class Learner(TrainedWeights, ABC):
 
     # --- shared GPUs ------------------------------------------------------------------------------
 
-    def offload(self) -> None:
-        """Leave the GPU: weights, gradients and optimizer states wait in CPU memory, and nothing
-        can be computed until `reload`.
+    def offload(self, tier: str = "always", wait: bool = True) -> int:
+        """Leave the GPU; return the bytes that this call moved. Adam states and master weights go
+        to CPU memory, with tier always the weights too: then nothing can be computed until
+        `reload`.
 
-        Not with ZeRO 1 in bfloat16, where DeepSpeed cannot.
+        Without `wait` the states only begin to leave, while what comes next still uses the weights;
+        a call that waits must follow. Not with ZeRO 1 in bfloat16.
         """
-        if self.settings.zero_stage == 0:
-            self.model.to("cpu")
-        elif not self.settings.offload_parameters:
-            # DeepSpeed would take step counters along and refuses, under ZeRO-3, master weights and
-            # states of any optimizer but its own FusedAdam: these are moved below.
-            ours = [OffloadStateTypeEnum.optim_states]
-            if self.settings.zero_stage == 3:
-                ours.append(OffloadStateTypeEnum.hp_params)
-                if self._frozen():  # beside which it would lay out weights where others are
-                    ours.append(OffloadStateTypeEnum.lp_params)
-            self.engine.offload_states(include=[x for x in OffloadStateTypeEnum if x not in ours])
-            self._move_frozen("cpu")
-        self._move_optimizer("cpu")
+        moved = self.states.leave(self._states())
+        if not wait:
+            return moved
+        if self._in_groups():  # else views of master weights would keep the GPU's memory
+            self.engine.optimizer._clear_hp_buffer_references()
+        self.states.finish_leaving()
+        if tier == "always":
+            moved += self._offload_weights()
         if self.rank.device == "cuda":
             torch.cuda.empty_cache()
+        return moved
 
-    def reload(self) -> None:
-        """Take weights, gradients and optimizer states back to the GPU."""
-        if self.settings.zero_stage == 0:
-            self.model.to(self.device)
-        elif not self.settings.offload_parameters:
-            self.engine.reload_states()
-            self._move_frozen(self.device)
-        self._move_optimizer(self.device)
-
-    def _frozen(self) -> list[Tensor]:
-        """Return what this rank holds of the weights that are not trained."""
-        return [getattr(p, "ds_tensor", p) for p in self.model.parameters() if not p.requires_grad]
-
-    def _move_frozen(self, device: str) -> None:
-        """Move the weights that are not trained, which DeepSpeed leaves where they are."""
-        for tensor in self._frozen():
-            tensor.data = tensor.data.to(device)
-
-    def _move_optimizer(self, device: str) -> None:
-        """Move optimizer states and, under ZeRO-3, the master weights to `device`, unless they are
-        always on the CPU.
+    def reload(self) -> int:
+        """Take back to the GPU what left it; return the bytes. Adam states and master weights are
+        still under way then: the next optimizer step waits for them.
         """
+        moved = self.weights.come_back() + self._in_buffers
+        self.weights.await_back()
+        if self._in_buffers:
+            self.engine.reload_states()
+        self._in_buffers = 0
+        moved += self.states.come_back()
+        if self._in_groups():
+            self.engine.optimizer._link_all_hp_params()
+        return moved
+
+    def _in_groups(self) -> bool:
+        """Tell whether ZeRO-1 or ZeRO-2 holds flat master weights on the GPU, with views of
+        them.
+        """
+        return self.settings.zero_stage in (1, 2) and not self.settings.offload_optimizer
+
+    def _states(self) -> list[Tensor]:
+        """Return Adam states and master weights, unless they are always on the CPU."""
         if self.settings.offload_optimizer:
-            return
-        tensors = [
+            return []
+        states = [
             x
             for state in self.optimizer.state.values()
             for x in state.values()
             if torch.is_tensor(x) and x.ndim  # step counters stay
         ]
         if self.settings.zero_stage == 3:
-            tensors += self.engine.optimizer.fp32_partitioned_groups_flat
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
+            return states + self.engine.optimizer.fp32_partitioned_groups_flat
+        return states + (
+            self.engine.optimizer.single_partition_of_fp32_groups if self._in_groups() else []
+        )
+
+    def _offload_weights(self) -> int:
+        """Move all weights, and what there is of gradients; return the bytes copied. What is not
+        trained has its copy in CPU memory after the first time.
+        """
+        if self.settings.offload_parameters:
+            return 0
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        others = [p for p in self.model.parameters() if not p.requires_grad]
+        frozen = [getattr(p, "ds_tensor", p) for p in others]
+        moved = self.weights.leave(frozen, changed=False)
+        if self.settings.zero_stage == 0:
+            gradients = [p.grad for p in trained if p.grad is not None]
+            moved += self.weights.leave([*trained, *gradients, *self.model.buffers()])
+        elif not self._in_buffers:
+            moved += self._offload_buffers(trained, bool(frozen))
+        self.weights.finish_leaving()
+        return moved
+
+    def _offload_buffers(self, trained: list[Tensor], some_frozen: bool) -> int:
+        """Have DeepSpeed move what it lays out in buffers of its own; return the bytes of weights
+        among it.
+        """
+        kinds = [OffloadStateTypeEnum.contiguous_grad_buffer, OffloadStateTypeEnum.lp_grads]
+        # beside what is frozen ZeRO-3 would lay out weights where others are
+        if self.settings.zero_stage < 3 or not some_frozen:
+            kinds.append(OffloadStateTypeEnum.lp_params)
+        self.engine.offload_states(include=kinds)
+        self._in_buffers = sum(getattr(p, "ds_tensor", p).nbytes for p in trained)
+        return self._in_buffers
 
 
 def _accumulate(totals: dict[str, list[float]], stats: Stats) -> None:

@@ -33,6 +33,7 @@ from learners.lora import (
     merged,
     peft_name,
 )
+from learners.moving import Mover
 from learners.settings import ADAPTER_FOLDER, LearnerSettings, ModelSettings, Rank
 
 
@@ -41,6 +42,7 @@ class TrainedWeights:
 
     model: Any
     engine: Any
+    states: Mover
     settings: LearnerSettings
     rank: Rank
     _entries: list[Entry] | None = None
@@ -170,8 +172,10 @@ class TrainedWeights:
 
     def save(self, folder: str) -> None:
         """Write a resumable checkpoint: weights (with LoRA those that are trained, and the digest
-        of the base), optimizer, schedule and RNG. Call on every rank.
+        of the base), optimizer, schedule and RNG. Call on every rank; what has left the GPU is
+        written from CPU memory.
         """
+        self.states.await_back()
         self.engine.save_checkpoint(
             folder,
             tag="state",

@@ -45,8 +45,10 @@ class Processes:
             if role.kind == "engine" and self.placement.shared and self._makes_room():
                 # vLLM takes its share of what is free when it starts: it starts alone, and leaves.
                 self._loaded(name, starting.pop(name))
-                deadline_s = self.placement.cluster.call_deadline_s
-                self.groups[name].call("sleep", phase="start", deadline_s=deadline_s)
+                cluster = self.placement.cluster
+                self.groups[name].call(
+                    "sleep", cluster.tier, phase="start", deadline_s=cluster.call_deadline_s
+                )
         for name, pending in starting.items():
             self._loaded(name, pending)
         return self.groups
@@ -55,7 +57,7 @@ class Processes:
         """Tell whether the engines leave the GPUs that they share once they have loaded. Where
         nothing is ever taken off, the recipe says how much they take, and all load at once.
         """
-        return self.placement.cluster.swap != "never"
+        return self.placement.cluster.tier != "never"
 
     def _load(self, name: str, role: Role, facts: Mapping[str, Any]) -> list[Any]:
         cluster = self.placement.cluster

@@ -16,6 +16,7 @@ from learners.settings import DeviceType, ModelSettings
 
 # modules of vLLM that it would import only while an engine is built
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker", "cuda": "vllm.v1.worker.gpu_worker"}
+LEAST_SHARE = 0.01  # of a GPU
 
 
 def engine_arguments(
@@ -25,9 +26,11 @@ def engine_arguments(
     max_model_tokens: int,
     shared: bool = False,
     adapter_rank: int | None = None,
+    swap: str = "always",
 ) -> dict[str, Any]:
     """Return vLLM's EngineArgs as plain data. Ids in, ids out: no tokenizer. With an `adapter_rank`
-    there is room for the adapter that is served, and for the next one.
+    there is room for the adapter that is served, and for the next one. On `shared` GPUs an engine
+    can sleep, unless `swap` is never.
     """
     return {
         "model": model.path,
@@ -48,7 +51,7 @@ def engine_arguments(
         **(
             _on_cpu(generation, max_model_tokens)
             if device == "cpu"
-            else _on_gpu(generation, shared)
+            else _on_gpu(generation, shared and swap != "never")
         ),
         **(_with_adapters(adapter_rank) if adapter_rank else {}),
         **({"hf_overrides": {"head_dtype": model.head_dtype}} if model.head_dtype else {}),
@@ -85,10 +88,14 @@ def _on_cpu(generation: GenerationSettings, max_model_tokens: int) -> dict[str, 
     }
 
 
-def _on_gpu(generation: GenerationSettings, shared: bool) -> dict[str, Any]:
+def _on_gpu(generation: GenerationSettings, sleeps: bool) -> dict[str, Any]:
+    cache = generation.kv_cache_bytes
+    # vLLM asks for its share to be free when it starts, and measures what is left for the cache:
+    # with a cache of a given size neither, since others may have begun to load.
+    memory = {"kv_cache_memory_bytes": cache, "gpu_memory_utilization": LEAST_SHARE}
     return {
-        "gpu_memory_utilization": generation.gpu_memory_fraction,
-        "enable_sleep_mode": shared,
+        "enable_sleep_mode": sleeps,
+        **(memory if cache else {"gpu_memory_utilization": generation.gpu_memory_fraction}),
     }
 
 

@@ -87,14 +87,15 @@ class GenerationEngine:
         shared: bool = False,
         seed: int = 0,
         adapter_rank: int | None = None,
+        swap: str = "always",
     ) -> None:
         """Start the engine and wait until it is ready; raise what vLLM raises if it cannot start.
 
         `max_model_tokens` bounds prompt + response. A response ends with one of `stop_token_ids`,
-        which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, and weights
-        arrive from an Actor rank on the same GPU. Requests without seeds draw from `seed` and the
-        version of the weights. With an `adapter_rank` it takes LoRA adapters up to that rank in
-        place of weights.
+        which is its last id, or by its length. On `shared` GPUs the engine can `sleep`, unless
+        `swap` is never, and weights arrive from an Actor rank on the same GPU. Requests without
+        seeds draw from `seed` and the version of the weights. With an `adapter_rank` it takes LoRA
+        adapters up to that rank in place of weights.
         """
         self.seed = seed
         self.version = 0
@@ -102,6 +103,7 @@ class GenerationEngine:
         self.max_model_tokens = max_model_tokens
         self.stop_token_ids = list(stop_token_ids)
         self._stale = self._asleep = False
+        self._weights_away = False
         self._update_open = False  # weights are half replaced: not even a probe may run
         self._failure = ""  # of the last update
         self._timeout_s = 0.0  # for bytes in Ray's object store
@@ -119,7 +121,7 @@ class GenerationEngine:
         self._thread = threading.Thread(target=self._loop, name="generation", daemon=True)
         self._thread.start()
         try:
-            self._build(model, generation, shared, adapter_rank)
+            self._build(model, generation, shared, adapter_rank, swap)
         except BaseException:
             self.close()
             raise
@@ -264,9 +266,9 @@ class GenerationEngine:
         return self._failure
 
     @in_loop
-    def sleep(self) -> None:
-        """Leave the GPUs: weights go to CPU memory, the KV cache is dropped. Raises RuntimeError
-        while anything is under way.
+    def sleep(self, tier: str = "always") -> int:
+        """Leave the GPUs: the KV cache is dropped and, with tier always, weights go to CPU memory.
+        Return the bytes moved. Raises RuntimeError while anything is under way.
 
         Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it
         fell asleep with. `version`, STALE, and a skipped step, which sends none, rely on that.
@@ -275,15 +277,25 @@ class GenerationEngine:
             raise RuntimeError(
                 "an engine with requests under way, or with weights half replaced, cannot sleep"
             )
-        self._engine.sleep(level=1)
+        self._weights_away = tier == "always"
+        self._engine.sleep(level=int(self._weights_away))  # level 0: nothing runs
+        if not self._weights_away and self.device == "cuda":  # vLLM's CPU worker only pretends
+            self._engine.release_kv_cache_memory()
         self._asleep = True
+        return self._weight_bytes() if self._weights_away else 0
 
     @in_loop
-    def wake(self, tags: list[str] | None = None) -> None:
-        """Take the GPUs again. With `tags` ["weights"] only weights may arrive: no prompt and no
-        probe yet.
+    def wake(self, tags: list[str] | None = None) -> int:
+        """Take the GPUs again; return the bytes moved. With `tags` ["weights"] only weights may
+        arrive: no prompt and no probe yet.
         """
         self._asleep = not self._engine.wake_up(tags)
+        moved = self._weight_bytes() if self._weights_away else 0
+        self._weights_away = False
+        return moved
+
+    def _weight_bytes(self) -> int:
+        return sum(self._engine.collective_rpc(weight_bytes))
 
     @in_loop
     def status(self) -> dict[str, Any]:
@@ -480,3 +492,8 @@ def draw_from(worker: Any, seed: int) -> None:
     worker.
     """
     torch.manual_seed(seed)
+
+
+def weight_bytes(worker: Any) -> int:
+    """Return the bytes of the weights that one of vLLM's workers holds."""
+    return sum(parameter.nbytes for parameter in worker.get_model().parameters())

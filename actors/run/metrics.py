@@ -489,6 +489,13 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "A part of a phase: what it waits for where roles share GPUs, and the parts of a sync.",
         ),
         Metric(
+            "swap/bytes",
+            "bytes",
+            "Moved to GPUs that roles share, and off them, by all processes since the step before,"
+            " evaluations included.",
+            "what plan prints",
+        ),
+        Metric(
             "throughput/tokens_per_second",
             "tokens per s",
             "Tokens of the step's sequences, prompts included, per second of the step.",

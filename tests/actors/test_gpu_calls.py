@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,11 @@ class Recorder(WorkerGroup):
         self.handles = [Handle()]
 
     def gather(self, pending: Any, phase: str, deadline_s: float) -> list[Any]:
-        return [None] * len(pending)
+        return [1] * len(pending)
 
 
 def told_by(
-    act: Callable[[dict[str, Recorder], GpuSharing], None], share: bool = True
+    act: Callable[[dict[str, Recorder], GpuSharing], None], share: bool = True, swap: str = "always"
 ) -> list[str]:
     """What all processes are told while `act` works with five groups that have all started."""
     told: list[str] = []
@@ -70,7 +70,7 @@ def told_by(
         name: Recorder(name, told)
         for name in ("engine", "actor", "critic", "reference", "reward judge")
     }
-    act(groups, GpuSharing(groups if share else {}, 1))
+    act(groups, GpuSharing(groups if share else {}, 1, swap))
     return told
 
 
@@ -92,12 +92,14 @@ def step(groups: dict[str, Recorder], turns: GpuSharing) -> None:
 
 def test_in_one_step_nobody_works_without_the_gpus_and_nobody_stays_in_the_way() -> None:
     told = told_by(step)
-    gone = sorted(told[:4])
-    assert gone == ["actor offload", "critic offload", "reference offload", "reward judge offload"]
-    assert told[4:15] == [
+    assert told[:15] == [
+        "actor offload always True",
+        "critic offload always True",
+        "reference offload",
+        "reward judge offload",
         "engine wake None",
         "engine generate 1",
-        "engine sleep",
+        "engine sleep always",
         "reward judge reload",
         "reward judge scores 1",
         "actor reload",
@@ -107,15 +109,16 @@ def test_in_one_step_nobody_works_without_the_gpus_and_nobody_stays_in_the_way()
         "critic reload",
         "critic infer 1",
     ]
-    assert sorted(told[15:17]) == ["reference offload", "reward judge offload"]
+    assert told[15:17] == ["reference offload", "reward judge offload"]
     assert told[17:] == [
         "actor train 1",
         "critic train 1",
-        "critic offload",
+        "critic offload always True",
         "engine wake ['weights']",
+        "actor offload always False",  # begins under the transfer
         "actor send_weights",
         "actor probe",
-        "actor offload",
+        "actor offload always True",
         "engine wake None",
         "engine probe_logprobs",
         "engine accept",
@@ -134,11 +137,72 @@ def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
         "engine wake None",
         "engine generate 1",
         "engine generate 2",
-        "engine sleep",
+        "engine sleep always",
         "actor reload",
         "actor infer 1",
         "actor save",
     ]
+
+
+def test_what_leaves_in_a_step_is_no_more_than_the_tier_says() -> None:
+    """The cache alone: the engine is told, once in each direction for each turn. With optimizers
+    too, both learners begin to leave under the transfer, come back under the scoring, and nobody
+    else moves.
+    """
+    cache = told_by(step, swap="kv_cache")
+    moves = ("sleep", "wake", "offload", "reload")
+    assert [line for line in cache if line.split()[1 + line.startswith("reward")] in moves] == [
+        "engine wake None",
+        "engine sleep kv_cache",
+        "engine wake None",
+    ]
+    assert told_by(step, swap="optimizer") == [
+        "actor offload optimizer True",
+        "critic offload optimizer True",
+        "engine wake None",
+        "engine generate 1",
+        "engine sleep optimizer",
+        "reward judge scores 1",
+        "actor reload",
+        "actor infer 1",
+        "reference logprobs 1",
+        "critic reload",
+        "critic infer 1",
+        "actor train 1",
+        "critic train 1",
+        "actor offload optimizer False",
+        "critic offload optimizer False",
+        "actor send_weights",
+        "actor probe",
+        "actor offload optimizer True",
+        "critic offload optimizer True",
+        "engine wake None",
+        "engine probe_logprobs",
+        "engine accept",
+    ]
+    assert told_by(step, swap="never") == told_by(step, share=False)
+
+
+def test_bytes_and_seconds_of_what_moved_are_told_once() -> None:
+    """Each call of this recorder says that it moved one."""
+
+    def metrics(swap: str) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = []
+
+        def act(groups: dict[str, Recorder], turns: GpuSharing) -> None:
+            step(groups, turns)
+            found.append({span.name: 1.0 for span in turns.stopwatch.take()})
+            found.extend([turns.metrics(), turns.metrics()])
+
+        told_by(act, swap=swap)
+        return found
+
+    spans = dict.fromkeys(("sleep", "wake", "offload", "reload"), 1.0)
+    assert metrics("always") == [spans, {"swap/bytes": 17.0}, {"swap/bytes": 0.0}]
+    assert metrics("optimizer") == [spans, {"swap/bytes": 11.0}, {"swap/bytes": 0.0}]
+    assert metrics("kv_cache")[0].keys() == {"sleep", "wake"}
+    assert metrics("never") == [{}, {"swap/bytes": 0.0}, {"swap/bytes": 0.0}]
+    assert GpuSharing().metrics() == {}
 
 
 def test_with_gpus_of_their_own_nobody_is_told_to_leave() -> None:
@@ -451,57 +515,51 @@ def batch_of(rank: Rank) -> Experience:
 
 
 def train(
-    rank: Rank, settings: LearnerSettings, turns: tuple[int, ...]
+    rank: Rank, settings: LearnerSettings, turns: Sequence[Sequence[str]]
 ) -> tuple[list[Any], torch.Tensor]:
-    """A step for each of `turns`, after which the learner leaves the GPU and comes back so many
-    times.
+    """A step for each of `turns`, after which the learner leaves the GPU by these tiers, one after
+    the other, and comes back each time.
     """
     from learners.sft import SFTLearner
 
     learner = SFTLearner(settings, 10, rank)
     metrics = []
-    moved: list[Any] = []
-    learner._move_frozen = bound_to(moved, learner._move_frozen)  # type: ignore[method-assign]
-    for times in turns:
+    for tiers in turns:
         metrics.append(learner.train(batch_of(rank)))
-        for _ in range(times):
-            learner.offload()
-            move_visibly(learner)
-            learner.reload()
-    moves = 0 if settings.zero_stage == 0 or settings.offload_parameters else 2 * sum(turns)
-    assert moved.count("cpu") == moves, "DeepSpeed leaves what is frozen on the GPU"
-    return metrics, torch.cat(
-        [t.float().flatten() for _, tensors in learner.iter_groups() for t in tensors]
-    )
+        for tier in tiers:
+            leave_and_come_back(learner, tier)
+    return metrics, weights_of(learner)
 
 
-def bound_to(seen: list[Any], move: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`move`, which notes where to."""
-
-    def moving(to: Any) -> None:
-        seen.append(to)
-        move(to)
-
-    return moving
+def weights_of(learner: Any) -> torch.Tensor:
+    groups = [tensors for _, tensors in learner.iter_groups()]
+    return torch.cat([t.float().flatten() for tensors in groups for t in tensors])
 
 
-def move_visibly(learner: Any) -> None:
-    """From CPU to CPU nothing shows what is moved; a change of dtype does, and is undone
-    exactly.
+def leave_and_come_back(learner: Any, tier: str) -> None:
+    """What must leave does: its data are where the mover keeps them, and one byte off them there is
+    one byte off when they are back.
     """
-    if learner.settings.offload_optimizer:
-        return
-    learner._move_optimizer(torch.float64)
-    moved = [x for state in learner.optimizer.state.values() for x in state.values() if x.ndim]
-    if learner.settings.zero_stage == 3:
-        moved += learner.engine.optimizer.fp32_partitioned_groups_flat
-    assert len(moved) >= 2 and {x.dtype for x in moved} == {torch.float64}
-    learner._move_optimizer(torch.float32)
-    held = {x.dtype for x in learner._frozen()}
-    learner._move_frozen(torch.float64)
-    assert {x.dtype for x in learner._frozen()} == ({torch.float64} if held else held)
-    for dtype in held:
-        learner._move_frozen(dtype)
+    states = learner._states()
+    frozen = [p for p in learner.model.parameters() if not p.requires_grad]
+    whole = learner.settings.offload_parameters
+    before = [x.data_ptr() for x in states]
+    began = learner.offload(tier, wait=False)
+    assert began == sum(x.nbytes for x in states) and [x.data_ptr() for x in states] == before
+    infer = learner.infer(batch_of(learner.rank))  # the weights are there, as for a transfer
+    assert infer.isfinite().all()
+    rest = learner.offload(tier)
+    assert (rest > 0) == (tier == "always" and not whole)
+    away = [learner.states._places[x].data_ptr() for x in states]
+    assert [x.data_ptr() for x in states] == away and not set(away) & set(before)
+    assert len(states) >= 2 or learner.settings.offload_optimizer
+    if tier == "always" and not whole:
+        held = [getattr(p, "ds_tensor", p) for p in frozen]
+        assert [x.data_ptr() for x in held] == [
+            learner.weights._places[x].data_ptr() for x in held
+        ], "DeepSpeed leaves what is frozen on the GPU"
+    came = learner.reload()
+    assert came >= began and not set(away) & {x.data_ptr() for x in states}
 
 
 def settings_of(
@@ -538,7 +596,8 @@ def test_a_learner_that_leaves_and_comes_back_learns_the_same(
     ranks: Any, folder: Path, stage: int, dtype: str, lora: dict[str, int] | None
 ) -> None:
     settings = settings_of(folder, stage, dtype, lora=lora)
-    stayed, left = (ranks.run(train, settings, turns) for turns in ((0, 0, 0), (2, 1, 0)))
+    tiers = (("always", "optimizer", "always"), ("optimizer",), ())
+    stayed, left = (ranks.run(train, settings, turns) for turns in (((), (), ()), tiers))
     for (metrics, weights), (expected, expected_weights) in zip(left, stayed, strict=True):
         assert metrics == expected and torch.equal(weights, expected_weights)
 
@@ -555,8 +614,8 @@ def test_an_offloaded_learner_learns_the_same(
     ranks: Any, folder: Path, stage: int, dtype: str, lora: dict[str, int] | None
 ) -> None:
     changes = {"offload_optimizer": True, "offload_parameters": stage == 3}
-    turns = (1, 0) if (stage, dtype) != (1, "bfloat16") else (0, 0)
-    plain = ranks.run(train, settings_of(folder, stage, dtype, lora), (0, 0))
+    turns = (("always", "optimizer"), ()) if (stage, dtype) != (1, "bfloat16") else ((), ())
+    plain = ranks.run(train, settings_of(folder, stage, dtype, lora), ((), ()))
     offloaded = ranks.run(train, settings_of(folder, stage, dtype, lora, **changes), turns)
     rounding = 2**-7 if dtype == "bfloat16" else 1e-4
     for (metrics, weights), (expected, expected_weights) in zip(offloaded, plain, strict=True):
