@@ -352,7 +352,7 @@ class AlarmSettings(Settings):
         None,
         gt=0,
         description="largest engine-Actor log-prob difference of a step, nats; null: "
-        "sync.max_logprob_diff, or 1e-3 where that is null too and 1e-4",
+        "sync.max_logprob_diff, and without that 1e-3 in float32 on cpu, else its default",
     )
     mean_mismatch: float | None = Field(
         None, gt=0, description="the same on average; null: sync.mean_logprob_diff"

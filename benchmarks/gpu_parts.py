@@ -132,7 +132,7 @@ def ppo(work: Work) -> Found:
     """Run PPO with a Critic as large as the Actor."""
     tiny = [*TINY_STEP] if work.small else []
     models = [*random_models(work), f"critic.model.path={work.model('Qwen/Qwen3-0.6B')}"]
-    return work.run("ppo", "ppo", HERE / "gpu_ppo.yaml", [*models, *tiny])
+    return work.run("ppo", "ppo", HERE / "gpu_ppo.yaml", [*models, *tiny], alike=True)
 
 
 def trl(work: Work) -> Found:
@@ -232,7 +232,7 @@ def demo_rl(work: Work, kind: str, dtype: str = "float32") -> Found:
         fewer |= {"generation.max_concurrent": 16, "generation.kv_cache_gib": 0.1}
         fewer |= {"sync.agreement_prompts": 2}
         changes += [f"{key}={value}" for key, value in fewer.items()]
-    return demo_run(work, kind, changes, f"{kind}_{dtype}", alike=dtype == "bfloat16")
+    return demo_run(work, kind, changes, f"{kind}_{dtype}", alike=kind == "grpo")
 
 
 def the_demo(work: Work) -> Any:

@@ -73,6 +73,5 @@ def test_a_float32_head_brings_engine_and_actor_in_bfloat16_nearer(tmp_path: Pat
     model.save_pretrained(path)
     plain = difference(path, Case("bfloat16"), "cpu", 16, 48)
     exact = difference(path, Case("bfloat16", "float32"), "cpu", 16, 48)
-    print(plain, exact)
     assert min(plain["tokens"], exact["tokens"]) > 300
-    assert exact["mean"] < 0.6 * plain["mean"]
+    assert exact["mean"] < 0.25 * plain["mean"]
