@@ -25,6 +25,7 @@ from pathlib import Path
 
 from actors.cluster.surroundings import system_folder
 from learners.errors import UserError, first_wrong
+from learners.spans import Stopwatch
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -372,7 +373,7 @@ def verdict(part: str, code: int | None, output: str, seconds: float) -> Check:
     return Check(name, f"{ended}{last[:200]}", "see its log")
 
 
-def start_ray(device: str) -> str:
+def start_ray(device: str, stopwatch: Stopwatch) -> str:
     """Start Ray, or join the cluster of RAY_ADDRESS as `cluster.address: auto` would, and have a
     process answer.
     """
@@ -380,7 +381,8 @@ def start_ray(device: str) -> str:
 
     from actors.cluster.connection import connect
 
-    connect(os.environ.get("RAY_ADDRESS"), cpus=1)
+    with stopwatch("start"):
+        connect(os.environ.get("RAY_ADDRESS"), cpus=1)
     node = ray.get(ray.remote(lambda: os.uname().nodename).remote(), timeout=PATIENCE_S["ray"])
     resources = ray.cluster_resources()
     ray.shutdown()
@@ -388,24 +390,28 @@ def start_ray(device: str) -> str:
     return f"Ray {ray.__version__} answered from {node} ({resources['CPU']:.0f} CPUs{gpus})"
 
 
-def start_engine(device: str) -> str:
+def start_engine(device: str, stopwatch: Stopwatch) -> str:
     """Generate with a tiny random model."""
-    from actors.engine.engine import GenerationEngine
-    from actors.settings import GenerationSettings
-    from launch.tasks.unique_digits import MAX_POSITIONS, make_model
-    from learners.experience import PromptRequest
-    from learners.settings import ModelSettings
+    with stopwatch("imports"):
+        from actors.engine.arguments import prepare
+        from actors.engine.engine import GenerationEngine
+        from actors.settings import GenerationSettings
+        from launch.tasks.unique_digits import MAX_POSITIONS, make_model
+        from learners.experience import PromptRequest
+        from learners.settings import ModelSettings
 
+        prepare("cuda" if device == "cuda" else "cpu")
     settings = GenerationSettings(kv_cache_gib=0.125, max_concurrent=8, gpu_memory_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, seed=0)
-        engine = GenerationEngine(
-            ModelSettings(path=folder),
-            settings,
-            "cuda" if device == "cuda" else "cpu",
-            MAX_POSITIONS,
-            stop_token_ids=[],
-        )
+        with stopwatch("start"):
+            engine = GenerationEngine(
+                ModelSettings(path=folder),
+                settings,
+                "cuda" if device == "cuda" else "cpu",
+                MAX_POSITIONS,
+                stop_token_ids=[],
+            )
         ((group,),) = engine.generate([PromptRequest(0, 0, [1, 5, 6, 7], 2, 1.0, 8, seeds=(1, 2))])
         engine.close()
     tokens = sum(len(rollout.response_ids) for rollout in group)
@@ -413,14 +419,15 @@ def start_engine(device: str) -> str:
     return f"{name} {importlib.metadata.version(name)} generated {tokens} tokens"
 
 
-def start_zero(device: str) -> str:
+def start_zero(device: str, stopwatch: Stopwatch) -> str:
     """Take one optimizer step of a tiny random model under ZeRO-2; its weights must have moved."""
-    import torch
+    with stopwatch("imports"):
+        import torch
 
-    from launch.tasks.unique_digits import make_model
-    from learners.experience import Experience
-    from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Rank
-    from learners.sft import SFTLearner
+        from launch.tasks.unique_digits import make_model
+        from learners.experience import Experience
+        from learners.settings import LearnerSettings, ModelSettings, OptimizerSettings, Rank
+        from learners.sft import SFTLearner
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -430,9 +437,10 @@ def start_zero(device: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, seed=0)
         optimizer = OptimizerSettings(learning_rate=1e-3)
-        learner = SFTLearner(
-            LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, rank
-        )
+        with stopwatch("start"):
+            learner = SFTLearner(
+                LearnerSettings(model=ModelSettings(path=folder), optimizer=optimizer), 1, rank
+            )
     before = [tensor.clone() for _, tensors in learner.iter_groups() for tensor in tensors]
     metrics = learner.train(Experience.from_ids([[1, 5, 6]], [[7, 8, 2]]))
     after = [tensor for _, tensors in learner.iter_groups() for tensor in tensors]
@@ -451,8 +459,11 @@ def start_zero(device: str) -> str:
 def main(part: str, device: str) -> int:
     """Start the part in this process; print one line for the process that waits for it."""
     start = {"ray": start_ray, "engine": start_engine, "zero": start_zero}[part]
+    stopwatch = Stopwatch()
     try:
-        print(f"\n{ANSWER}{start(device)}", flush=True)
+        answer = start(device, stopwatch)
+        parts = "".join(f", {span.name} {span.seconds:.1f} s" for span in stopwatch.take())
+        print(f"\n{ANSWER}{answer}{parts}", flush=True)
     except Exception as error:
         import traceback
 

@@ -18,15 +18,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # holds our 
 
 def imported(name: str) -> "ModuleType":
     """Return a module, imported without the garbage collector: a fifth of the time that torch,
-    Transformers and vLLM take to import would be its looking through what stays anyway. So
-    that it never looks again, what was imported is frozen.
+    Transformers and vLLM take to import would be its looking through what stays anyway.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
         return import_module(name)
     finally:
-        gc.freeze()
+        gc.freeze()  # and back: all that is there counts as old, and is not looked through next
+        gc.unfreeze()
         if collects:
             gc.enable()
 

@@ -484,7 +484,7 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
             "A phase, wall time.",
         ),
         Metric(
-            "seconds/<generate|score|learn|sync>/<word>",
+            "seconds/<start|generate|score|learn|sync>/<word>",
             "s",
             "A part of a phase: what it waits for where roles share GPUs, and the parts of a sync.",
         ),

@@ -780,6 +780,7 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
     ask for.
     """
     from actors.cluster.placement import Placement
+    from actors.cluster.processes import Processes
     from actors.driver import Driver
     from actors.loop import Loop
     from actors.roles import roles_of
@@ -791,7 +792,7 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
     data = RunData.load(recipe)
     with Placement(recipe.cluster, roles_of(recipe)) as placement:
         placement.shared = shared
-        workers = Workers(recipe, data, placement)
+        workers = Workers(recipe, data, Processes(roles_of(recipe), placement))
         assert bool(workers.gpu_sharing.groups) == shared
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
             alarms = AlarmLog(run, 3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.cluster.placement import Placement
+from actors.cluster.processes import Processes
 from actors.driver import Driver
 from actors.roles import roles_of
 from actors.run.alarms import AlarmLog
@@ -31,7 +32,7 @@ def one_step(recipe: RLRecipe) -> set[entered.Function]:
     """Return the functions of ours that `Driver.step` enters until it returns, in all processes."""
     data = RunData.load(recipe)
     with Placement(recipe.cluster, roles_of(recipe)) as placement:
-        workers = Workers(recipe, data, placement)
+        workers = Workers(recipe, data, Processes(roles_of(recipe), placement))
         handles = [handle for group in workers.groups.values() for handle in group.handles]
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as folder:
             driver = Driver(recipe, data, workers, folder, AlarmLog(folder, 3))
