@@ -867,13 +867,11 @@ def test_no_number_of_a_run_depends_on_what_leaves_the_gpus(cluster: None, tmp_p
         on_gpus = {"device": "cuda", "placement": "colocated", "gpus_per_node": 1}
         cluster_of = recipe.cluster.model_copy(update=on_gpus)
         expected = make_plan(recipe.model_copy(update={"cluster": cluster_of})).swapped
-        moved = [row["swap/bytes"] for row in rows[swap] if "swap/bytes" in row]
-        assert len(moved) == 2 and moved[1] == pytest.approx(expected, rel=0.01)
-        assert any(key.startswith("seconds/score/sleep") for key in rows[swap][-2]) == bool(
-            moved[1]
-        )
+        _, second = (row for row in rows[swap] if "swap/bytes" in row)
+        assert second["swap/bytes"] == pytest.approx(expected, rel=0.01), swap
+        assert ("seconds/score/sleep" in second) == (swap != "auto")
         checkpoint = tmp_path / swap / "checkpoints" / "step-000002"
         tensors = saved(checkpoint)
         first = saved(tmp_path / "auto" / "checkpoints" / "step-000002")
-        assert len(tensors) == len(first) > 40
+        assert len(tensors) == len(first) > 10
         assert all(torch.equal(a, b) for a, b in zip(tensors, first, strict=True))
