@@ -74,7 +74,7 @@ class ClusterSettings(Settings):
 
     @property
     def tier(self) -> str:
-        """What roles that share GPUs take off them: `swap`; everything where nobody has counted."""
+        """Tier by which roles that share GPUs leave them: `swap`, always if nobody has counted."""
         return "always" if self.swap == "auto" else self.swap
 
 

@@ -294,6 +294,11 @@ def train(
     for key, model in models_of(recipe).items():
         if model.trust_remote_code:
             print(f"{key}: Python code that comes with {model.path} will run", file=sys.stderr)
+    from launch.plan.resolve import resolve
+
+    recipe, decided = resolve(recipe, document)
+    if decided:
+        print(f"notice: {decided}", file=sys.stderr)
     resolved = annotated(recipe, document)
     for line in kernel_notices(recipe) if check and not data else ():  # a run's data say it too
         print(f"notice: {line}", file=sys.stderr)

@@ -82,7 +82,7 @@ class Learner(TrainedWeights, ABC):
         self.engine.train()
         self.states = Mover(self.device)  # of Adam states and master weights
         self.weights = Mover(self.device)
-        self._in_buffers = 0  # bytes of weights that DeepSpeed has moved
+        self._in_buffers = 0  # bytes that DeepSpeed has moved
         if rank.device == "cuda":
             gc.freeze()  # DeepSpeed collects garbage whenever weights leave
 
@@ -269,15 +269,17 @@ class Learner(TrainedWeights, ABC):
         return moved
 
     def _offload_buffers(self, trained: list[Tensor], some_frozen: bool) -> int:
-        """Have DeepSpeed move what it lays out in buffers of its own; return the bytes of weights
-        among it.
+        """Have DeepSpeed move what it lays out in buffers of its own: weights, and under ZeRO-3 a
+        shard of gradients. Return their bytes.
         """
+        sharded = self.settings.zero_stage == 3
         kinds = [OffloadStateTypeEnum.contiguous_grad_buffer, OffloadStateTypeEnum.lp_grads]
-        # beside what is frozen ZeRO-3 would lay out weights where others are
-        if self.settings.zero_stage < 3 or not some_frozen:
+        if not sharded or not some_frozen:  # beside which it would lay out weights where others are
             kinds.append(OffloadStateTypeEnum.lp_params)
         self.engine.offload_states(include=kinds)
         self._in_buffers = sum(getattr(p, "ds_tensor", p).nbytes for p in trained)
+        if sharded and not self.settings.offload_optimizer:  # else it is on the CPU
+            self._in_buffers += self.engine.optimizer.grad_partitions_flat_buffer.nbytes
         return self._in_buffers
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.cuda._pin_memory_utils import pin_memory
 
 PAGE = 4096  # bytes of memory that are pinned together
 
@@ -98,13 +99,12 @@ class Mover:
                 )
 
     def _memory(self, elements: int, dtype: torch.dtype) -> Tensor:
-        if self.stream is None:
+        if self.stream is None or not elements:
             return torch.empty(elements, dtype=dtype)
         page = PAGE // dtype.itemsize
         whole = math.ceil(elements / page) * page
         memory = torch.empty(whole + page, dtype=dtype)
         first = -memory.data_ptr() % PAGE // dtype.itemsize
         memory = memory[first : first + whole]
-        pinned = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        torch.cuda.check_error(pinned)
+        pin_memory(memory.data_ptr(), memory.nbytes)
         return memory[:elements]

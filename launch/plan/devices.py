@@ -80,7 +80,7 @@ def _footprint(recipe: Recipe, model: Model, longest: int) -> Footprint:
     if role.kind == "frozen":
         return memory.frozen(model, reads, recipe.cluster)
     assert isinstance(recipe, RLRecipe)
-    return memory.engine(model, recipe.generation, recipe.cluster)
+    return memory.engine(model, recipe.generation, recipe.cluster, longest)
 
 
 def memories(recipe: Recipe, held: Mapping[Kind, Footprint], where: NodePlan) -> list[Memory]:

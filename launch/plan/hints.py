@@ -118,6 +118,8 @@ def _full_devices(plan: Plan) -> list[Hint]:
             long = component == "activations" and _single_rows(plan, role, phase)
             hints.append((_longest_key(plan), "lower", long))
         spread = cluster.device == "cpu" and len(plan.where.processes) > cluster.nodes
+        moving = memory.is_gpu and _moves_too_little(plan)
+        hints.append(("cluster.swap", "auto", moving))
         apart = (beside or phase != "generate") and _placeable(plan, "separate")
         hints += [("cluster.nodes", "higher", spread), ("cluster.placement", "separate", apart)]
     return hints
@@ -136,7 +138,7 @@ def _on_its_device(plan: Plan, role: Role, phase: str) -> list[Row]:
         # while it is awake on a GPU, an engine takes its share, however small its weights
         asleep = phase != "generate" and shares_gpus(plan.recipe.cluster)
         _, sizes, possible = _parallel(plan, role.gpus + 1, wanted=cuda and asleep)
-        cache = "gpu_memory_fraction" if cuda else "kv_cache_gib"
+        cache = _cache_key(plan)
         return [
             ("weights", "tensor_parallel", sizes, possible),
             ("kv_cache", cache, "lower", True),
@@ -213,6 +215,24 @@ def _longest_key(plan: Plan) -> str:
         return "data.max_tokens"
     whole = plan.recipe.generation.max_model_tokens
     return "generation.max_model_tokens" if whole else "generation.max_new_tokens"
+
+
+def _cache_key(plan: Plan) -> str:
+    """Return the key of the generation section that bounds an engine's KV cache."""
+    assert isinstance(plan.recipe, RLRecipe)
+    generation = plan.recipe.generation
+    if plan.recipe.cluster.device == "cpu":
+        return "kv_cache_gib"
+    if generation.kv_cache_bytes is not None:
+        return "kv_cache_bytes"
+    wanted = shares_gpus(plan.recipe.cluster) and plan.kv_room >= generation.max_concurrent
+    return "max_concurrent" if wanted else "gpu_memory_fraction"
+
+
+def _moves_too_little(plan: Plan) -> bool:
+    """Tell whether the recipe itself keeps on shared GPUs what could leave them."""
+    cluster = plan.recipe.cluster
+    return shares_gpus(cluster) and cluster.swap not in ("auto", "always")
 
 
 def _parallel(plan: Plan, least: int = 1, wanted: bool = True) -> Hint:

@@ -9,7 +9,8 @@ constants below, and estimates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from actors.cluster.layout import shares_gpus
 from actors.roles import Head
@@ -52,11 +53,12 @@ Use = dict[str, int]
 @dataclass
 class Footprint:
     """One process in every phase: `device` is what each of its GPUs holds (on CPU: nothing), `host`
-    what CPU memory.
+    what CPU memory. `moved` are the bytes that leave shared GPUs in a step and come back.
     """
 
     device: dict[str, Use] = field(default_factory=dict)
     host: dict[str, Use] = field(default_factory=dict)
+    moved: int = 0
 
 
 # --- what is exact --------------------------------------------------------------------------------
@@ -167,8 +169,8 @@ def _logits(shape: Shape, head: Head, model: ModelSettings, load: Load, gradient
 def learner(
     model: Model, settings: LearnerSettings, reads: Load, learns: Load, cluster: ClusterSettings
 ) -> Footprint:
-    """Return one rank of a trained role. On shared GPUs it waits in CPU memory while engines
-    generate, the Critic also during a sync.
+    """Return one rank of a trained role. On shared GPUs its optimizer states, or all of it, wait in
+    CPU memory while engines generate, by the tier; all of the Critic also during a sync.
     """
     whole = model.parameters
     width = model.width
@@ -204,7 +206,11 @@ def learner(
     if cluster.device == "cuda" and stage < 3:  # a checkpoint is read whole, but under ZeRO-3
         on_host["start"] = sum_of(host, {"weights": states["weights"]})
     away = ("generate",) if model.role.name == "actor" else ("generate", "sync")
-    return _placed(on_device, on_host, cluster, "learner", away)
+    if cluster.tier == "always":
+        return _placed(on_device, on_host, cluster, "learner", dict.fromkeys(away, device))
+    states = {k: v for k, v in device.items() if k == "optimizer"}
+    gone = {"generate": states} if cluster.tier == "optimizer" else {}
+    return _placed(on_device, on_host, cluster, "learner", gone)
 
 
 def _learning(
@@ -258,22 +264,26 @@ def _bucket(model: Model, settings: LearnerSettings, cluster: ClusterSettings) -
 
 
 def frozen(model: Model, reads: Load, cluster: ClusterSettings) -> Footprint:
-    """Return one process of the Reference or a reward model. On shared GPUs it waits in CPU memory
-    unless it scores.
+    """Return one process of the Reference or a reward model. On shared GPUs, if everything leaves,
+    it waits in CPU memory unless it scores: in a copy from which it only comes back.
     """
     weights = {"weights": model.width * model.parameters}
     on_device = dict.fromkeys(PHASES, weights)
     on_device["score"] = weights | {"activations": _reads(model, reads)}
     on_host = {"start": weights} if cluster.device == "cuda" else {}
-    return _placed(on_device, on_host, cluster, "frozen", away=("generate", "learn", "sync"))
+    away = ("generate", "learn", "sync") if cluster.tier == "always" else ()
+    placed = _placed(on_device, on_host, cluster, "frozen", dict.fromkeys(away, weights))
+    return replace(placed, moved=placed.moved // 2)
 
 
-def engine(model: Model, generation: GenerationSettings, cluster: ClusterSettings) -> Footprint:
+def engine(
+    model: Model, generation: GenerationSettings, cluster: ClusterSettings, longest: int
+) -> Footprint:
     """Return one engine, seen from each of its devices. On a GPU it takes its share of the memory,
-    and the KV cache the rest.
+    and the KV cache the rest; on shared GPUs no more than it can use.
 
-    On shared GPUs it starts before the others and sleeps while they work: its weights wait in CPU
-    memory, its KV cache is given up, also during a sync.
+    There, unless nothing leaves, it starts before the others and its KV cache is given up while
+    they work, also during a sync; with tier always its weights wait in CPU memory, but for a sync.
     """
     rank = model.role.arguments.get("adapter_rank")  # vLLM has room beside every layer
     adapter = adapter_parameters(model.shape, LoraSettings(rank=rank) if rank else None)
@@ -285,19 +295,29 @@ def engine(model: Model, generation: GenerationSettings, cluster: ClusterSetting
     # logits of one token each, twice
     work = ENGINE_WORKSPACE + 8 * generation.max_concurrent * model.shape.vocabulary
     share = int(generation.gpu_memory_fraction * cluster.gpu_memory_gib * GIB)
-    awake = {
-        "weights": weights,
-        "kv_cache": max(0, share - weights - work - CUDA_CONTEXT),
-        "activations": work,
-    }
+    room = max(0, share - weights - work - CUDA_CONTEXT)
+    if shares_gpus(cluster):
+        room = min(room, kv_wanted(model, longest, generation))
+    resting = {"weights": weights, "activations": work}
+    awake = resting | {"kv_cache": generation.kv_cache_bytes or room}
     if not shares_gpus(cluster):
         on_device = dict.fromkeys(PHASES, awake) | {"sync": awake | {"sync": min(PACKED, whole)}}
         return _placed(on_device, {}, cluster, "engine")
+    if cluster.tier != "always":
+        working = awake if cluster.tier == "never" else resting
+        return _placed(dict.fromkeys(PHASES, working) | {"generate": awake}, {}, cluster, "engine")
     on_device = {phase: {} for phase in PHASES} | {"generate": awake, "sync": {"weights": weights}}
-    asleep = {"weights": whole}
-    return _placed(
-        on_device, {phase: asleep for phase in ("start", "score", "learn")}, cluster, "engine"
-    )
+    # kept for the next time, also while it is awake
+    asleep: dict[str, Use] = {phase: {"weights": whole} for phase in PHASES}
+    return replace(_placed(on_device, asleep, cluster, "engine"), moved=2 * whole)
+
+
+def kv_wanted(model: Model, longest: int, generation: GenerationSettings) -> int:
+    """Return the bytes of KV cache on each of an engine's GPUs that hold as many sequences of the
+    longest length as it decodes at once: the least for which `kv_room` says so.
+    """
+    unit, units, parts = _kv_units(model, longest, generation, "cuda")
+    return math.ceil(unit * (generation.max_concurrent * units + 1) / parts)
 
 
 def kv_room(
@@ -306,17 +326,28 @@ def kv_room(
     """Return how many sequences of the longest length an engine's KV cache holds at once, counted
     in blocks as vLLM does: without one block that it keeps.
     """
-    footprint = engine(model, generation, cluster)
+    footprint = engine(model, generation, cluster, longest)
     room = (footprint.device or footprint.host)["generate"].get("kv_cache", 0)
+    unit, units, parts = _kv_units(model, longest, generation, cluster.device)
+    return max(0, room * parts // unit - 1) // units
+
+
+def _kv_units(
+    model: Model, longest: int, generation: GenerationSettings, device: str
+) -> tuple[int, int, int]:
+    """Return the bytes of what a KV cache is cut into, how many such parts one sequence takes, and
+    over how many GPUs each is spread.
+    """
     shape = model.shape
     parts = 1 if shape.compressed else min(generation.tensor_parallel, max(1, shape.kv_heads))
-    block = KV_BLOCK[cluster.device]
+    block = KV_BLOCK[device]
     tokens = block * model.width * shape.kv_elements
+    blocks = math.ceil(longest / block)
     if shape.state_elements:
         # in float32; where both kinds share a cache, keys fill blocks as large as a state
         states = STATE * shape.state_elements * (2 if tokens else 1)
-        return max(0, room * parts // (states + math.ceil(longest / block) * tokens) - 1)
-    return max(0, room * parts // max(1, tokens) - 1) // math.ceil(longest / block)
+        return states + blocks * tokens, 1, parts
+    return max(1, tokens), blocks, parts
 
 
 def sending(footprint: Footprint, model: Model, recipe: RLRecipe) -> Footprint:
@@ -329,11 +360,10 @@ def sending(footprint: Footprint, model: Model, recipe: RLRecipe) -> Footprint:
     if recipe.cluster.device == "cpu" or recipe.sync.lora == "adapter":
         packed = {"sync": 2 * whole}  # packed, and in the object store
         host = footprint.host | {"sync": sum_of(footprint.host["sync"], packed)}
-        return Footprint(footprint.device, host)
+        return replace(footprint, host=host)
     packed = {"sync": min(PACKED, whole) + 2 * part}
-    return Footprint(
-        footprint.device | {"sync": sum_of(footprint.device["sync"], packed)}, footprint.host
-    )
+    device = footprint.device | {"sync": sum_of(footprint.device["sync"], packed)}
+    return replace(footprint, device=device)
 
 
 def function() -> Footprint:
@@ -346,20 +376,26 @@ def _placed(
     on_host: dict[str, Use],
     cluster: ClusterSettings,
     kind: str,
-    away: tuple[str, ...] = (),
+    away: Mapping[str, Use] | None = None,
 ) -> Footprint:
-    """Add what every process takes; without GPUs the device is the host. On shared GPUs, what would
-    lie on the device waits in CPU memory in the phases in which the role is `away`.
+    """Add what every process takes; without GPUs the device is the host. What is `away` in a phase,
+    which only shared GPUs ask for, leaves a step and comes back; its place in CPU memory is kept
+    from the first time on.
     """
     runtime = {"runtime": HOST_PROCESS[cluster.device].get(kind, HOST_OTHERS[cluster.device])}
     if cluster.device == "cpu":
         return Footprint({}, {f: sum_of(on_host.get(f, {}), runtime, on_device[f]) for f in PHASES})
-    gone = {f: on_device[f] for f in away} if shares_gpus(cluster) else {}
+    gone = dict(away or {}) if shares_gpus(cluster) else {}
+    kept: Use = next(iter(gone.values()), {})
     device = {
-        f: sum_of({} if f in gone else on_device[f], {"runtime": CUDA_CONTEXT}) for f in PHASES
+        f: sum_of(
+            {k: v - gone.get(f, {}).get(k, 0) for k, v in on_device[f].items()},
+            {"runtime": CUDA_CONTEXT},
+        )
+        for f in PHASES
     }
-    host = {f: sum_of(on_host.get(f, {}), gone.get(f, {}), runtime) for f in PHASES}
-    return Footprint(device, host)
+    host = {f: sum_of(on_host.get(f, {}), {} if f == "start" else kept, runtime) for f in PHASES}
+    return Footprint(device, host, moved=2 * total(kept))
 
 
 def sum_of(*uses: Use) -> Use:

@@ -20,6 +20,7 @@ from launch.plan.devices import Memory, footprints, memories, memory_problems
 from launch.plan.memory import Footprint, kv_room
 from launch.plan.nodes import Device, Kind, NodePlan
 from launch.plan.shapes import Model, Shape, find_shape, uneven
+from launch.plan.swap import with_tier
 from launch.plan.timing import step_seconds
 from launch.recipe.combinations import lacking_gpus
 from launch.recipe.document import Document
@@ -30,10 +31,11 @@ from learners.errors import Problem, UserError, problems_of
 @dataclass(frozen=True)
 class Plan:
     """`longest` sequence in tokens; `kv_room`: how many such an engine's KV cache holds, 0 without
-    engines.
+    engines; `tier`: how much of the roles that share GPUs leaves them.
     """
 
     recipe: Recipe
+    tier: str
     models: dict[str, Model]
     where: NodePlan
     footprints: dict[Kind, Footprint]
@@ -49,6 +51,11 @@ class Plan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def swapped(self) -> int:
+        """Bytes that leave shared GPUs and come back in a step, of all processes."""
+        return sum(self.footprints[process.kind].moved for process in self.where.processes)
+
 
 def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     """Return the plan. Raises UserError with every model whose shape is not known on
@@ -57,8 +64,9 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     models = read_models(recipe, document)
     where = NodePlan(recipe.cluster, tuple(roles_of(recipe).items()))
     longest = longest_sequence(recipe, next(iter(models.values())).shape.positions)
-    held = footprints(recipe, models, where, longest)
-    found = memories(recipe, held, where)
+    counted = with_tier(recipe, models, where, longest)
+    held = footprints(counted, models, where, longest)
+    found = memories(counted, held, where)
     room = 0
     if isinstance(recipe, RLRecipe):
         room = kv_room(models["engine"], longest, recipe.generation, recipe.cluster)
@@ -71,6 +79,7 @@ def make_plan(recipe: Recipe, document: Document | None = None) -> Plan:
     ]
     return Plan(
         recipe,
+        counted.cluster.tier,
         models,
         where,
         held,
@@ -145,6 +154,7 @@ def _engine_problems(
     generation = recipe.generation
     parallel = generation.tensor_parallel
     one = f"one sequence of {longest} tokens"
+    given = generation.kv_cache_bytes
     share = f"{generation.gpu_memory_fraction:g} of {recipe.cluster.gpu_memory_gib:g} GiB"
     cuda = recipe.cluster.device == "cuda"
     rules = [
@@ -154,7 +164,12 @@ def _engine_problems(
             f"{parallel} does not divide the model's {', '.join(uneven(shape, parallel))}",
         ),
         (
-            room < 1 and cuda,
+            room < 1 and cuda and given is not None,
+            ("generation.kv_cache_bytes",),
+            f"{given} bytes on each GPU do not hold {one}",
+        ),
+        (
+            room < 1 and cuda and given is None,
             ("generation",),
             f"an engine's {share} leaves no KV cache for {one}",
         ),
@@ -195,6 +210,7 @@ def as_json(plan: Plan, hints: Mapping[str, str]) -> dict[str, Any]:
             for p in plan.where.processes
         ],
         "memory": [_device(plan, m, device) for m in plan.memories for device in m.devices],
+        "swap": {"tier": plan.tier, "bytes": plan.swapped},
         "sync": plan.sync,
         "estimated_phases": {
             phase: {"seconds": time, "share": time / whole if whole else 0.0}

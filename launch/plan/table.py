@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actors.cluster.layout import shares_gpus
 from actors.settings import Recipe, RLRecipe
 from launch.plan.adapters import trained
 from launch.plan.devices import Memory, where_are
@@ -18,6 +19,7 @@ from launch.plan.hints import hints_for
 from launch.plan.memory import GIB, Use, model_states, sum_of, total
 from launch.plan.plan import Plan, as_json, make_plan
 from launch.plan.shapes import Model
+from launch.plan.swap import TIERS
 from launch.recipe.document import Document
 from learners.errors import UserError
 from learners.settings import LearnerSettings
@@ -55,7 +57,12 @@ def show_plan(
 def print_plan(plan: Plan, hints: Mapping[str, str]) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
-    for title, lines in (("Models", _models(plan)), ("Batch", _batch(plan)), ("Sync", _sync(plan))):
+    for title, lines in (
+        ("Models", _models(plan)),
+        ("Batch", _batch(plan)),
+        ("Sync", _sync(plan)),
+        ("Swap", _swap(plan)),
+    ):
         for i, line in enumerate(lines):
             console.print(Text(f"{title if not i else '':<9}{line}"))
     console.print(_memory_table(plan))
@@ -137,6 +144,13 @@ def _sync(plan: Plan) -> Iterator[str]:
         f"an engine's KV cache holds {plan.kv_room} of {plan.recipe.generation.max_concurrent} "
         "sequences at full length"
     )
+
+
+def _swap(plan: Plan) -> Iterator[str]:
+    """Yield what leaves the GPUs that roles share."""
+    if shares_gpus(plan.recipe.cluster) and isinstance(plan.recipe, RLRecipe):
+        why = "as the recipe says" if plan.recipe.cluster.swap != "auto" else "by arithmetic"
+        yield f"{plan.tier} ({why}): {TIERS[plan.tier]}; {_size(plan.swapped)} move a step"
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -245,6 +245,29 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
 
 
 @engines
+@pytest.mark.parametrize(("swap", "sleeps"), [("never", False), ("kv_cache", True)])
+def test_a_cache_of_a_given_size_asks_vllm_for_no_measuring_and_no_free_share(
+    swap: str, sleeps: bool
+) -> None:
+    """Its worker then takes the size as it is, and looks at the share alone before it loads."""
+    from vllm import EngineArgs
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from actors.engine.arguments import engine_arguments
+
+    model = ModelSettings(path="m", dtype="bfloat16")
+    generation = GenerationSettings(kv_cache_bytes=3 * 2**30)
+    arguments = engine_arguments(model, generation, "cuda", 512, True, swap=swap)
+    del arguments["weight_transfer_config"]
+    taken = EngineArgs(**arguments)
+    assert (taken.kv_cache_memory_bytes, taken.enable_sleep_mode) == (3 * 2**30, sleeps)
+    assert taken.gpu_memory_utilization == 0.01
+    measuring = inspect.getsource(Worker.determine_available_memory)
+    given = measuring.index("if kv_cache_memory_bytes := self.cache_config.kv_cache_memory_bytes")
+    assert given < measuring.index("return") < measuring.index("profile_cudagraph_memory")
+
+
+@engines
 def test_an_engine_that_takes_adapters_is_what_the_installed_vllm_takes() -> None:
     """Its calls, the ranks it has room for, the manager whose layers `unused_parts` looks at."""
     from typing import get_args
@@ -283,11 +306,17 @@ def test_an_engine_that_takes_adapters_is_what_the_installed_vllm_takes() -> Non
 
 @engines
 def test_gpu_workers_have_the_methods_the_loop_calls() -> None:
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.gpu_worker import Worker
 
     inspect.signature(LLMEngine.sleep).bind(None, level=1)
     inspect.signature(LLMEngine.wake_up).bind(None, ["weights"])
+    inspect.signature(LLMEngine.release_kv_cache_memory).bind(None)
+    # what that asks for is what level 0 does, and waking by no tags undoes it
+    assert "is_scheduler_paused()" in inspect.getsource(EngineCore.release_kv_cache_memory)
+    assert "pause_scheduler(" in inspect.getsource(EngineCore.sleep).partition("level < 1")[0]
+    assert "resume_scheduler()" in inspect.getsource(EngineCore.wake_up)
     for method, *arguments in (
         ["init_weight_transfer_engine", {}],
         ["start_weight_update"],
@@ -295,6 +324,8 @@ def test_gpu_workers_have_the_methods_the_loop_calls() -> None:
         ["finish_weight_update"],
         ["sleep", 1],
         ["wake_up", ["weights"]],
+        ["discard", ("kv_cache",)],
+        ["get_model"],
     ):
         inspect.signature(getattr(Worker, method)).bind(None, *arguments)
     # what clear_interrupted_update looks at
@@ -311,14 +342,20 @@ def sampled(served: Any) -> list[list[int]]:
 @engines
 def test_an_engine_that_slept_wakes_with_the_weights_it_had(served: Any) -> None:
     before = sorted(sampled(served))
-    served.engine.sleep()
+    weights = sum(p.nbytes for p in served.model.parameters())
+    assert served.engine.sleep("kv_cache") == 0
+    with pytest.raises(RuntimeError, match="asleep"):
+        sampled(served)
+    assert served.engine.wake() == 0
+    assert sorted(sampled(served)) == before
+    assert served.engine.sleep() == weights
     for wake in (lambda: None, lambda: served.engine.wake(["weights"])):
         wake()
         with pytest.raises(RuntimeError, match="asleep"):
             sampled(served)
         with pytest.raises(RuntimeError, match="asleep"):
             served.engine.probe_logprobs([1, 5, 9])
-    served.engine.wake()
+    assert served.engine.wake() == 0  # weights are there, the rest is not moved
     assert sorted(sampled(served)) == before
     status = served.engine.status()
     assert (status["version"], status["stale"], status["running"]) == (0, False, 0)
@@ -733,7 +770,7 @@ def without_head(folder: Path) -> Path:
 # --- a whole run, rehearsed on CPUs ---------------------------------------------------------------
 
 
-def tiny_run(folder: Path, name: str) -> Any:
+def tiny_run(folder: Path, swap: str) -> Any:
     """Two steps of PPO with all four models and an evaluation."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -754,11 +791,12 @@ def tiny_run(folder: Path, name: str) -> Any:
     return rl_recipe("ppo", "ppo").model_validate(
         {
             "run": {
-                "folder": str(folder / name),
+                "folder": str(folder / swap),
                 "progress": False,
                 "tensorboard": False,
                 "checkpoint_every_steps": 1,
             },
+            "cluster": {"swap": swap},
             "step": {"steps": 2, "prompts_per_step": 8, "mini_batch_size": 4},
             "actor": {"model": base, "zero_stage": 3},
             "critic": {"model": judge, "zero_stage": 2},
@@ -775,9 +813,9 @@ def tiny_run(folder: Path, name: str) -> Any:
     )
 
 
-def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
-    """Metrics of the run's steps; with `shared`, everything is done that shared GPUs would
-    ask for.
+def rehearse(recipe: Any) -> list[dict[str, float]]:
+    """Metrics of the run's steps, in which everything is done that shared GPUs would ask for by the
+    recipe's `cluster.swap`.
     """
     from actors.cluster.placement import Placement
     from actors.cluster.processes import Processes
@@ -788,36 +826,62 @@ def run_as(recipe: Any, shared: bool) -> list[dict[str, float]]:
     from actors.run.folder import RunFolder
     from actors.run_data import RunData
     from actors.start import Workers
+    from launch.plan.resolve import resolve
+    from launch.recipe.document import Document
 
+    recipe, _ = resolve(recipe, Document("rehearsal"))
     data = RunData.load(recipe)
     with Placement(recipe.cluster, roles_of(recipe)) as placement:
-        placement.shared = shared
+        placement.shared = True
         workers = Workers(recipe, data, Processes(roles_of(recipe), placement))
-        assert bool(workers.gpu_sharing.groups) == shared
         with closing(RunFolder.open(recipe.run, recipe.to_yaml(), False)) as run:
             alarms = AlarmLog(run, 3)
             driver = Driver(recipe, data, workers, run, alarms)
             Loop(recipe, driver, run, alarms, clock=0.0).run(resume=False)
-    rows = [
-        json.loads(line)
-        for line in Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()
-    ]
-    return [
-        {
-            k: v
-            for k, v in row.items()
-            if k != "time" and not k.startswith(("seconds/", "throughput/"))
-        }
-        for row in rows
-    ]
+    lines = Path(recipe.run.folder, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def numbers(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """All that where and when things were done has no say in."""
+    other = ("seconds/", "throughput/", "swap/")
+    return [{k: v for k, v in r.items() if k != "time" and not k.startswith(other)} for r in rows]
+
+
+def saved(folder: Path) -> list[torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer states too."""
+    files = sorted(folder.rglob("*.pt"))
+    return [t for f in files for t in tensors_in(torch.load(f, weights_only=False))]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if torch.is_tensor(value):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    return [t for v in inner for t in tensors_in(v)] if isinstance(value, dict | list) else []
 
 
 @engines
-def test_taking_turns_changes_no_number_of_a_run(cluster: None, tmp_path: Path) -> None:
+def test_no_number_of_a_run_depends_on_what_leaves_the_gpus(cluster: None, tmp_path: Path) -> None:
     """vLLM's CPU worker only pretends to sleep; learners and frozen models really leave and come
-    back.
+    back. On CPUs auto means that nothing moves. What moves is what the plan says, though every step
+    is saved; nobody comes back for that, and what is saved is the same.
     """
-    separate, shared = (
-        run_as(tiny_run(tmp_path, name), name == "shared") for name in ("separate", "shared")
-    )
-    assert len(separate) > 4 and shared == separate
+    from launch.plan.plan import make_plan
+
+    rows = {}
+    for swap in ("auto", "optimizer", "always"):
+        recipe = tiny_run(tmp_path, swap)
+        rows[swap] = rehearse(recipe)
+        assert numbers(rows[swap]) == numbers(rows["auto"]) and len(rows[swap]) > 4
+        on_gpus = {"device": "cuda", "placement": "colocated", "gpus_per_node": 1}
+        cluster_of = recipe.cluster.model_copy(update=on_gpus)
+        expected = make_plan(recipe.model_copy(update={"cluster": cluster_of})).swapped
+        _, second = (row for row in rows[swap] if "swap/bytes" in row)
+        assert second["swap/bytes"] == pytest.approx(expected, rel=0.01), swap
+        assert ("seconds/score/sleep" in second) == (swap != "auto")
+        checkpoint = tmp_path / swap / "checkpoints" / "step-000002"
+        tensors = saved(checkpoint)
+        first = saved(tmp_path / "auto" / "checkpoints" / "step-000002")
+        assert len(tensors) == len(first) > 10
+        assert all(torch.equal(a, b) for a, b in zip(tensors, first, strict=True))

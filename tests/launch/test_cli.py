@@ -165,6 +165,7 @@ def test_a_run_gets_its_recipe_and_its_summary_is_shown(
         not resume
         and "folder: runs/new  # grpo.yaml:" in saved
         and "seed: 7  # command line" in saved
+        and "swap: never  # by plan's arithmetic" in saved
     )
 
 
