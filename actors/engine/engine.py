@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -20,6 +19,7 @@ import torch
 
 from actors.engine.adapter import Adapter, Adapters
 from actors.engine.arguments import build_engine, engine_arguments
+from actors.engine.collect import Finished, Group, Requests, Sample
 from actors.engine.limits import engine_problem
 from actors.seeds import derive_seed
 from actors.settings import GenerationSettings
@@ -33,18 +33,6 @@ from learners.spans import Span
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Finished = queue.SimpleQueue[list[Rollout] | Exception]
-
-
-@dataclass(eq=False)
-class _Group:
-    """The samples of one request: those finished so far, and the queue that gets the whole group
-    after the last one.
-    """
-
-    request: PromptRequest
-    finished: Finished
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
 
 
 def in_loop(
@@ -109,9 +97,7 @@ class GenerationEngine:
         self._timeout_s = 0.0  # for bytes in Ray's object store
         self._spans: list[Span] = []  # of the last update
         self._adapters = Adapters()
-        self._running: dict[str, tuple[_Group, int]] = {}
-        self._probes: dict[str, Future[list[float]]] = {}
-        self._requests = 0
+        self._requests = Requests()
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = (
             queue.SimpleQueue()
         )
@@ -135,7 +121,7 @@ class GenerationEngine:
         aborts what is unfinished.
         """
         finished: Finished = queue.SimpleQueue()
-        groups = [_Group(request, finished) for request in requests]
+        groups = [Group(request, finished) for request in requests]
         self._admit(groups)
         missing = len(groups)
         try:
@@ -177,6 +163,7 @@ class GenerationEngine:
         """
         from actors.weights.receiver import clear_interrupted_update, note_what_is_loaded
 
+        self._drain()
         if self._stale:
             self._fail_running(
                 RuntimeError("the weights under these requests were replaced and never accepted")
@@ -225,6 +212,7 @@ class GenerationEngine:
         """Replace the adapter, all in one: the engine is STALE until `accept`. Requests under way
         fail: vLLM would finish them with the adapter before. Return the receipt.
         """
+        self._drain()
         self._fail_running(RuntimeError("the adapter under these requests was replaced"))
         self._stale = self._update_open = True
         try:
@@ -239,7 +227,7 @@ class GenerationEngine:
     def _serve_version(self, weight_version: str | None) -> None:
         if weight_version is not None:
             self._engine.set_weight_version(weight_version)
-        if not self._running and not self._engine.reset_prefix_cache():
+        if not self._requests.samples and not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset the prefix cache of an idle engine")
 
     @in_loop
@@ -247,6 +235,7 @@ class GenerationEngine:
         """Serve with the new weights, which are proved to be those of `version`; forget adapters
         that are not. Return what the parts of the update took here.
         """
+        self._drain()
         if self._update_open:
             raise RuntimeError("engine is STALE: a weight update was begun and not finished")
         self._engine.set_weight_version(str(version))
@@ -273,7 +262,8 @@ class GenerationEngine:
         Level 1, not 2, which would spare that CPU memory: so the engine wakes with the weights it
         fell asleep with. `version`, STALE, and a skipped step, which sends none, rely on that.
         """
-        if self._running or self._probes or self._update_open:
+        self._drain()
+        if self._requests.samples or self._requests.probes or self._update_open:
             raise RuntimeError(
                 "an engine with requests under way, or with weights half replaced, cannot sleep"
             )
@@ -305,7 +295,7 @@ class GenerationEngine:
         return {
             "version": self.version,
             "stale": self._stale,
-            "running": len(self._running),
+            "running": len(self._requests.samples),
             "threads": torch.get_num_threads(),
         }
 
@@ -321,8 +311,7 @@ class GenerationEngine:
         try:
             while self._end is None:
                 if self._commands.empty() and self._may_step():
-                    for output in self._engine.step():
-                        self._collect(output)
+                    self._requests.step(self._engine)
                 else:
                     self._execute(*self._commands.get())
         except BaseException as error:  # SystemExit too: no caller may wait for an ended loop
@@ -345,7 +334,20 @@ class GenerationEngine:
         """Tell whether there is work that may run. A STALE engine holds its requests; the step of a
         probe is the exception, and takes them one token along.
         """
-        return not self._update_open and bool(self._probes or (self._running and not self._stale))
+        under_way = self._requests
+        return not self._update_open and bool(
+            under_way.probes or (under_way.samples and not self._stale)
+        )
+
+    def _drain(self) -> None:
+        """Read what was sampled with the weights as they are. An error ends the loop: tokens of
+        requests that go on may be lost.
+        """
+        try:
+            self._requests.drain(self._engine)
+        except Exception as error:
+            self._end = error
+            raise
 
     def _answer_everyone(self) -> None:
         """Fail every caller that waits: the loop has ended, and new commands are refused."""
@@ -353,9 +355,9 @@ class GenerationEngine:
         with self._end_lock:  # a command is either in the queue by now, or its caller sees the end
             while not self._commands.empty():
                 self._commands.get()[0].set_exception(failure)
-        for probe in self._probes.values():
+        for probe in self._requests.probes.values():
             probe.set_exception(failure)
-        for finished in {group.finished for group, _ in self._running.values()}:
+        for finished in self._requests.waiting():
             finished.put(failure)
 
     @in_loop
@@ -381,7 +383,7 @@ class GenerationEngine:
         self._worker(draw_from, derive_seed(self.seed, "version", self.version))
 
     @in_loop
-    def _admit(self, groups: list[_Group]) -> None:
+    def _admit(self, groups: list[Group]) -> None:
         if self._stale:
             raise RuntimeError(
                 "engine is STALE: its weights are being replaced, or were not accepted"
@@ -389,7 +391,8 @@ class GenerationEngine:
         try:
             for group in groups:
                 for sample in range(group.request.group_size):
-                    self._running[self._add_sample(group.request, sample)] = group, sample
+                    name = self._add_sample(group.request, sample)
+                    self._requests.samples[name] = Sample(group, sample)
         except Exception:
             self._abort(groups)
             raise
@@ -415,19 +418,12 @@ class GenerationEngine:
         # A request for prompt log-probs reads nothing from the prefix cache; its salt keeps others
         # from reading it.
         probe: Future[list[float]] = Future()
-        self._probes[
-            self._add(ids, salt=f"probe {self._requests}", max_tokens=1, prompt_logprobs=0)
-        ] = probe
+        name = self._add(ids, salt=f"probe {self._requests.added}", max_tokens=1, prompt_logprobs=0)
+        self._requests.probes[name] = probe
         return probe
 
     def _add(self, ids: list[int], salt: str, **params: Any) -> str:
-        """Give vLLM a request; return its name. Only requests of the same salt share cached
-        prefixes: never two weight versions.
-        """
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
+        """Give vLLM a request; return its name. A salt never belongs to two weight versions."""
         if self._asleep:
             raise RuntimeError("engine is asleep: wake it first")
         if len(ids) >= self.max_model_tokens:
@@ -435,50 +431,16 @@ class GenerationEngine:
                 f"{len(ids)} tokens leave no room for another: prompt + response fit "
                 f"{self.max_model_tokens}"
             )
-        self._requests += 1
-        name = str(self._requests)
-        kind = RequestOutputKind.FINAL_ONLY
-        sampling = SamplingParams(**params, flat_logprobs=True, detokenize=False, output_kind=kind)
-        prompt = tokens_input(ids, cache_salt=salt)
-        self._engine.add_request(name, prompt, sampling, lora_request=self._adapters.serving)
-        return name
-
-    def _collect(self, output: Any) -> None:
-        """Take a finished request: the answer to a probe, or a sample, perhaps the last one of its
-        group.
-        """
-        if output.request_id in self._probes:
-            self._probes.pop(output.request_id).set_result(list(output.prompt_logprobs.logprobs))
-            return
-        group, sample = self._running.pop(output.request_id)
-        request = group.request
-        completion = output.outputs[0]
-        spans = completion.weight_versions
-        group.rollouts[sample] = Rollout(
-            prompt_index=request.prompt_index,
-            slot=request.slot,
-            sample_index=sample,
-            prompt_ids=request.prompt_ids,
-            response_ids=list(completion.token_ids),
-            logprobs=list(completion.logprobs.logprobs),
-            finish_reason=completion.finish_reason,
-            weight_versions=(int(spans[0].version), int(spans[-1].version)),
-        )
-        if len(group.rollouts) == request.group_size:
-            group.finished.put([group.rollouts[k] for k in range(request.group_size)])
+        return self._requests.add(self._engine, ids, salt, self._adapters.serving, **params)
 
     @in_loop
-    def _abort(self, groups: list[_Group]) -> None:
-        mine = set(groups)
-        names = [name for name, (group, _) in self._running.items() if group in mine]
-        self._engine.abort_request(names)
-        for name in names:
-            del self._running[name]
+    def _abort(self, groups: list[Group]) -> None:
+        self._requests.abort(self._engine, groups)
 
     def _fail_running(self, error: Exception) -> None:
-        groups = [group for group, _ in self._running.values()]
-        self._abort(groups)
-        for finished in {group.finished for group in groups}:
+        waiting = self._requests.waiting()
+        self._abort([sample.group for sample in self._requests.samples.values()])
+        for finished in waiting:
             finished.put(error)
 
     def _worker(self, method: str | Callable[..., Any], *args: Any) -> Any:
@@ -488,10 +450,12 @@ class GenerationEngine:
 
 
 def draw_from(worker: Any, seed: int) -> None:
-    """Set the generators that vLLM's sampler uses for requests without a seed, on every device of a
-    worker.
+    """Set every generator that a sampler of vLLM may draw from for requests without a seed: torch's
+    on all devices (model runner V1) and numpy's (V2, on GPUs).
     """
-    torch.manual_seed(seed)
+    from vllm.utils.torch_utils import set_random_seed
+
+    set_random_seed(seed)
 
 
 def weight_bytes(worker: Any) -> int:

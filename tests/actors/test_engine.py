@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from actors.engine.engine import GenerationEngine, in_loop
 from actors.rollouts.requests import texts_of
 from learners.checkpoints import load_causal_lm
 from learners.data.conversation import Conversation
@@ -25,6 +27,7 @@ from learners.settings import ModelSettings
 from tests.actors.tiny_models import EOS, THREADS, VOCAB, Served, logprobs, save_model, start_engine
 
 pytestmark = pytest.mark.engines
+PROBE = [1, *range(3, 40)]
 
 
 def request(slot: int, temperature: float = 1.0, size: int = 4, tokens: int = 20) -> PromptRequest:
@@ -53,6 +56,47 @@ def test_logprobs_are_those_of_transformers_after_temperature(
     assert_logprobs(
         served, rollouts(served, [request(i, temperature) for i in range(4)]), temperature
     )
+
+
+def by_vllms_own_front_end(engine: GenerationEngine, requests: list[PromptRequest]) -> list[Any]:
+    """Outputs of the same samples, in the same order, and of a probe."""
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    kind = RequestOutputKind.FINAL_ONLY
+    plain = partial(SamplingParams, flat_logprobs=True, detokenize=False, output_kind=kind)
+    front = engine._engine
+    for request in requests:
+        for seed in request.seeds or ():
+            stops = engine.stop_token_ids
+            params = plain(
+                seed=seed, max_tokens=request.max_new_tokens, stop_token_ids=stops, logprobs=0
+            )
+            front.add_request(
+                f"{request.slot:03}{seed:03}", tokens_input(request.prompt_ids), params
+            )
+    outputs = []
+    while front.has_unfinished_requests():
+        outputs += front.step()
+    front.add_request("probe", tokens_input(PROBE), plain(max_tokens=1, prompt_logprobs=0))
+    return [*sorted(outputs, key=lambda output: output.request_id), *front.step()]
+
+
+def test_what_is_gathered_is_what_vllms_own_front_end_makes_of_it(served: Served) -> None:
+    """Bit by bit: ids, log-probs, ends, versions, and what a probe reads."""
+    asked = [request(i) for i in range(4)]
+    samples = rollouts(served, asked)
+    *outputs, probed = in_loop(by_vllms_own_front_end)(served.engine, asked)
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+    for sample, output in zip(samples, outputs, strict=True):
+        made = output.outputs[0]
+        assert sample.response_ids == list(made.token_ids)
+        assert sample.logprobs == made.logprobs.logprobs
+        assert sample.finish_reason == made.finish_reason
+        spans = made.weight_versions
+        assert sample.weight_versions == (int(spans[0].version), int(spans[-1].version))
+    assert served.engine.probe_logprobs(PROBE) == probed.prompt_logprobs.logprobs
 
 
 @pytest.mark.parametrize("off_policy_sampling", [{"top_k": 5}, {"repetition_penalty": 1.3}])
@@ -233,7 +277,7 @@ def test_when_the_loop_dies_everyone_who_waits_is_told(
         release.wait(20)
         raise MemoryError("no more memory")
 
-    monkeypatch.setattr(engine._engine, "step", failing_step)
+    monkeypatch.setattr(engine._engine.engine_core, "get_output", failing_step)
     with ThreadPoolExecutor(3) as threads:
         waiting = [
             threads.submit(lambda i=i: list(engine.generate([request(i)]))) for i in range(2)
