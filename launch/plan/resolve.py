@@ -1,5 +1,5 @@
-"""Arithmetic that decides something of a run before it starts: what leaves GPUs that roles share, and
-how large the KV cache of an engine there is.
+"""Arithmetic that decides for a run before it starts: what leaves GPUs that roles share, and how
+large the KV cache of an engine there is.
 """
 
 from __future__ import annotations
