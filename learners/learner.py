@@ -257,8 +257,8 @@ class Learner(TrainedWeights, ABC):
         )
 
     def _offload_weights(self) -> int:
-        """Move all weights, and what there is of gradients; return the bytes copied. What is not
-        trained has its copy in CPU memory after the first time.
+        """Move all weights; return the bytes copied. What is not trained has its copy in CPU memory
+        after the first time.
         """
         if self.settings.offload_parameters:
             return 0
@@ -267,8 +267,7 @@ class Learner(TrainedWeights, ABC):
         frozen = [getattr(p, "ds_tensor", p) for p in others]
         moved = self.weights.leave(frozen, changed=False)
         if self.settings.zero_stage == 0:
-            gradients = [p.grad for p in trained if p.grad is not None]
-            moved += self.weights.leave([*trained, *gradients, *self.model.buffers()])
+            moved += self.weights.leave([*trained, *self.model.buffers()])
         elif not self._in_buffers:
             moved += self._offload_buffers(trained, bool(frozen))
         self.weights.finish_leaving()

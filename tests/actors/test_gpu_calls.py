@@ -131,6 +131,8 @@ def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
         groups["engine"].streams("generate", [2])
         groups["actor"].scatter("infer", [1])
         groups["actor"].submit("save")
+        groups["engine"].streams("generate", [3])
+        groups["actor"].call_without_swap("save", phase="checkpoint", deadline_s=1)
 
     told = told_by(act)
     assert told[4:] == [
@@ -141,6 +143,10 @@ def test_a_skipped_step_and_a_second_generation_move_nothing_twice() -> None:
         "actor reload",
         "actor infer 1",
         "actor save",
+        "actor offload always True",
+        "engine wake None",
+        "engine generate 3",
+        "actor save",  # from where it is
     ]
 
 
