@@ -224,8 +224,9 @@ class Driver:
         back to shared GPUs for it: what is away is written from CPU memory.
         """
         for name, group in self.workers.learners.items():
-            pending = group.submit_without_swap("save", str(folder / name))
-            group.gather(pending, "checkpoint", self.deadline_s)
+            group.call_without_swap(
+                "save", str(folder / name), phase="checkpoint", deadline_s=self.deadline_s
+            )
         state = {"step": step, "version": self.version, "algorithm": self.algorithm.state()}
         (folder / "driver.json").write_text(json.dumps(state))
 

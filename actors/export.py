@@ -70,7 +70,9 @@ class Export:
     def write_files(self, folder: Path) -> None:
         """Write all but the weights: config, generation config and tokenizer."""
         group = self.groups[self.name]
-        group.call("export_config", str(folder), phase="export", deadline_s=self.deadline_s)
+        group.call_without_swap(
+            "export_config", str(folder), phase="export", deadline_s=self.deadline_s
+        )
         self._written(folder, "config.json")
         self._write_beside_config(folder)
 

@@ -22,11 +22,13 @@ class FrozenModel:
         self.model = model.to(device).eval().requires_grad_(False)
         self.mover = Mover(device)
 
-    def offload(self) -> int:
-        """Leave the GPU; return the bytes copied: none but for the first time, when the copy in CPU
-        memory is made from which the weights come back.
+    def offload(self, tier: str = "always") -> int:
+        """Leave the GPU to others: with tier always the weights, else only memory that is not in
+        use. Return the bytes copied: none but for the first time, when the copy in CPU memory is
+        made from which the weights come back.
         """
-        moved = self.mover.leave([*self.model.parameters(), *self.model.buffers()], changed=False)
+        weights = [*self.model.parameters(), *self.model.buffers()] if tier == "always" else []
+        moved = self.mover.leave(weights, changed=False)
         self.mover.finish_leaving()
         if self.device != "cpu":
             torch.cuda.empty_cache()

@@ -53,7 +53,9 @@ class ClusterSettings(Settings):
     gpus_per_node: Few = Field(
         8, description="GPUs of a machine, for plan, slurm and runs without an address"
     )
-    gpu_memory_gib: float = Field(80, gt=0, le=1e6, description="memory of one GPU, GiB, for plan")
+    gpu_memory_gib: float = Field(
+        80, gt=0, le=1e6, description="memory of one GPU, GiB, for plan and swap"
+    )
     node_memory_gib: float | None = Field(
         None, gt=0, le=1e6, description="CPU memory of a machine, GiB; null: unknown"
     )

@@ -195,23 +195,24 @@ class Learner(TrainedWeights, ABC):
     # --- shared GPUs ------------------------------------------------------------------------------
 
     def offload(self, tier: str = "always", wait: bool = True) -> int:
-        """Leave the GPU; return the bytes that this call moved. Adam states and master weights go
-        to CPU memory, with tier always the weights too: then nothing can be computed until
-        `reload`.
+        """Leave the GPU to others; return the bytes that this call moved. By tier kv_cache only
+        memory that is not in use leaves; by optimizer Adam states and master weights go to CPU
+        memory; by always the weights too: then nothing can be computed until `reload`.
 
         Without `wait` the states only begin to leave, while what comes next still uses the weights;
         a call that waits must follow. Not with ZeRO 1 in bfloat16.
         """
-        moved = self.states.leave(self._states())
+        states = [] if tier == "kv_cache" else self._states()
         if not wait:
-            return moved
-        if self._in_groups():  # else views of master weights would keep the GPU's memory
+            self._give_back()  # first, since it waits for all copies
+            return self.states.leave(states)
+        moved = self.states.leave(states)
+        if states and self._in_groups():  # else views of master weights would keep their memory
             self.engine.optimizer._clear_hp_buffer_references()
         self.states.finish_leaving()
         if tier == "always":
             moved += self._offload_weights()
-        if self.rank.device == "cuda":
-            torch.cuda.empty_cache()
+        self._give_back()
         return moved
 
     def reload(self) -> int:
@@ -227,6 +228,11 @@ class Learner(TrainedWeights, ABC):
         if self._in_groups():
             self.engine.optimizer._link_all_hp_params()
         return moved
+
+    def _give_back(self) -> None:
+        """Give memory that is not in use to other processes on the GPU."""
+        if self.rank.device == "cuda":
+            torch.cuda.empty_cache()
 
     def _in_groups(self) -> bool:
         """Tell whether ZeRO-1 or ZeRO-2 holds flat master weights on the GPU, with views of
@@ -251,8 +257,8 @@ class Learner(TrainedWeights, ABC):
         )
 
     def _offload_weights(self) -> int:
-        """Move all weights, and what there is of gradients; return the bytes copied. What is not
-        trained has its copy in CPU memory after the first time.
+        """Move all weights; return the bytes copied. What is not trained has its copy in CPU memory
+        after the first time.
         """
         if self.settings.offload_parameters:
             return 0
@@ -261,8 +267,7 @@ class Learner(TrainedWeights, ABC):
         frozen = [getattr(p, "ds_tensor", p) for p in others]
         moved = self.weights.leave(frozen, changed=False)
         if self.settings.zero_stage == 0:
-            gradients = [p.grad for p in trained if p.grad is not None]
-            moved += self.weights.leave([*trained, *gradients, *self.model.buffers()])
+            moved += self.weights.leave([*trained, *self.model.buffers()])
         elif not self._in_buffers:
             moved += self._offload_buffers(trained, bool(frozen))
         self.weights.finish_leaving()

@@ -46,6 +46,7 @@ class TrainedWeights:
     settings: LearnerSettings
     rank: Rank
     _entries: list[Entry] | None = None
+    _base_digest = ""  # as it was first asked for
 
     def metadata(self) -> list[Entry]:
         """Return (name, dtype, full shape) of every tensor of the plain model, in the order
@@ -102,7 +103,9 @@ class TrainedWeights:
         """Return the digest of the frozen weights, the same on every rank and for every ZeRO stage.
         Collective under ZeRO-3.
         """
-        return base_digest(self.model)
+        digest = base_digest(self.model)
+        self._base_digest = self._base_digest or digest
+        return digest
 
     def unadapted(self) -> str:
         """Return in words what of the model gets no adapter, though all linear layers are to have
@@ -239,7 +242,8 @@ class TrainedWeights:
             return {}
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
         base = {
-            "digest": self.base_fingerprint(),
+            # read once: a base that waits in CPU memory would be read there at every checkpoint
+            "digest": self._base_digest or self.base_fingerprint(),
             "model": model.model_dump(mode="json"),
             "head": [name for name in trained if not is_adapter(name)],
             "pad_token_id": self.model.config.pad_token_id,  # for which a score's model may grow

@@ -113,7 +113,9 @@ class WorkerGroup:
         return self.submit_without_swap(method, *args, **kwargs)
 
     def submit_without_swap(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Submit without acquiring the GPUs: for calls that move a group on or off them."""
+        """Submit without acquiring the GPUs: for calls that move a group on or off them, and for
+        those that need no GPU.
+        """
         return [h.call.remote(method, *args, **kwargs) for h in self.handles]
 
     def scatter(self, method: str, shares: Sequence[Any], *args: Any) -> list[Any]:
@@ -129,6 +131,12 @@ class WorkerGroup:
         self, method: str, *args: Any, phase: str, deadline_s: float, **kwargs: Any
     ) -> list[Any]:
         return self.gather(self.submit(method, *args, **kwargs), phase, deadline_s)
+
+    def call_without_swap(
+        self, method: str, *args: Any, phase: str, deadline_s: float
+    ) -> list[Any]:
+        """Call what works wherever a model lies, such as saving it."""
+        return self.gather(self.submit_without_swap(method, *args), phase, deadline_s)
 
     def streams(self, method: str, shares: Sequence[Any]) -> list[Any]:
         """Start a generator method on every worker; return Ray's generators of object

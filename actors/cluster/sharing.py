@@ -16,9 +16,9 @@ class GpuSharing:
     A group acquires the GPUs by itself before it works (`WorkerGroup.acquire_gpus`): the engines
     work alone, all other roles may work at the same time. Only `learn` and `sync` must be called,
     by the driver's step. How much of a role leaves while others work is the tier `swap`
-    (`ClusterSettings.tier`): nothing, the engines' KV cache, what the optimizers keep too, or
-    everything, which waits in CPU memory. `stopwatch` times what a phase waits for here, and in a
-    weight sync.
+    (`ClusterSettings.tier`): nothing, the engines' KV cache and what allocators hold in reserve,
+    what the optimizers keep too, or everything, which waits in CPU memory. `stopwatch` times what a
+    phase waits for here, and in a weight sync.
     """
 
     ENGINES = "engine"  # awake
@@ -65,8 +65,8 @@ class GpuSharing:
             staying |= set() if self.swap == "always" else {"critic"}
             self._leave(self.present - staying)
             self._enter("actor")
-            self._enter(self.WEIGHTS)
             self._leave(self.present & set(self.LEARNERS), wait=False)
+            self._enter(self.WEIGHTS)
 
     def metrics(self) -> dict[str, float]:
         """Return the bytes moved since the last call; nothing where no GPUs are shared."""
@@ -81,7 +81,7 @@ class GpuSharing:
         leaving = {
             role: self._group(role).submit_without_swap(*self._call_to_leave(role, wait))
             for role in sorted(roles)
-            if self._moves(role)
+            if role != self.WEIGHTS or self.swap == "always"
         }
         for role, pending in leaving.items():
             engine = self._group(role) is self.groups[self.ENGINES]
@@ -92,7 +92,7 @@ class GpuSharing:
     def _enter(self, role: str) -> None:
         if role in self.present:
             return
-        if self._moves(role):
+        if self._comes_back(role):
             call = {self.ENGINES: ("wake", None), self.WEIGHTS: ("wake", ["weights"])}.get(
                 role, ("reload",)
             )
@@ -100,15 +100,15 @@ class GpuSharing:
             self._gather(role, pending, str(call[0]), "acquire GPUs")
         self.present = self.present - {self.WEIGHTS} | {role}
 
-    def _moves(self, role: str) -> bool:
-        """Tell whether something of a role leaves the GPUs when it does not work."""
+    def _comes_back(self, role: str) -> bool:
+        """Tell whether a role has to fetch something when it gets the GPUs."""
         some = {"optimizer": self.LEARNERS}.get(self.swap, ())
         return self.swap == "always" or role in (self.ENGINES, *some)
 
     def _call_to_leave(self, role: str, wait: bool) -> tuple[Any, ...]:
         if role in (self.ENGINES, self.WEIGHTS):
             return "sleep", self.swap
-        return ("offload", self.swap, wait) if role in self.LEARNERS else ("offload",)
+        return ("offload", self.swap, *([wait] if role in self.LEARNERS else []))
 
     def _gather(self, role: str, pending: list[Any], span: str, phase: str) -> None:
         """Wait for calls that move a role, and count the bytes that they return."""

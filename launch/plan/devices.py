@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from actors.cluster.layout import shares_gpus
 from actors.settings import Recipe, RLRecipe
 from launch.plan import memory
 from launch.plan.batches import load
@@ -67,6 +68,8 @@ def footprints(
     if actor := models.get("actor"):
         assert isinstance(recipe, RLRecipe)
         found["actor", True] = memory.sending(found["actor", False], actor, recipe)
+    if shares_gpus(recipe.cluster) and recipe.cluster.tier == "never":
+        return {kind: memory.keeping(one) for kind, one in found.items()}
     return found
 
 

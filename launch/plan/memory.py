@@ -366,6 +366,15 @@ def sending(footprint: Footprint, model: Model, recipe: RLRecipe) -> Footprint:
     return replace(footprint, device=device)
 
 
+def keeping(footprint: Footprint) -> Footprint:
+    """Return a process that nobody asks for memory: what its largest phase has taken it keeps, so
+    that all largest ones lie on a device when learning ends.
+    """
+    largest = max(footprint.device.values(), key=total, default={})
+    held = {phase: largest for phase in ("learn", "sync") if footprint.device}
+    return replace(footprint, device=footprint.device | held)
+
+
 def function() -> Footprint:
     """Return one process that calls a Python function."""
     return Footprint(host={phase: {"runtime": HOST_OTHERS["cpu"]} for phase in PHASES})

@@ -1,4 +1,4 @@
-"""What arithmetic decides of a run before it starts: what leaves GPUs that roles share, and how
+"""Arithmetic that decides for a run before it starts: what leaves GPUs that roles share, and how
 large the KV cache of an engine there is.
 """
 

@@ -53,6 +53,9 @@ def test_what_lies_on_the_gpu_by_each_tier() -> None:
     made = {tier: plan(f"cluster.swap={tier}", "cluster.gpu_memory_gib=100") for tier in TIERS}
     engine = {tier: made[tier].memories[0].uses for tier in TIERS}
     cache = TOKEN * 16 * (128 * 96 + 1)  # 96 blocks a sequence, and the one that vLLM keeps
+    never = engine["never"]
+    kept = sum(max(sum(u[role].values()) for u in never.values()) for role in never["learn"])
+    assert sum(sum(use.values()) for use in never["learn"].values()) == kept
     for phase in ("start", "score", "learn", "sync"):
         assert engine["never"][phase]["engine"]["kv_cache"] == cache
         assert "kv_cache" not in engine["kv_cache"][phase]["engine"]

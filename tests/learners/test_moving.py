@@ -87,6 +87,7 @@ def test_a_frozen_model_is_copied_out_once() -> None:
     size = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     frozen = FrozenModel(model, 16, "cpu")
     mark = frozen.fingerprint()
+    assert frozen.offload("optimizer") == frozen.reload() == 0  # it stays
     assert [frozen.offload(), frozen.reload(), frozen.offload(), frozen.reload()] == [
         size,
         size,

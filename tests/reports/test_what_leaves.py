@@ -251,6 +251,8 @@ class Here:
     def call(self, method: str, *args: Any, phase: str, deadline_s: float) -> list[Any]:
         return [getattr(self.worker, method)(*args)]
 
+    call_without_swap = call
+
     def names(self) -> list[str]:
         return ["sft[0]"]
 
