@@ -25,7 +25,7 @@ from learners.lora import adapter_config
 from learners.spans import Span, Stopwatch
 
 # of the buffer that weights pass through on shared GPUs: most models fit, and go in one call
-PACKED_BYTES = 4 * 2**30
+PACKED_BYTES = 2 * 2**30
 
 # of one object in Ray's store, unless one layer is larger
 GROUP_BYTES = 32 * 2**20
