@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -65,6 +66,16 @@ DEADLINE_S = 300.0
 TOKENS = 64  # longest sequence of the engine
 PROBE = [1, *range(3, 34)]
 WARMING = 3  # syncs before the first that counts
+STEP_S = 1.5  # between syncs: Ray frees memory once a second, in a run before the next one's turn
+
+
+# of every byte, and of one Actor's rank and one engine: a sync's own number of times
+COUNTS = {
+    # into a group, into the object store, into the weights as the engine's kernels want them
+    "cpu": {"copies": 3, "hashes": 2, "calls": 7},
+    # into the buffer that both processes see, into the parameters
+    "cuda": {"copies": 2, "hashes": 2, "calls": 7},
+}
 
 
 def main() -> None:
@@ -108,7 +119,7 @@ def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any
         work = f"{shape}: {size / 1e6:.0f} MB, one engine, {device}"
         found = compare(ours, memory_copy(size, device), work, rounds)
     found["seconds"] = {name: round(median(s), 5) for name, s in sorted(ours.parts.items())}
-    return found | {"bytes": size}
+    return found | {"counts": COUNTS[device], "bytes": size}
 
 
 class Syncs:
@@ -122,33 +133,40 @@ class Syncs:
     def __call__(self) -> float:
         """Run the next sync and return its seconds, without what waits for shared GPUs."""
         self.sync.gpu_sharing.sync()  # the weights' way alone is compared
+        time.sleep(STEP_S)
         self.sync.gpu_sharing.stopwatch.take()
         self.version += 1
         began = time.perf_counter()
         self.sync.sync(self.version)
         seconds = time.perf_counter() - began
+        parts = Counter[str]()
         for span in self.sync.gpu_sharing.stopwatch.take():
-            self.parts.setdefault(span.name, []).append(span.seconds)
+            parts[span.name] += span.seconds
+        for name, part in parts.items():
+            self.parts.setdefault(name, []).append(part)
         return seconds
 
 
 def memory_copy(size: int, device: str) -> Callable[[], float]:
-    """Return a copy of `size` bytes inside the device's memory, warm, that returns its seconds."""
+    """Return a copy of `size` bytes inside the device's memory that returns its seconds. It makes
+    the memory that it copies to, as everyone must who keeps the source.
+    """
+    import numpy as np
     import torch
 
-    source = torch.ones(size // 4, device=device)
-    target = torch.ones_like(source)
+    source = np.ones(size, np.uint8)
+    on_device = torch.from_numpy(source).to(device)
 
     def copy() -> float:
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
         began = time.perf_counter()
-        target.copy_(source)
         if device == "cuda":
+            on_device.clone()
             torch.cuda.synchronize()
+        else:
+            source.copy()
         return time.perf_counter() - began
 
+    copy()
     return copy
 
 

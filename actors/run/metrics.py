@@ -486,7 +486,8 @@ FAMILIES: dict[str, tuple[Metric, ...]] = {
         Metric(
             "seconds/<start|generate|score|learn|sync>/<word>",
             "s",
-            "A part of a phase: what it waits for where roles share GPUs, and the parts of a sync.",
+            "A part of a phase: what it waits for where roles share GPUs, and the parts of a sync "
+            "(gather; send, which contains the slowest engine's receive and load; probe).",
         ),
         Metric(
             "swap/bytes",

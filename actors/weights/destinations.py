@@ -121,21 +121,20 @@ class Destinations:
             targets = _storages(self.model)
             with torch.no_grad(), _Recorder(targets, shapes) as recorder:
                 self.model.load_weights(shapes.items())
-            for storage, copy in recorder.copies:
-                self._keep(copy, targets[storage], packed.get(storage))
+        live: dict[str, list[tuple[Part, Tensor]]] = {}
+        for storage, copy in recorder.copies:
+            if storage in packed:
+                packed[storage].copies.append(copy)
+            else:
+                view = targets[storage].data.as_strided(*copy.target)
+                live.setdefault(copy.name, []).append((copy.source, view))
         for one in packed.values():
+            one.copies.sort(key=lambda copy: copy.target.start)
             if sum(math.prod(copy.target.size) for copy in one.copies) != one.shape.numel():
                 raise ValueError(f"a weight of {type(one.layer).__name__} is not whole")
+        self.live |= live
+        self.packed |= {copy.name: one for one in packed.values() for copy in one.copies}
         self.names |= weights.keys()
-
-    def _keep(self, copy: Copy, parameter: Tensor, packed: Packed | None) -> None:
-        if packed is not None:
-            packed.copies.append(copy)
-            packed.copies.sort(key=lambda one: one.target.start)
-            self.packed[copy.name] = packed
-            return
-        view = parameter.data.as_strided(*copy.target)
-        self.live.setdefault(copy.name, []).append((copy.source, view))
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -148,7 +147,7 @@ class Destinations:
                 views.append(view)
         if views:
             torch._foreach_copy_(views, sources)
-        self.held |= weights
+        self.held |= {n: weight for n, weight in weights.items() if n in self.packed}
         layers = {id(p): p for name in weights if (p := self.packed.get(name)) is not None}
         for packed in layers.values():
             if all(copy.name in self.held for copy in packed.copies):
@@ -188,19 +187,20 @@ def _unpacked(model: nn.Module) -> Iterator[dict[int, Packed]]:
     """
     dropped = {}
     packed = {}
-    for layer in model.modules():
-        built = get_layerwise_info(layer).restore_metadata[0].get("weight")
-        method = getattr(layer, "quant_method", None)
-        if built is None or type(method) is not UnquantizedLinearMethod:
-            continue
-        if built.ndim != 2:
-            raise NotRecordable(f"{type(layer).__name__} has a weight of {built.ndim} dimensions")
-        if layer.weight.numel() == 0 < built.numel():
-            dropped[layer] = layer.weight
-            built.weight_loader = _get_original_loader(built)  # a reload wraps it
-            layer.weight = restore_layer_refs(built, layer)
-            packed[_storage(layer.weight)] = Packed(layer, built.shape, built.dtype)
     try:
+        for layer in model.modules():
+            built = get_layerwise_info(layer).restore_metadata[0].get("weight")
+            method = getattr(layer, "quant_method", None)
+            if built is None or type(method) is not UnquantizedLinearMethod:
+                continue
+            if built.ndim != 2:
+                what = f"a weight of {built.ndim} dimensions"
+                raise NotRecordable(f"{type(layer).__name__} has {what}")
+            if layer.weight.numel() == 0 < built.numel():
+                built.weight_loader = _get_original_loader(built)  # a reload wraps it
+                dropped[layer] = layer.weight
+                layer.weight = restore_layer_refs(built, layer)
+                packed[_storage(layer.weight)] = Packed(layer, built.shape, built.dtype)
         yield packed
     finally:
         for layer, weight in dropped.items():

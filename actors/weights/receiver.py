@@ -90,11 +90,7 @@ class ObjectStoreReceiver(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdat
     def finish_weight_update(self) -> None:
         with self.stopwatch("load"):
             self.loader.finish()
-            for layer in self.model.modules():
-                if isinstance(layer, ParallelLMHead):
-                    # A tied one was not loaded: it still holds its packed copy.
-                    layer.cpu_linear = None  # the old one goes first: its memory is taken again
-                    layer.quant_method.process_weights_after_loading(layer)
+            pack_heads(self.model)
 
     def shutdown(self) -> None:
         pass
@@ -146,6 +142,16 @@ class SharedGpuReceiver(IPCWeightTransferEngine):
         with self.stopwatch("load"):
             self.loader.finish()
             self._packed_importer.close()
+
+
+def pack_heads(model: torch.nn.Module) -> None:
+    """Pack the heads of a model on a CPU anew: a tied one was not loaded, and all keep their weight
+    beside the packed copy.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.cpu_linear = None  # the old one goes first: its memory is taken again
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def clear_interrupted_update(worker: Any) -> None:

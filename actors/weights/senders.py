@@ -25,7 +25,10 @@ from learners.lora import adapter_config
 from learners.spans import Span, Stopwatch
 
 # of the buffer that weights pass through on shared GPUs: most models fit, and go in one call
-PACKED_BYTES = 4 * 2**30
+PACKED_BYTES = 2 * 2**30
+
+# of one object in Ray's store, unless one layer is larger
+GROUP_BYTES = 32 * 2**20
 
 # of the time a sync may take, so that a late engine is named before the rank that waits for it
 CLIENT_SHARE = 0.9
@@ -125,18 +128,28 @@ class ObjectStoreSender(Sender):
             self.client.init_weight_transfer_engine({"timeout_s": self.client.deadline_s})
 
     def send_weights(self) -> Receipt:
+        groups = []
         with self.stopwatch("gather"):
-            groups = [
-                self._put(f"group {i}", list(zip(names, tensors, strict=True)))
-                for i, (names, tensors) in enumerate(self.source.iter_groups())
-                if self.rank == 0
-            ]
+            for i, tensors in enumerate(self._batches()):
+                if self.rank == 0:
+                    groups.append(self._put(f"group {i}", tensors))
         if self.rank == 0:
             with self.stopwatch("send"):
                 self.client.start_weight_update()
                 self.client.update_weights({"groups": groups})
                 self.client.finish_weight_update()
         return [(group["name"], group["digest"], group["names"]) for group in groups]
+
+    def _batches(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Yield the weights, several small layers at a time: every object has its price."""
+        batch: list[tuple[str, Tensor]] = []
+        for names, tensors in self.source.iter_groups():
+            more = list(zip(names, tensors, strict=True))
+            if batch and _bytes([*batch, *more]) > GROUP_BYTES:
+                yield batch
+                batch = []
+            batch += more
+        yield batch
 
     def _put(self, name: str, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
         """Put one group into the object store; return what an engine needs to read it.
@@ -148,6 +161,10 @@ class ObjectStoreSender(Sender):
         if len(tensors) > 1 and data.nbytes > len(self.buffer):
             self.buffer = torch.from_numpy(data)
         return {**meta, "ref": ray.put(data)}
+
+
+def _bytes(tensors: Sequence[tuple[str, Tensor]]) -> int:
+    return sum(tensor.nbytes for _, tensor in tensors)
 
 
 class AdapterSender(Sender):

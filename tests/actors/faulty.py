@@ -26,6 +26,7 @@ class FaultyActor(SyncedActor):
 
     def connect(self, engines: Any, deadline_s: float, *others: Any) -> None:
         super().connect(engines, deadline_s, *others)
+        senders.GROUP_BYTES = 1  # in this process: every layer is a group
         groups = super().iter_groups()
         self.first = {
             n: t.clone() for names, tensors in groups for n, t in zip(names, tensors, strict=True)

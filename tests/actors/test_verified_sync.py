@@ -78,7 +78,11 @@ class Stage:
         """Send the Actor's weights and prove them, within the bounds of float32 (BOUND)."""
         recipe = recipe_of(self.path, deadline_s)
         assert recipe.max_logprob_diff == recipe.mean_logprob_diff == BOUND
-        metrics = WeightSync(self.actor, engines, GpuSharing(), PROBE, recipe).sync(version)
+        sharing = GpuSharing()
+        metrics = WeightSync(self.actor, engines, sharing, PROBE, recipe).sync(version)
+        timed = {span.name: span.seconds for span in sharing.stopwatch.take()}
+        assert timed.keys() == {"gather", "send", "receive", "load", "probe"}
+        assert min(timed.values()) > 0
         assert metrics.keys() == {"sync/probe_difference"}
         return metrics["sync/probe_difference"]
 

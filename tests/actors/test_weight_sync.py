@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.weights import senders
 from actors.weights.client import EngineClient
 from actors.weights.packing import pack_group, unpack_group
 from actors.weights.proof import (
@@ -62,6 +63,28 @@ def test_the_digest_depends_on_every_byte() -> None:
     before = pack_group("a", [("w", weight)])[0]["digest"]
     weight[3] = 1e-30
     assert pack_group("a", [("w", weight)])[0]["digest"] != before
+
+
+def test_small_groups_are_packed_in_the_same_memory_and_a_tensor_alone_stays_where_it_is() -> None:
+    buffer = torch.full((64,), 7, dtype=torch.uint8)
+    two = [("a", torch.ones(3)), ("b", torch.arange(4.0))]
+    meta, data = pack_group("group 0", two, buffer)
+    assert data.ctypes.data == buffer.data_ptr()
+    assert meta["digest"] == pack_group("group 0", two)[0]["digest"]  # gaps are zeros
+    assert torch.equal(unpack_group(meta, torch.from_numpy(data))[1][1], two[1][1])
+    alone = torch.ones(3)
+    assert pack_group("group 1", [("a", alone)], buffer)[1].ctypes.data == alone.data_ptr()
+    larger = pack_group("group 2", [*two, ("c", torch.ones(20))], buffer)[1]
+    assert larger.ctypes.data != buffer.data_ptr() and larger.nbytes == 112
+
+
+def test_checksums_of_many_tensors_are_those_of_each() -> None:
+    tensors = [torch.randn(5, 7), torch.randn(3).bfloat16(), torch.tensor(2.5), torch.zeros(0, 4)]
+    found = checksums([bit_sums(tensor) for tensor in tensors])
+    rows = tensors[0].view(torch.int32).sum(1, dtype=torch.int64).tolist()
+    weighted = sum(row * (i + 1) for i, row in enumerate(rows))
+    assert found[0] == f"{sum(rows) & 2**64 - 1:016x}{weighted & 2**64 - 1:016x}"
+    assert found == [checksum(tensor) for tensor in tensors] and checksums([]) == []
 
 
 @pytest.mark.parametrize(
@@ -438,8 +461,12 @@ def notes(handles: list[Any]) -> list[Any]:
 
 
 @engines
-def test_a_sync_is_three_calls_to_every_engine(handles: list[Any]) -> None:
+def test_a_sync_is_three_calls_to_every_engine(
+    handles: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
+
+    monkeypatch.setattr(senders, "GROUP_BYTES", 40)  # the first layer has 28
 
     client = EngineClient(handles, deadline_s=30)
     client.begin(7)

@@ -56,6 +56,14 @@ def test_weights_travel_as_the_file_holds_them(name: str, tmp_path: Path) -> Non
     assert (name in AS_THEY_ARE) == (in_memory <= {n for n, *_ in expected})
 
 
+def test_whole_weights_are_sent_from_where_they_are(tmp_path: Path) -> None:
+    weights = Weights(load(make_model(SHAPES["llama"], tmp_path)))
+    found = sent(weights)
+    parameters = dict(weights.model.named_parameters())
+    assert all(found[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
+    assert not any(tensor.requires_grad for tensor in found.values())
+
+
 def test_what_needs_no_conversion_is_not_touched(tmp_path: Path) -> None:
     model = load(make_model(SHAPES["llama"], tmp_path))
     names = [name for name, _ in model.named_parameters()]
