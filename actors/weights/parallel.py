@@ -54,7 +54,9 @@ def call_workers(engine: Any, method: str | Callable[..., Any], *args: Any) -> l
     answers = engine.collective_rpc("answer", args=(method, *args))
     for rank, (_, error, details) in enumerate(answers):
         if error:
-            failure = RuntimeError(f"worker {rank} of {len(answers)}: {error}")
+            failure = RuntimeError(
+                f"worker {rank} of {len(answers)} in this engine failed: {error}"
+            )
             failure.add_note(details)
             raise failure
     return [result for result, _, _ in answers]

@@ -2,13 +2,14 @@
 in place of the communicator.
 
 Like NCCL's, the sender's broadcasts return before they are done, and nobody learns there that an
-engine has gone. Streams, and the packed transfer which is made of them, exist on GPUs alone.
+engine has gone. Streams exist on GPUs alone: what packed transfers overlap is done in turn here.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -56,18 +57,22 @@ class GlooCommunicator:
             self.under_way.append((work, tensor))
 
 
-def stand_in() -> None:
-    """Replace NCCL in this process."""
+def stand_in(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Replace NCCL in this process; streams do nothing."""
+    import vllm.v1.worker.cpu.shm  # noqa: F401  what vLLM itself has for streams on CPUs
     from vllm.distributed.device_communicators import pynccl
 
-    pynccl.PyNcclCommunicator = GlooCommunicator  # type: ignore[assignment, misc]
-    torch.accelerator.current_device_index = lambda: 0
-    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment, return-value]
+    replace(pynccl, "PyNcclCommunicator", GlooCommunicator)
+    replace(torch.accelerator, "current_device_index", lambda: 0)
 
 
-class UnpackedSender(NcclSender):
+class GlooSender(NcclSender):
+    """Sends unpacked, or packed into buffers that are smaller than the model."""
+
+    packed = False
+
     def init_info(self) -> Any:
-        return replace(super().init_info(), packed=False)
+        return replace(super().init_info(), packed=self.packed, packed_buffer_size_bytes=2**14)
 
 
 class GlooActor(FaultyActor):
@@ -75,8 +80,11 @@ class GlooActor(FaultyActor):
 
     def connect(self, *args: Any) -> None:
         stand_in()
-        senders.SENDERS["nccl"] = UnpackedSender
+        senders.SENDERS["nccl"] = GlooSender
         super().connect(*args)
+
+    def pack(self, packed: bool) -> None:
+        GlooSender.packed = packed
 
     def be_patient(self) -> None:
         GlooCommunicator.patient = True

@@ -33,6 +33,16 @@ class ParallelEngine(GenerationEngine):
             self._worker("update_weights", own)
         return self.finish_weight_update("1")
 
+    @in_loop
+    def note_an_update(self, groups: list[dict[str, Any]]) -> Receipt:
+        """Take a full update and note, as on GPUs, what the model is given."""
+        from actors.weights.receiver import note_what_is_loaded
+
+        self.start_weight_update()
+        self._worker(note_what_is_loaded)
+        self.update_weights({"groups": groups})
+        return self.finish_weight_update("1")
+
     def process(self) -> int:
         return os.getpid()
 

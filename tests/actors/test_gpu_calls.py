@@ -237,6 +237,7 @@ def test_the_gpu_engine_is_what_the_installed_vllm_takes(
     transfer = WeightTransferConfig(**arguments.pop("weight_transfer_config"))
     taken = EngineArgs(**arguments, weight_transfer_config=transfer)
     assert taken.distributed_executor_backend == ("uni" if tensor_parallel == 1 else "mp")
+    assert bool(taken.worker_extension_cls) == (tensor_parallel > 1)
     assert (taken.tensor_parallel_size, taken.gpu_memory_utilization, taken.dtype) == (
         tensor_parallel,
         0.7,

@@ -74,7 +74,12 @@ def ready(stage: Stage) -> Stage:
     return stage
 
 
-def test_weights_arrive_in_both_engines_each_with_a_rank_of_its_own(ready: Stage) -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+def test_weights_arrive_in_both_engines_each_with_a_rank_of_its_own(
+    ready: Stage, packed: bool
+) -> None:
+    ready.actor.call("pack", packed, phase="test", deadline_s=DEADLINE)
+    connect(ready)
     assert call(ready, "rank_in_transfer") == [1, 2]
     assert ready.sync(ready.engines, 2) <= BOUND
     rollouts = generate(ready.engines)
@@ -96,13 +101,44 @@ def test_a_sender_that_waits_for_a_dead_engine_is_not_waited_for(ready: Stage) -
     """The last test: packed transfers wait in the sender's own process, which never hears of it;
     the driver's deadline ends that, and the engine is named all the same.
     """
-    connect(ready, 6.0)
+    connect(ready, 4.0)
     ready.actor.call("be_patient", phase="test", deadline_s=DEADLINE)
     break_the_second(ready, "die")
     began = time.monotonic()
     with pytest.raises(WorkerError) as late:
-        ready.sync(ready.engines, 2, 6.0)
-    assert time.monotonic() - began < 6 + 10
+        ready.sync(ready.engines, 2, 4.0)
+    assert time.monotonic() - began < 4 + 10
     said = str(late.value)
-    assert "actor[0] on node" in said and "did not answer within 6 s" in said
+    assert "actor[0] on node" in said and "did not answer within 4 s" in said
     assert "engine[1] on node" in said and "died" in said
+
+
+def test_the_benchmark_of_two_ranks_on_one_card_sends_what_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both of its processes as threads, and gloo in place of the card."""
+    import multiprocessing
+    import socket
+    import threading
+
+    from actors.weights import senders
+    from benchmarks import nccl
+    from tests.actors.gloo import GlooSender, stand_in
+
+    stand_in(monkeypatch.setattr)
+    monkeypatch.setattr(GlooSender, "packed", True)
+    monkeypatch.setitem(senders.SENDERS, "nccl", GlooSender)
+    shape = {"vocabulary": 64, "hidden": 32, "intermediate": 48, "heads": 64, "layers": 3}
+    calls, answers = multiprocessing.Pipe()
+    result, found = multiprocessing.Pipe()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(nccl.os, "_exit", lambda _: (_ for _ in ()).throw(EOFError("it died")))
+    threading.Thread(target=nccl.receive, args=(answers, "cpu"), daemon=True).start()
+    nccl.send(calls, found, port, shape, "cpu")
+    told = result.recv()
+    assert told["ok"] and len(told["rounds"]) == nccl.ROUNDS, told
+    assert told["bytes"] == 2 * (64 * 32 + 3 * (32 * (64 + 32 + 32 + 64 + 3 * 48) + 32))
+    assert "the receiver failed in update: EOFError: it died" in result.recv()
+    calls.close()

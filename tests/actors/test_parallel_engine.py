@@ -5,6 +5,8 @@ transfer backend with a real Actor. It starts once for all tests.
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,31 @@ from tests.actors.test_verified_sync import DEADLINE, Stage, generate
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 
 BOUND = 1e-5
+
+
+def test_what_gpu_workers_are_told_fits_them() -> None:
+    """vLLM refuses an extension whose names its worker has, and pickles what it is to call."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from actors.engine.adapter import unused_parts
+    from actors.engine.engine import draw_from
+    from actors.weights.parallel import WorkerExtension
+    from actors.weights.receiver import clear_interrupted_update, note_what_is_loaded, take_receipt
+
+    names = [name for name in dir(WorkerExtension) if not name.startswith("__")]
+    assert names == ["answer"] and not hasattr(Worker, "answer")
+    inspect.signature(MultiprocExecutor.collective_rpc).bind(None, "answer", None, (), None)
+    assert "getattr(self.worker, method)" in inspect.getsource(WorkerProc._execute_worker_rpc)
+    inspect.signature(Worker.add_lora).bind(None, object())
+    for function in (
+        draw_from,
+        unused_parts,
+        clear_interrupted_update,
+        note_what_is_loaded,
+        take_receipt,
+    ):
+        assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +132,19 @@ def test_a_worker_that_is_given_other_weights_is_noticed(synced: Stage) -> None:
     recovers(synced)
 
 
+def test_spawned_workers_note_what_they_are_given_as_on_gpus(synced: Stage) -> None:
+    from actors.weights.proof import checksum, verify
+    from tests.actors.tiny_models import make_model, packed_groups
+
+    new = make_model(1, True, heads=4)
+    groups = packed_groups(new)
+    (receipt,) = call(synced, "note_an_update", groups)
+    ours = {group["name"] for group in groups}
+    sent = [(name, checksum(p), [name]) for name, p in new.named_parameters()]
+    verify(sent, [e for e in receipt if e[0] not in ours], [name for name, *_ in sent])
+    recovers(synced)
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -123,8 +163,8 @@ def test_an_interrupted_update_is_repaired(synced: Stage, fault: str, said: str)
 def test_a_worker_that_fails_alone_is_named_and_repaired(synced: Stage, rank: int) -> None:
     """vLLM itself would take the other's answer for that to the next call."""
     call(synced, "ask", "fail_once", rank)
-    said = rf"worker {rank} of 2: ConnectionError: rank {rank} lost its way, [1-9]\d* groups left"
-    with pytest.raises(WorkerError, match=said):
+    said = rf"worker {rank} of 2 in this engine failed: ConnectionError: rank {rank} lost its way"
+    with pytest.raises(WorkerError, match=rf"{said}, [1-9]\d* groups left"):
         synced.sync(synced.engines, 2)
     recovers(synced)
 
