@@ -404,11 +404,12 @@ def write_sync(place: Path, sync: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("path", YESTERDAY, ids=lambda p: p.stem)
 def test_recipes_of_yesterday_load(path: Path) -> None:
-    """The bound on what long_prompts: drop leaves out is new, and that reward models are evaluated
-    between their steps.
+    """The bound on what long_prompts: drop leaves out is new, that reward models are evaluated
+    between their steps, and that requests are seeded on GPUs too.
     """
     shipped = load_recipe(Path(__file__).parents[2] / "launch" / "recipes" / path.name)
     bounds = {"prompts.max_dropped": 0.3, "evaluation.prompts.max_dropped": 0.3}
+    bounds["generation.seeded"] = True
     if shipped.kind == "rm":
         bounds["train.evaluate_every"] = 0
     said = flat(shipped.model_dump())
