@@ -517,7 +517,7 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
         monkeypatch.setitem(SENDERS, name, bound(SENDERS[name], taken))
     actor = SyncedActor.__new__(SyncedActor)
     actor.rank = Rank(1, 4, "node", 1234, "cuda")
-    for shared, expected in ((False, "nccl"), (True, "ipc")):
+    for shared, expected in ((False, "nccl"), (True, "shared_gpu")):
         actor.connect([], 5.0, 2, transfer_backend("cuda", shared), ("node", 4321))
         (call,) = calls.pop(expected)
         assert (call["rank"], call["address"], call["port"]) == (1, "node", 4321)

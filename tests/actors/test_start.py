@@ -99,15 +99,15 @@ class _Group:
         self.asked.append(f"wait {self.name}") if pending == ["load"] else None
         return [[Span(pending[0], 0.0, 1.0)]]
 
-    def call(self, method: str, **_: Any) -> None:
-        self.asked.append(f"{method} {self.name}")
+    def call(self, method: str, tier: str, **_: Any) -> None:
+        self.asked.append(f"{method} {self.name} {tier}")
 
 
 @pytest.mark.parametrize(
     "swap, shared, order",
     [
-        ("always", True, ["load engine", "wait engine", "sleep engine", "load actor"]),
-        ("kv_cache", True, ["load engine", "wait engine", "sleep engine", "load actor"]),
+        ("always", True, ["load engine", "wait engine", "sleep engine always", "load actor"]),
+        ("kv_cache", True, ["load engine", "wait engine", "sleep engine kv_cache", "load actor"]),
         ("never", True, ["load engine", "load actor", "wait engine"]),
         ("always", False, ["load engine", "load actor", "wait engine"]),
     ],
