@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from actors import driver, supervised
+from actors.cluster.sharing import GpuSharing
 from actors.loop import Loop
 from actors.run.alarms import AlarmLog
 from actors.run.folder import RunFolder
@@ -83,6 +84,7 @@ def test_reinforcement_leaves_after_its_step(
         learners={},
         weights=SimpleNamespace(connect=lambda version: None),
         evaluator=None,
+        gpu_sharing=GpuSharing(),
     )
     data: Any = SimpleNamespace(
         prompts=SimpleNamespace(dropped={}),
