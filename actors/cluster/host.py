@@ -40,8 +40,8 @@ class Host:
         `root` has an installation of its own.
         """
         os.environ.update(environment or {})
-        path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        sys.path[:0] = [folder for folder in path if folder and folder not in sys.path]
+        path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        sys.path[:0] = [folder for folder in map(os.path.abspath, path) if folder not in sys.path]
         if ray.get_runtime_context().runtime_env.get("working_dir"):
             root = os.getcwd() if root == here else root
             here = os.getcwd()

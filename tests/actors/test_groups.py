@@ -185,5 +185,5 @@ def test_placement_tells_each_process_its_threads(cluster: None) -> None:
     with Placement(ClusterSettings(), {"engine": Demand(1, 2), "actor": Demand(2, 1)}) as placement:
         (engine,) = placement.options("engine")
         actors = placement.options("actor")
-    assert engine["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert engine["environment"]["OMP_NUM_THREADS"] == "2"
     assert [a["scheduling_strategy"].placement_group_bundle_index for a in actors] == [1, 2]

@@ -130,7 +130,35 @@ def test_the_parts_of_a_start_are_in_the_timeline(seen: dict[str, Any], folder: 
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
     (start,) = [row for row in rows if row["phase"] == "start"]
     assert {f"seconds/{name}" for name in parts} <= set(start)
-    # imports begin before the data have been read, loads after
     read = parts["start/data"]["ts"] + parts["start/data"]["dur"]
-    assert parts["start/import engine"]["ts"] < read
     assert all(parts[f"start/load {role}"]["ts"] > read for role in roles)
+
+
+def test_data_that_cannot_serve_end_a_run_whose_ray_has_begun(
+    seen: dict[str, Any], folder: Path
+) -> None:
+    (folder / "bad.jsonl").write_text('{"prompt": 3, "answer": "3"}\n')
+    run = folder / "refused"
+    command = [sys.executable, "-m", "launch", "grpo", str(RECIPES / "demo_grpo.yaml")]
+    overrides = [
+        f"run.folder={run}",
+        f"actor.model.path={folder / 'base'}",
+        f"prompts.path={folder / 'bad.jsonl'}",
+        "evaluation.prompts=null",
+        "evaluation.test_prompts=null",
+        "evaluation.every_steps=0",
+        "evaluation.function=null",
+    ]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    told = subprocess.run(
+        command + overrides,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert told.returncode == 2, told.stderr
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("error: ") and "bad.jsonl" in line
+    assert not run.exists()

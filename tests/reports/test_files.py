@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -638,8 +637,6 @@ def test_what_was_noticed_is_said_before_anything_starts(
     recipe = load_recipe(
         RECIPES / "demo_sft.yaml", [f"run.folder={here / 'run'}", "run.tensorboard=false"]
     )
-    monkeypatch.setattr(begin, "Placement", lambda *_: nullcontext())
-    monkeypatch.setattr(begin, "Processes", lambda *_: None)
     monkeypatch.setattr(begin, "roles_of", lambda recipe: {})
     monkeypatch.setattr(begin, "found_by", lambda *_: {})
     with pytest.raises(Started):
