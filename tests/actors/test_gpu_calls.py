@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -511,6 +512,26 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
         (call,) = calls.pop(expected)
         assert (call["rank"], call["address"], call["port"]) == (1, "node", 4321)
         assert not any(calls.values())
+
+
+def test_an_optimizer_step_and_a_checkpoint_wait_for_what_is_still_coming_back(
+    tmp_path: Path,
+) -> None:
+    from learners.sft import SFTLearner
+
+    order: list[str] = []
+    learner: Any = SFTLearner.__new__(SFTLearner)
+    learner.states = SimpleNamespace(await_back=lambda: order.append("wait"))
+    learner.engine = SimpleNamespace(
+        step=lambda: order.append("step"),
+        get_global_grad_norm=lambda: 1.0,
+        save_checkpoint=lambda *_, **__: order.append("save"),
+    )
+    learner.settings = LearnerSettings(model=ModelSettings(path="m"), zero_stage=2)
+    learner.rank = Rank(1, 2, "node", 1234, "cuda")
+    learner._step()
+    learner.save(str(tmp_path))
+    assert order == ["wait", "step", "wait", "save"]
 
 
 def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:
