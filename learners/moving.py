@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.cuda._pin_memory_utils import pin_memory
 
 PAGE = 4096  # bytes of memory that are pinned together
 
@@ -106,5 +105,7 @@ class Mover:
         memory = torch.empty(whole + page, dtype=dtype)
         first = -memory.data_ptr() % PAGE // dtype.itemsize
         memory = memory[first : first + whole]
-        pin_memory(memory.data_ptr(), memory.nbytes)
+        failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if failed:
+            raise RuntimeError(f"{memory.nbytes} bytes cannot be pinned: CUDA error {failed}")
         return memory[:elements]

@@ -269,7 +269,7 @@ class GenerationEngine:
             )
         self._weights_away = tier == "always"
         self._engine.sleep(level=int(self._weights_away))  # level 0: nothing runs
-        if not self._weights_away and self.device == "cuda":  # vLLM's CPU worker only pretends
+        if not self._weights_away and self.device == "cuda":
             self._engine.release_kv_cache_memory()
         self._asleep = True
         return self._weight_bytes() if self._weights_away else 0
@@ -285,7 +285,8 @@ class GenerationEngine:
         return moved
 
     def _weight_bytes(self) -> int:
-        return sum(self._engine.collective_rpc(weight_bytes))
+        """Return the bytes that really move: vLLM's CPU worker only pretends to sleep."""
+        return sum(self._engine.collective_rpc(weight_bytes)) if self.device == "cuda" else 0
 
     @in_loop
     def status(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -349,20 +350,19 @@ def sampled(served: Any) -> list[list[int]]:
 @engines
 def test_an_engine_that_slept_wakes_with_the_weights_it_had(served: Any) -> None:
     before = sorted(sampled(served))
-    weights = sum(p.nbytes for p in served.model.parameters())
-    assert served.engine.sleep("kv_cache") == 0
+    served.engine.sleep("kv_cache")
     with pytest.raises(RuntimeError, match="asleep"):
         sampled(served)
-    assert served.engine.wake() == 0
+    served.engine.wake()
     assert sorted(sampled(served)) == before
-    assert served.engine.sleep() == weights
+    served.engine.sleep()
     for wake in (lambda: None, lambda: served.engine.wake(["weights"])):
         wake()
         with pytest.raises(RuntimeError, match="asleep"):
             sampled(served)
         with pytest.raises(RuntimeError, match="asleep"):
             served.engine.probe_logprobs([1, 5, 9])
-    assert served.engine.wake() == 0  # weights are there, the rest is not moved
+    served.engine.wake()
     assert sorted(sampled(served)) == before
     status = served.engine.status()
     assert (status["version"], status["stale"], status["running"]) == (0, False, 0)
@@ -522,6 +522,26 @@ def test_the_actor_takes_the_backend_it_is_told_and_a_port_that_was_asked_for(
         (call,) = calls.pop(expected)
         assert (call["rank"], call["address"], call["port"]) == (1, "node", 4321)
         assert not any(calls.values())
+
+
+def test_an_optimizer_step_and_a_checkpoint_wait_for_what_is_still_coming_back(
+    tmp_path: Path,
+) -> None:
+    from learners.sft import SFTLearner
+
+    order: list[str] = []
+    learner: Any = SFTLearner.__new__(SFTLearner)
+    learner.states = SimpleNamespace(await_back=lambda: order.append("wait"))
+    learner.engine = SimpleNamespace(
+        step=lambda: order.append("step"),
+        get_global_grad_norm=lambda: 1.0,
+        save_checkpoint=lambda *_, **__: order.append("save"),
+    )
+    learner.settings = LearnerSettings(model=ModelSettings(path="m"), zero_stage=2)
+    learner.rank = Rank(1, 2, "node", 1234, "cuda")
+    learner._step()
+    learner.save(str(tmp_path))
+    assert order == ["wait", "step", "wait", "save"]
 
 
 def test_flash_attention_without_its_package_is_refused_in_one_line(folder: Path) -> None:
@@ -856,9 +876,11 @@ def numbers(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def saved(folder: Path) -> list[torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer states too."""
-    files = sorted(folder.rglob("*.pt"))
-    return [t for f in files for t in tensors_in(torch.load(f, weights_only=False))]
+    """Every tensor of a checkpoint, optimizer states too, but for random states: nothing is drawn
+    from them here.
+    """
+    files = [torch.load(f, weights_only=False) for f in sorted(folder.rglob("*.pt"))]
+    return [t for file in files for t in tensors_in(file | {"rng": None})]
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -869,7 +891,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 @engines
-def test_no_number_of_a_run_depends_on_what_leaves_the_gpus(cluster: None, tmp_path: Path) -> None:
+def test_no_number_of_a_run_depends_on_who_leaves_and_comes_back(
+    cluster: None, tmp_path: Path
+) -> None:
     """vLLM's CPU worker only pretends to sleep; learners and frozen models really leave and come
     back. On CPUs auto means that nothing moves. What moves is what the plan says, though every step
     is saved; nobody comes back for that, and what is saved is the same.
@@ -877,13 +901,14 @@ def test_no_number_of_a_run_depends_on_what_leaves_the_gpus(cluster: None, tmp_p
     from launch.plan.plan import make_plan
 
     rows = {}
-    for swap in ("auto", "optimizer", "always"):
+    for swap in ("auto", "kv_cache", "optimizer", "always"):
         recipe = tiny_run(tmp_path, swap)
         rows[swap] = rehearse(recipe)
         assert numbers(rows[swap]) == numbers(rows["auto"]) and len(rows[swap]) > 4
         on_gpus = {"device": "cuda", "placement": "colocated", "gpus_per_node": 1}
         cluster_of = recipe.cluster.model_copy(update=on_gpus)
-        expected = make_plan(recipe.model_copy(update={"cluster": cluster_of})).swapped
+        plan = make_plan(recipe.model_copy(update={"cluster": cluster_of}))
+        expected = plan.swapped - plan.footprints["engine", False].moved
         _, second = (row for row in rows[swap] if "swap/bytes" in row)
         assert second["swap/bytes"] == pytest.approx(expected, rel=0.01), swap
         assert ("seconds/score/sleep" in second) == (swap != "auto")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.cuda._pin_memory_utils import pin_memory
 
 from actors.reference import FrozenModel
-from learners import moving
 from learners.moving import PAGE, Mover
 
 
@@ -127,17 +127,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(f"in {stream.name}")
         return nullcontext()
 
-    def pin(pointer: int, size: int) -> None:
-        found.append((pointer % PAGE, size))
+    class Runtime:
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+            found.append((pointer % PAGE, size))
+            return 0 if size < 9 * PAGE else 2
 
     stands: dict[str, Callable[..., Any]] = {
         "current_stream": lambda device: computing,
         "stream": entered,
+        "cudart": Runtime,
     }
     for name, stand in stands.items():
         monkeypatch.setattr(torch.cuda, name, stand)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: beside)
-    monkeypatch.setattr(moving, "pin_memory", pin)
     return found
 
 
@@ -158,11 +160,14 @@ def test_copies_wait_for_what_was_computed_and_only_what_uses_them_waits_for_cop
     assert asked[6:] == ["computing waits for the copies"]
     mover.leave(tensors)
     assert [one for one in asked if isinstance(one, tuple)] == [pinned], "pinned once"
+    with pytest.raises(RuntimeError, match="36864 bytes cannot be pinned: CUDA error 2"):
+        mover.leave([torch.zeros(9 * PAGE // 4)])
 
 
 def test_the_installed_torch_takes_these_calls() -> None:
+    pinning = "".join(inspect.getsource(pin_memory).split())  # as torch pins memory itself
+    assert "=int(cudart.cudaHostRegister(data_ptr,size,1,#" in pinning and "!=0" in pinning
     for function, *arguments in (
-        [moving.pin_memory, 0, 1],
         [torch.cuda.Stream.wait_stream, None, None],
         [torch.cuda.Stream.synchronize, None],
         [torch.cuda.current_stream, torch.device("cpu")],
