@@ -119,6 +119,8 @@ def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any
         work = f"{shape}: {size / 1e6:.0f} MB, one engine, {device}"
         found = compare(ours, memory_copy(size, device), work, rounds)
     found["seconds"] = {name: round(median(s), 5) for name, s in sorted(ours.parts.items())}
+    warm = memory_copy(size, device, warm=True)
+    found["copy_into_warm_memory"] = median(warm() for _ in range(rounds))
     return found | {"counts": COUNTS[device], "bytes": size}
 
 
@@ -147,23 +149,25 @@ class Syncs:
         return seconds
 
 
-def memory_copy(size: int, device: str) -> Callable[[], float]:
-    """Return a copy of `size` bytes inside the device's memory that returns its seconds. It makes
-    the memory that it copies to, as everyone must who keeps the source.
+def memory_copy(size: int, device: str, warm: bool = False) -> Callable[[], float]:
+    """Return a copy of `size` bytes inside the device's memory that returns its seconds: with one
+    thread, into memory that it makes, as a receiver must, or into `warm` memory that was there.
     """
     import numpy as np
     import torch
 
-    source = np.ones(size, np.uint8)
-    on_device = torch.from_numpy(source).to(device)
+    source = torch.ones(size, dtype=torch.uint8).to(device)
+    target = torch.zeros_like(source)
 
     def copy() -> float:
         began = time.perf_counter()
         if device == "cuda":
-            on_device.clone()
+            target.copy_(source) if warm else source.clone()
             torch.cuda.synchronize()
+        elif warm:
+            np.copyto(target.numpy(), source.numpy())
         else:
-            source.copy()
+            source.numpy().copy()
         return time.perf_counter() - began
 
     copy()

@@ -28,7 +28,7 @@ from learners.spans import Span, Stopwatch
 PACKED_BYTES = 2 * 2**30
 
 # of one object in Ray's store, unless one layer is larger
-GROUP_BYTES = 32 * 2**20
+GROUP_BYTES = 128 * 2**20
 
 # of the time a sync may take, so that a late engine is named before the rank that waits for it
 CLIENT_SHARE = 0.9
