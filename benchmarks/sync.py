@@ -193,15 +193,20 @@ def recipe_of(folder: Path, device: str) -> Any:
     """Return the recipe of a run with this model; its prompts and rewards are never looked at."""
     from actors.settings import rl_recipe
 
+    cluster = {"device": device, "placement": "colocated", "swap": "never", "gpus_per_node": 1}
     model = {"path": str(folder), "dtype": "float32" if device == "cpu" else "bfloat16"}
     return rl_recipe("grpo", "grpo").model_validate(
         {
             "run": {"folder": "unused"},
-            "cluster": {"device": device, "placement": "colocated", "gpus_per_node": 1},
+            "cluster": cluster,
             "actor": {"model": model, "zero_stage": 2, "threads": 2},
             "rewards": [{"name": "unused", "kind": "model", "model": model}],
             "prompts": {"path": "unused"},
-            "generation": {"max_new_tokens": TOKENS // 2, "kv_cache_gib": 0.25},
+            "generation": {
+                "max_new_tokens": TOKENS // 2,
+                "kv_cache_gib": 0.25,
+                "gpu_memory_fraction": 0.3,
+            },
             "sync": {"deadline_s": DEADLINE_S},
         }
     )
