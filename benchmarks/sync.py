@@ -111,7 +111,7 @@ def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any
         sharing = GpuSharing(on_gpus, DEADLINE_S)
         sync = WeightSync(groups["actor"], groups["engine"], sharing, PROBE, recipe)
         sync.connect(0)
-        ours = Syncs(sync)
+        ours = Syncs(sync, 0 if shape == "tiny" else STEP_S)
         for _ in range(WARMING):
             ours()
         sync.gpu_sharing.stopwatch.take()
@@ -119,21 +119,24 @@ def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any
         work = f"{shape}: {size / 1e6:.0f} MB, one engine, {device}"
         found = compare(ours, memory_copy(size, device), work, rounds)
     found["seconds"] = {name: round(median(s), 5) for name, s in sorted(ours.parts.items())}
+    warm = memory_copy(size, device, warm=True)
+    found["copy_into_warm_memory"] = median(warm() for _ in range(rounds))
     return found | {"counts": COUNTS[device], "bytes": size}
 
 
 class Syncs:
     """Syncs one after the other, each a version; `parts` are the seconds of their parts."""
 
-    def __init__(self, sync: Any) -> None:
+    def __init__(self, sync: Any, pause_s: float) -> None:
         self.sync = sync
+        self.pause_s = pause_s
         self.version = 0
         self.parts: dict[str, list[float]] = {}
 
     def __call__(self) -> float:
         """Run the next sync and return its seconds, without what waits for shared GPUs."""
         self.sync.gpu_sharing.sync()  # the weights' way alone is compared
-        time.sleep(STEP_S)
+        time.sleep(self.pause_s)
         self.sync.gpu_sharing.stopwatch.take()
         self.version += 1
         began = time.perf_counter()
@@ -147,23 +150,25 @@ class Syncs:
         return seconds
 
 
-def memory_copy(size: int, device: str) -> Callable[[], float]:
-    """Return a copy of `size` bytes inside the device's memory that returns its seconds. It makes
-    the memory that it copies to, as everyone must who keeps the source.
+def memory_copy(size: int, device: str, warm: bool = False) -> Callable[[], float]:
+    """Return a copy of `size` bytes inside the device's memory that returns its seconds: with one
+    thread, into memory that it makes, as a receiver must, or into `warm` memory that was there.
     """
     import numpy as np
     import torch
 
-    source = np.ones(size, np.uint8)
-    on_device = torch.from_numpy(source).to(device)
+    source = torch.ones(size, dtype=torch.uint8).to(device)
+    target = torch.zeros_like(source)
 
     def copy() -> float:
         began = time.perf_counter()
         if device == "cuda":
-            on_device.clone()
+            target.copy_(source) if warm else source.clone()
             torch.cuda.synchronize()
+        elif warm:
+            np.copyto(target.numpy(), source.numpy())
         else:
-            source.copy()
+            source.numpy().copy()
         return time.perf_counter() - began
 
     copy()
@@ -188,15 +193,20 @@ def recipe_of(folder: Path, device: str) -> Any:
     """Return the recipe of a run with this model; its prompts and rewards are never looked at."""
     from actors.settings import rl_recipe
 
+    cluster = {"device": device, "placement": "colocated", "swap": "never", "gpus_per_node": 1}
     model = {"path": str(folder), "dtype": "float32" if device == "cpu" else "bfloat16"}
     return rl_recipe("grpo", "grpo").model_validate(
         {
             "run": {"folder": "unused"},
-            "cluster": {"device": device, "placement": "colocated", "gpus_per_node": 1},
+            "cluster": cluster,
             "actor": {"model": model, "zero_stage": 2, "threads": 2},
             "rewards": [{"name": "unused", "kind": "model", "model": model}],
             "prompts": {"path": "unused"},
-            "generation": {"max_new_tokens": TOKENS // 2, "kv_cache_gib": 0.25},
+            "generation": {
+                "max_new_tokens": TOKENS // 2,
+                "kv_cache_gib": 0.25,
+                "gpu_memory_fraction": 0.3,
+            },
             "sync": {"deadline_s": DEADLINE_S},
         }
     )

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from learners.spans import Span
+
 Receipt = list[tuple[str, str, list[str]]]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sent(NamedTuple):
+    """Account for one sync: what was sent, what each engine received, the names of all that is
+    to arrive, and how long the parts took on this rank.
+    """
+
+    sent: Receipt
+    received: list[Receipt]
+    names: list[str]
+    spans: list[Span]
 
 
 class SyncError(RuntimeError):

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -19,32 +19,21 @@ from torch import Tensor
 
 from actors.weights.client import ADAPTER, OBJECT_STORE, SHARED_GPU, EngineClient
 from actors.weights.packing import pack_group
-from actors.weights.proof import Receipt, bit_sums, checksums
+from actors.weights.proof import Receipt, Sent, bit_sums, checksums
 from learners.actor import ActorLearner
 from learners.lora import adapter_config
-from learners.spans import Span, Stopwatch
+from learners.spans import Stopwatch
 
 # of the buffer that weights pass through on shared GPUs: most models fit, and go in one call
 PACKED_BYTES = 2 * 2**30
 
 # of one object in Ray's store, unless one layer is larger
-GROUP_BYTES = 32 * 2**20
+GROUP_BYTES = 128 * 2**20
 
 # of the time a sync may take, so that a late engine is named before the rank that waits for it
 CLIENT_SHARE = 0.9
 
 Metadata = list[tuple[str, torch.dtype, tuple[int, ...]]]
-
-
-class Sent(NamedTuple):
-    """The account of one sync: what was sent, what each engine received, the names of all that is
-    to arrive, and how long the parts took on this rank.
-    """
-
-    sent: Receipt
-    received: list[Receipt]
-    names: list[str]
-    spans: list[Span]
 
 
 class SyncedActor(ActorLearner):

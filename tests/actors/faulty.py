@@ -13,8 +13,8 @@ from actors.engine.adapter import Adapter
 from actors.engine.engine import GenerationEngine
 from actors.weights import senders
 from actors.weights.packing import pack_group
-from actors.weights.proof import Receipt, SyncError
-from actors.weights.senders import Sent, SyncedActor
+from actors.weights.proof import Receipt, Sent, SyncError
+from actors.weights.senders import SyncedActor
 
 
 class FaultyActor(SyncedActor):

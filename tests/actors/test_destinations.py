@@ -165,7 +165,7 @@ def shared_gpu(served: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     usual = receiver_of(served)
     there = SharedGpuReceiver(usual.config, usual.vllm_config, torch.device("cpu", 0), usual.model)
     there.init_transfer_engine(there.parse_init_info({"packed": True}))
-    worker = served.engine._worker(lambda worker: worker)
+    worker = served.engine._worker(lambda wrapped: wrapped.worker)
     card = SimpleNamespace(uuid="GPU-1")
     with monkeypatch.context() as patch:
         patch.setattr(worker, "weight_transfer_engine", there)
