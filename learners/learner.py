@@ -223,6 +223,9 @@ class Learner(TrainedWeights, ABC):
         self.weights.await_back()
         if self._in_buffers:
             self.engine.reload_states()
+            # While a shard is away DeepSpeed takes it for others' weights: what a checkpoint has
+            # gathered meanwhile is gathered anew.
+            self.engine.empty_partition_cache()
         self._in_buffers = 0
         moved += self.states.come_back()
         if self._in_groups():
