@@ -24,44 +24,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, Python looks beside it alone
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-    },
-    "27m": {
-        "vocab_size": 8192,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-    },
-    "0.6b": {
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "1.7b": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
 DEADLINE_S = 300.0
 TOKENS = 64  # longest sequence of the engine
 PROBE = [1, *range(3, 34)]
@@ -100,8 +62,9 @@ def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any
     from actors.start import start_groups
     from actors.weights.sync import WeightSync
     from benchmarks.measure import compare
+    from benchmarks.random_models import save_model
 
-    size = save_model(folder, SHAPES[shape], device)
+    size = save_model(folder, shape, device)
     recipe = recipe_of(folder, device)
     roles = {name: role for name, role in roles_of(recipe).items() if name in ("engine", "actor")}
     facts = {"max_model_tokens": TOKENS, "stop_token_ids": [2]}
@@ -173,20 +136,6 @@ def memory_copy(size: int, device: str, warm: bool = False) -> Callable[[], floa
 
     copy()
     return copy
-
-
-def save_model(folder: Path, shape: dict[str, Any], device: str) -> int:
-    """Write a model of random weights (float32 on a CPU, else bfloat16); return its bytes."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        **shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    model = Qwen3ForCausalLM(config).to(torch.float32 if device == "cpu" else torch.bfloat16)
-    model.save_pretrained(folder)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def recipe_of(folder: Path, device: str) -> Any:
