@@ -238,11 +238,13 @@ class Recorder:
         self.mortal = False
 
     def load_weights(self, weights: Any) -> None:
-        from actors.weights.proof import checksum
+        from actors.weights.proof import bit_sums, checksums
 
         if self.mortal:
             os._exit(1)
-        self.receipt += [(name, checksum(tensor), [name]) for name, tensor in weights]
+        named = dict(weights)
+        found = checksums([bit_sums(tensor) for tensor in named.values()])
+        self.receipt += [(name, value, [name]) for name, value in zip(named, found, strict=True)]
 
 
 def receive(calls: Connection, device: str) -> None:

@@ -57,9 +57,9 @@ def main() -> None:
 def measure(folder: Path, shape: str, device: str, rounds: int) -> dict[str, Any]:
     """Start Actor and engine on a model of this shape and return the comparison."""
     from actors.cluster.placement import Placement
+    from actors.cluster.processes import start_groups
     from actors.cluster.sharing import GpuSharing
     from actors.roles import roles_of
-    from actors.start import start_groups
     from actors.weights.sync import WeightSync
     from benchmarks.measure import compare
     from benchmarks.random_models import save_model

@@ -132,7 +132,7 @@ class FaultyEngine(GenerationEngine):
             receiver.ParallelLMHead = head
 
 
-def corrupted(name: str, tensors: Any, buffer: Any) -> Any:
+def corrupted(name: str, tensors: Any, buffer: Any = None) -> Any:
     meta, data = pack_group(name, tensors)
     data = data.copy()
     data[5] ^= 1  # after the digest was taken

@@ -39,9 +39,12 @@ class ParallelEngine(GenerationEngine):
         from actors.weights.receiver import note_what_is_loaded
 
         self.start_weight_update()
+        self._worker(load_by_load_weights)
         self._worker(note_what_is_loaded)
         self.update_weights({"groups": groups})
-        return self.finish_weight_update("1")
+        receipt = self.finish_weight_update("1")
+        self._worker(note_no_longer)
+        return receipt
 
     def process(self) -> int:
         return os.getpid()
@@ -68,6 +71,17 @@ def shard(worker: Any) -> tuple[int, int, int, int]:
     return os.getpid(), worker.rank, attention.num_heads, attention.num_kv_heads
 
 
+def load_by_load_weights(worker: Any) -> None:
+    """Load the next weights as vLLM's own receivers do it."""
+    worker.weight_transfer_engine.loader._begin_reload()
+
+
+def note_no_longer(worker: Any) -> None:
+    """Leave the receiver as it was."""
+    del worker.weight_transfer_engine.model.load_weights
+    del worker.weight_transfer_engine.noted
+
+
 def draw(worker: Any) -> list[float]:
     import torch
 
@@ -78,15 +92,11 @@ def fail_once(worker: Any, rank: int) -> None:
     """Let one worker fail in the middle of the next update."""
     if worker.rank != rank:
         return
-    model = worker.weight_transfer_engine.model
-    load = model.load_weights
-    calls = []
+    loader = worker.weight_transfer_engine.loader
 
-    def failing(weights: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 2:
-            model.load_weights = load
-            raise ConnectionError(f"rank {rank} lost its way, {len(shared_memory())} groups left")
-        return load(weights)
+    def failing(weights: dict[str, Any]) -> Any:
+        del loader.load
+        loader.load(dict(list(weights.items())[::2]))
+        raise ConnectionError(f"rank {rank} lost its way, {len(shared_memory())} groups left")
 
-    model.load_weights = failing
+    loader.load = failing

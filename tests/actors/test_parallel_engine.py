@@ -133,14 +133,14 @@ def test_a_worker_that_is_given_other_weights_is_noticed(synced: Stage) -> None:
 
 
 def test_spawned_workers_note_what_they_are_given_as_on_gpus(synced: Stage) -> None:
-    from actors.weights.proof import checksum, verify
+    from actors.weights.proof import bit_sums, checksums, verify
     from tests.actors.tiny_models import make_model, packed_groups
 
     new = make_model(1, True, heads=4)
     groups = packed_groups(new)
     (receipt,) = call(synced, "note_an_update", groups)
     ours = {group["name"] for group in groups}
-    sent = [(name, checksum(p), [name]) for name, p in new.named_parameters()]
+    sent = [(n, checksums([bit_sums(p)])[0], [n]) for n, p in new.named_parameters()]
     verify(sent, [e for e in receipt if e[0] not in ours], [name for name, *_ in sent])
     recovers(synced)
 
