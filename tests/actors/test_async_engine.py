@@ -48,6 +48,7 @@ class Instant:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    import vllm.v1.worker.cpu.shm  # noqa: F401  has stand-ins of its own, which stay
     from vllm.platforms.cpu import CpuPlatform
 
     settle = CpuPlatform.check_and_update_config
