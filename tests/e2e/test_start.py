@@ -63,6 +63,10 @@ def seen(folder: Path) -> dict[str, Any]:
     task.make_tokenizer(folder / "base")
     task.make_model(folder / "base", 3)
     task.write_rows(folder / "prompts.jsonl", task.make_prompts(20, 3, "train"))
+    known = Path(os.environ.get("VLLM_CACHE_ROOT", Path.home() / ".cache" / "vllm"))
+    known.mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / "vllm").symlink_to(known)  # else vLLM would look into its models anew
     prompts = folder / "prompts.jsonl"
     overrides = [
         f"run.folder={folder / 'run'}",
