@@ -31,6 +31,7 @@ def test_graph_sizes_reach_the_largest_batch_and_pad_little() -> None:
         assert all(above <= 2 * below for below, above in itertools.pairwise(sizes))
 
 
+@pytest.mark.engines
 def test_vllm_takes_the_graph_sizes_on_gpus_alone() -> None:
     from vllm import EngineArgs
 
