@@ -12,7 +12,6 @@ engines sampled the same.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -33,16 +32,12 @@ GPU_SHARE = 0.42  # of each of the two engines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=("27m", "0.6b", "1.7b"), default="27m")
-    arguments = parser.parse_args()
-    name = "tiny" if arguments.quick else arguments.model
+    from benchmarks.measure import options
+
+    arguments = options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         rounds = 2 if arguments.quick else ROUNDS[arguments.device]
-        found = measure(Path(folder), name, arguments.device, rounds)
+        found = measure(Path(folder), arguments.model, arguments.device, rounds)
     arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 

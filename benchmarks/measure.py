@@ -9,8 +9,10 @@ others' processes disturbed; they were repeated where that helped).
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -50,6 +52,20 @@ def compare(
         "rounds": rounds,
         "others_cpu": round(median(others), 3),
     }
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """Return what the command line says of a comparison on a model of random weights; `model` is
+    the shape's name, tiny where it is to be quick.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=("27m", "0.6b", "1.7b"), default="27m")
+    found = parser.parse_args()
+    found.model = "tiny" if found.quick else found.model
+    return found
 
 
 class Machine:

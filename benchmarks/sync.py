@@ -10,7 +10,6 @@ copied and hashed and workers called (`counts`).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -41,15 +40,13 @@ COUNTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", choices=("27m", "0.6b", "1.7b"), default="27m")
-    arguments = parser.parse_args()
-    shape = "tiny" if arguments.quick else arguments.model
+    from benchmarks.measure import options
+
+    arguments = options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), shape, arguments.device, 3 if arguments.quick else 9)
+        found = measure(
+            Path(folder), arguments.model, arguments.device, 3 if arguments.quick else 9
+        )
     arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 
